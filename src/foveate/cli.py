@@ -1,0 +1,338 @@
+"""The `foveate` command. Heavy imports happen in the command that needs them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, make_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from foveate.systems import SYSTEMS
+
+C = TypeVar("C")
+
+USAGE = """usage: foveate COMMAND ...
+
+Reinforcement learning for computer vision.
+
+{commands}
+
+`foveate COMMAND --help` tells its options. To begin with: foveate train ram --minutes 3
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 1 if a run failed, 2 if the input is not usable, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        lines = [f"  {name:<8} {(one.__doc__ or '').splitlines()[0]}" for name, one in COMMANDS.items()]
+        print(USAGE.format(commands="\n".join(lines)))
+        return 0
+    if words[0] == "--version":
+        print(f"foveate {version('foveate')}")
+        return 0
+    if words[0] not in COMMANDS:
+        return _complain(f"no command {words[0]!r}; did you mean {_nearest(words[0], COMMANDS)!r}?")
+    try:
+        return COMMANDS[words[0]](words[1:])
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError) as error:
+        from foveate.run import RunError
+        from foveate.types import InputError
+
+        if not isinstance(error, (InputError, RunError)):
+            raise
+        return _complain(str(error), 2 if isinstance(error, InputError) else 1)
+
+
+def list_systems(words: list[str]) -> int:
+    """Name the systems."""
+    _parse(_Nothing, "list", words)
+    for name, summary in SYSTEMS.items():
+        print(f"{name:<16} {summary}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every training takes beside the system's own fields."""
+
+    out: Path | None = None
+    """folder of the run; runs/SYSTEM-DATE-TIME if not given"""
+    overwrite: bool = False
+    """delete a run that is already there"""
+    source: Annotated[Path | None, arg(name="from")] = None
+    """a run to take the first weights from"""
+    config_file: Annotated[Path | None, arg(name="config")] = None
+    """a JSON file of fields, or a run's run.json; what is typed goes before it"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps"""
+    processes: int = 1
+    """how many processes share each batch on this machine"""
+    checkpoint_steps: int | None = None
+    """save every so many steps; by default every 30 seconds"""
+
+
+def train(words: list[str]) -> int:
+    """Train a system: foveate train SYSTEM [fields]."""
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: foveate train SYSTEM [fields]; `foveate train SYSTEM --help` names the fields of a system\n")
+        return list_systems([])
+    system, *rest = words
+    if system not in SYSTEMS:
+        return _complain(f"system: no {system!r}; did you mean {_nearest(system, SYSTEMS)!r}? `foveate list` names all")
+    from foveate import commands
+
+    kind = commands.system_module(system).Config
+    default = kind()
+    file = _parse_known(Options, rest).config_file
+    if file is not None:
+        default = commands.config_from_file(system, file)
+    both = make_dataclass(
+        "Train",
+        [("options", OmitArgPrefixes[Options], Options()), ("config", OmitArgPrefixes[kind], default)],
+        frozen=True,
+    )
+    parsed = _parse(both, f"train {system}", rest, commands.system_module(system).__doc__)
+    options = parsed.options
+    if options.processes > 1 and "WORLD_SIZE" not in os.environ:
+        return _launch(options.processes, ["train", *words])
+    commands.train(
+        system,
+        out=options.out,
+        overwrite=options.overwrite,
+        source=options.source,
+        device=options.device,
+        checkpoint_steps=options.checkpoint_steps,
+        **vars(parsed.config),
+    )
+    return 0
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a run that was stopped, from its last good checkpoint."""
+
+    run: Positional[Path]
+    """folder of the run"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps"""
+
+
+def resume(words: list[str]) -> int:
+    """Go on with a run that was stopped."""
+    asked = _parse(Resume, "resume", words)
+    from foveate import commands
+
+    processes = commands.processes_of(asked.run)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        return _launch(processes, ["resume", *words])
+    commands.resume(asked.run, asked.device)
+    return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a run's agent beside its baselines, on test data of its own or on data it never saw."""
+
+    run: Positional[Path]
+    """folder of the run"""
+    data: str | None = None
+    """another data set; scored on its split test if there is one, else val, else all"""
+    root: Path | None = None
+    """folder of that data"""
+    json: bool = False
+    """print one JSON object and nothing else"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps"""
+
+
+def evaluate(words: list[str]) -> int:
+    """Score a run's agent beside its baselines."""
+    asked = _parse(Evaluate, "eval", words)
+    from foveate import commands
+
+    found = commands.evaluate(asked.run, asked.data, asked.root, asked.device)
+    if asked.json:
+        print(json.dumps({"metrics": found.metrics, "baselines": found.baselines}))
+    else:
+        _table({"trained": found.metrics, **found.baselines})
+    return 0
+
+
+@dataclass(frozen=True)
+class Show:
+    """Draw what a run's agent does, on test pictures or on your own."""
+
+    run: Positional[Path]
+    """folder of the run"""
+    images: Positional[Path | None] = None
+    """a picture, or a folder of pictures"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps"""
+
+
+def show(words: list[str]) -> int:
+    """Draw what a run's agent does, on your own pictures too."""
+    asked = _parse(Show, "show", words)
+    from foveate import commands
+
+    for path in commands.show(asked.run, asked.images, asked.device):
+        print(path)
+    return 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Lay the curves of runs over each other."""
+
+    runs: Positional[tuple[Path, ...]]
+    """folders of the runs"""
+    out: Path = Path("compare.png")
+    """the picture to write"""
+
+
+def compare(words: list[str]) -> int:
+    """Lay the curves of runs over each other."""
+    asked = _parse(Compare, "compare", words)
+    from foveate import commands
+
+    print(commands.compare(asked.runs, asked.out))
+    return 0
+
+
+def data(words: list[str]) -> int:
+    """Check data: foveate data check [SYSTEM] [fields]."""
+    if not words or words[0] != "check":
+        return _complain(
+            "data: expected `foveate data check [SYSTEM] [fields]`, e.g. foveate data check ram --data digits"
+        )
+    rest = words[1:]
+    system = rest.pop(0) if rest and not rest[0].startswith("-") else "ram"
+    if system not in SYSTEMS:
+        return _complain(f"system: no {system!r}; did you mean {_nearest(system, SYSTEMS)!r}? `foveate list` names all")
+    from foveate import commands
+
+    kind = commands.system_module(system).Config
+    both = make_dataclass("Check", [("out", Path, Path("data-check")), ("config", OmitArgPrefixes[kind], kind())])
+    parsed = _parse(both, f"data check {system}", rest, "Draw the first inputs of a system's data with their targets.")
+    for path in commands.check_data(parsed.config, system, parsed.out):
+        print(path)
+    return 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed against peers on the same work in one process."""
+
+    names: Positional[tuple[str, ...]] = ()
+    """rows to measure; all if none is named"""
+    json: bool = False
+    """print one JSON object and nothing else"""
+
+
+def bench(words: list[str]) -> int:
+    """Measure speed against peers in one process."""
+    asked = _parse(Bench, "bench", words)
+    from foveate import commands
+
+    rows = commands.bench(asked.names)
+    if asked.json:
+        print(json.dumps({"rows": rows}))
+    else:
+        _table({row.pop("name"): row for row in rows})
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "list": list_systems,
+    "train": train,
+    "eval": evaluate,
+    "show": show,
+    "resume": resume,
+    "compare": compare,
+    "data": data,
+    "bench": bench,
+}
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """This command takes no options."""
+
+
+def _parse(kind: type[C], command: str, words: list[str], description: str | None = None) -> C:
+    return tyro.cli(kind, args=words, prog=f"foveate {command}", description=description)
+
+
+def _parse_known(kind: type[C], words: list[str]) -> C:
+    """Read some options before all of them are known; a plea for help is left for later."""
+    words = [word for word in words if word not in ("-h", "--help")]
+    return tyro.cli(kind, args=words, return_unknown_args=True)[0]
+
+
+def _launch(processes: int, words: list[str]) -> int:
+    """Run the same command once a process, with the variables that torch.distributed reads."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    shared.setdefault("OMP_NUM_THREADS", str(threads))
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "foveate", *words], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(processes)
+    ]
+    try:
+        codes = _wait(children)
+    except KeyboardInterrupt:  # the terminal has told the children too; they save and leave
+        codes = [child.wait() for child in children]
+    return next((abs(code) for code in codes if code), 0)
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Wait for all; when one fails, end the others, which would wait for it for ever."""
+    while any(child.poll() is None for child in children):
+        for child in children:
+            try:
+                code = child.wait(0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            if code:
+                for other in children:
+                    other.terminate()
+    return [child.wait() for child in children]
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = Table("", *columns)
+    for name, row in rows.items():
+        cells = [row.get(column, "") for column in columns]
+        table.add_row(name, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    Console().print(table)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(word, list(known), 1, cutoff=0.0)[0]
+
+
+def _complain(message: str, code: int = 2) -> int:
+    print(f"foveate: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,322 @@
+"""What the commands do, callable from Python: train, load, evaluate, show, compare, check.
+
+agent = foveate.train("ram", minutes=3)
+agent = foveate.load("runs/demo")
+agent(images)["classes"]
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from foveate import pictures, report
+from foveate.data.classification import evaluation_split
+from foveate.run import Run
+from foveate.systems import SYSTEMS
+from foveate.types import Evaluation, InputError
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A trained system.
+
+    Attributes:
+        system: its name.
+        config: its resolved settings.
+        policy: its weights.
+        folder: the run it comes from.
+    """
+
+    system: str
+    config: Any
+    policy: nn.Module
+    folder: Path
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Run on images, float32 [batch, channels, height, width] in [0, 1]; see the system's `predict`."""
+        return system_module(self.system).predict(self.config, self.policy, images)
+
+
+def system_module(name: str) -> ModuleType:
+    """The file of a system.
+
+    Raises:
+        InputError: there is no such system.
+    """
+    if name not in SYSTEMS:
+        nearest = difflib.get_close_matches(name, SYSTEMS, 1, cutoff=0.0)[0]
+        raise InputError(f"system: no {name!r}; did you mean {nearest!r}? (`foveate list` shows all)")
+    return importlib.import_module(f"foveate.systems.{name.replace('-', '_')}")
+
+
+def config_from(system: str, settings: dict[str, Any], where: str) -> Any:
+    """A system's config from plain settings, as they stand in a JSON file.
+
+    Raises:
+        InputError: there is no such field; `where` names the file in the message.
+    """
+    kind = system_module(system).Config
+    known = {entry.name: entry for entry in fields(kind)}
+    for name in settings:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]
+            raise InputError(f"{where}: {system} has no field {name!r}; did you mean {nearest!r}?")
+    ready = {}
+    for name, value in settings.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, str) and "Path" in str(known[name].type):
+            value = Path(value)
+        ready[name] = value
+    return kind(**ready)
+
+
+def config_from_file(system: str, path: Path) -> Any:
+    """A system's config from a JSON file of fields, or from a run's run.json.
+
+    Raises:
+        InputError: the file is missing or is not such a file.
+    """
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"config: {path} is not a readable JSON file ({error})") from error
+    if isinstance(settings, dict) and isinstance(settings.get("config"), dict):
+        settings = settings["config"]
+    if not isinstance(settings, dict):
+        raise InputError(f"config: {path} holds {type(settings).__name__}, expected an object of fields")
+    return config_from(system, settings, str(path))
+
+
+def processes_of(folder: Path) -> int:
+    """How many processes a run was begun with."""
+    return int(json.loads((folder / "run.json").read_text())["processes"]) if (folder / "run.json").is_file() else 1
+
+
+def train(
+    system: str,
+    *,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    source: Path | str | None = None,
+    device: str = "auto",
+    checkpoint_steps: int | None = None,
+    **settings: Any,
+) -> Agent:
+    """Train a system, score it, and write its pictures and report.
+
+    Args:
+        system: its name, as in `foveate list`.
+        out: the run's folder; runs/SYSTEM-DATE-TIME if not given.
+        overwrite: delete a run that is already there.
+        source: a run to take the first weights from.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        checkpoint_steps: save every so many steps; by default every 30 seconds.
+        **settings: fields of the system's `Config`, e.g. `minutes=3`.
+    """
+    module = system_module(system)
+    config = module.resolve(config_from(system, settings, "train"))
+    folder = Path(out) if out else Path("runs") / f"{system}-{datetime.now():%Y%m%d-%H%M%S}"
+    run = Run(
+        folder,
+        system=system,
+        config=asdict(config),
+        seed=config.seed,
+        steps=config.steps,
+        minutes=config.minutes,
+        device=device,
+        checkpoint_steps=checkpoint_steps,
+        overwrite=overwrite,
+    )
+    given = config_from(system, settings, "train")
+    for entry in fields(config):
+        if getattr(given, entry.name) is None and getattr(config, entry.name) is not None:
+            run.say(f"{entry.name} = {_plain(getattr(config, entry.name))} (chosen by the data)")
+    return _train(module, config, run)
+
+
+def resume(folder: Path | str, device: str = "auto") -> Agent:
+    """Go on with a run from its last good checkpoint, to the end of the budget it was begun with."""
+    record = Run.open(Path(folder))
+    module = system_module(record.system)
+    config = config_from(record.system, record.config, f"{folder}/run.json")
+    run = Run(Path(folder), system=record.system, config=asdict(config), seed=config.seed, device=device, resume=True)
+    return _train(module, config, run)
+
+
+def _train(module: ModuleType, config: Any, run: Run) -> Agent:
+    module.train(config, run)
+    if run.is_main:
+        policy = _restored(module, config, run)
+        run.say("scoring")
+        _save_evaluation(run.folder, module.evaluate(config, policy, run))
+        drawn = _save_pictures(run.folder / "pictures", module.picture(config, policy, run))
+        path = _write_report(module, config, run, drawn)
+        run.say(f"report: {path}")
+    return load(run.folder, str(run.device))
+
+
+def load(folder: Path | str, device: str = "auto") -> Agent:
+    """The trained agent of a run; call it on images.
+
+    Raises:
+        InputError: the folder holds no run, or no checkpoint.
+    """
+    run = Run.open(Path(folder), device)
+    module = system_module(run.system)
+    config = config_from(run.system, run.config, f"{folder}/run.json")
+    return Agent(run.system, config, _restored(module, config, run), run.folder)
+
+
+def evaluate(
+    folder: Path | str, data: str | None = None, root: Path | str | None = None, device: str = "auto"
+) -> Evaluation:
+    """Score a run's agent and its baselines on test data.
+
+    With `data` or `root` the agent is scored on data it was not trained on: the split test if there is one, else val,
+    else all.
+    """
+    run = Run.open(Path(folder), device)
+    module = system_module(run.system)
+    config = config_from(run.system, run.config, f"{folder}/run.json")
+    policy = _restored(module, config, run)
+    there = replace(config, data=data or config.data, root=Path(root) if root else config.root)
+    if (there.data, _absolute(there.root)) == (config.data, _absolute(config.root)):
+        evaluation = module.evaluate(config, policy, run)
+        _save_evaluation(run.folder, evaluation)
+        return evaluation
+    return module.evaluate(there, policy, run, evaluation_split(there.data, there.root))
+
+
+def show(folder: Path | str, images: Path | str | None = None, device: str = "auto") -> list[Path]:
+    """Draw what a run's agent does, on test pictures or on the user's own; returns the files written."""
+    run = Run.open(Path(folder), device)
+    module = system_module(run.system)
+    config = config_from(run.system, run.config, f"{folder}/run.json")
+    policy = _restored(module, config, run)
+    if images is None:
+        return list(_save_pictures(run.folder / "pictures", module.picture(config, policy, run)).values())
+    shown = module.read(config, Path(images)).to(run.device)
+    drawn = module.picture(config, policy, run, shown)
+    return list(_save_pictures(run.folder / "pictures" / Path(images).stem, drawn).values())
+
+
+def compare(folders: Sequence[Path | str], out: Path | str) -> Path:
+    """Lay the curves of several runs over each other in one picture."""
+    rows = {}
+    for folder in map(Path, folders):
+        run = Run.open(folder)
+        rows[folder.name if folder.name not in rows else str(folder)] = _metrics(run.folder)
+    drawn = pictures.compare_curves(rows)
+    if drawn is None:
+        raise InputError(f"{', '.join(map(str, folders))}: no metric is in the logs of these runs yet")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    drawn.save(out)
+    return Path(out)
+
+
+def check_data(config: Any, system: str, out: Path | str) -> list[Path]:
+    """Draw the first inputs of a system's data with their targets."""
+    module = system_module(system)
+    return list(_save_pictures(Path(out), module.check(module.resolve(config))).values())
+
+
+def bench(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure rows of the benchmarks in the source checkout: name, ours, peer, ratio, unit.
+
+    Raises:
+        InputError: there is no such row, or no checkout.
+    """
+    folder = Path(__file__).parents[2] / "benchmarks"
+    if not folder.is_dir():
+        raise InputError("bench: the benchmarks are in the source checkout; clone it and install with pip install -e .")
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found.update(getattr(module, "ROWS", {}))
+    for name in names:
+        if name not in found:
+            nearest = difflib.get_close_matches(name, found, 1, cutoff=0.0)[0]
+            raise InputError(f"bench: no row {name!r}; did you mean {nearest!r}? There are: {', '.join(found)}")
+    rows = []
+    for name in names or found:
+        ours, peer, unit = found[name]()
+        rows.append({"name": name, "ours": ours, "peer": peer, "ratio": ours / peer, "unit": unit})
+    return rows
+
+
+def _restored(module: ModuleType, config: Any, run: Run) -> nn.Module:
+    policy = module.build(config).to(run.device)
+    if not run.restore(module.PART, policy):
+        raise InputError(f"{run.folder}: its checkpoint holds no {module.PART!r} part; train it anew")
+    return policy.eval()
+
+
+def _absolute(root: Path | None) -> Path | None:
+    return None if root is None else root.resolve()
+
+
+def _save_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    (folder / "evaluation.json").write_text(json.dumps(asdict(evaluation), indent=1))
+
+
+def _save_pictures(folder: Path, drawn: dict[str, Any]) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, picture in drawn.items():
+        moving = isinstance(picture, list)
+        files[name] = folder / f"{name.replace(' ', '-')}.{'gif' if moving else 'png'}"
+        if moving:
+            pictures.save_gif(files[name], picture)
+        else:
+            picture.save(files[name])
+    return files
+
+
+def _write_report(module: ModuleType, config: Any, run: Run, drawn: dict[str, Path]) -> Path:
+    evaluation = Evaluation(**json.loads((run.folder / "evaluation.json").read_text()))
+    shown: dict[str, Any] = dict(drawn)
+    for name, series in evaluation.curves.items():
+        value, over = name.split(" against ")
+        shown[name] = pictures.line_plot(series, over, value)
+    curves = pictures.training_curves(_metrics(run.folder))
+    if curves is not None:
+        shown["training"] = curves
+    path = run.folder / "report.html"
+    report.write_report(
+        path, run.system, SYSTEMS[run.system], evaluation, shown, asdict(config), command(run.system, config)
+    )
+    return path
+
+
+def command(system: str, config: Any) -> str:
+    """The command line that makes a run of this config."""
+    words = ["foveate train", system]
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if value != entry.default:
+            words.append(f"--{entry.name.replace('_', '-')} {_plain(value)}".strip())
+    return " ".join(words)
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

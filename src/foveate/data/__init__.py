@@ -1,0 +1,1 @@
+"""What is looked at: embedded sets, readers of the usual layouts, and the images made from them on the fly."""

@@ -1,0 +1,18 @@
+"""Where decisions are taken: Gymnasium environments on tensors, each in lockstep and in single form.
+
+Importing this package registers them: `import foveate.envs`, then `gymnasium.make("foveate/Glimpse-v0")`.
+"""
+
+import gymnasium
+
+ENVIRONMENTS = {
+    "foveate/Glimpse-v0": "glimpse:{}GlimpseEnv",
+}
+
+
+for _name, _place in ENVIRONMENTS.items():
+    gymnasium.register(
+        _name,
+        entry_point=f"foveate.envs.{_place.format('Single')}",
+        vector_entry_point=f"foveate.envs.{_place.format('')}",
+    )

@@ -1,0 +1,85 @@
+"""Let a policy act in an environment and write down what happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from foveate import noise
+from foveate.types import Decisions, Trajectory, Tree, concatenate, map_tree
+
+
+def rollout(
+    env: Any,
+    policy: nn.Module,
+    keys: Int[Tensor, " batch"],
+    *,
+    ids: Int[Tensor, " batch"] | None = None,
+    grad: bool = False,
+    greedy: bool = False,
+    group: Int[Tensor, " batch"] | None = None,
+) -> tuple[Trajectory, Decisions | None]:
+    """Run one episode in every copy of a lockstep environment without autoreset (`foveate.envs.TensorEnv`).
+
+    Args:
+        env: stepped until every copy has ended; a copy that ended earlier is padding from there on.
+        policy: a `Policy`, or one wrapped for several processes.
+        keys: one key a copy. The environment's own chance and the policy's both follow from it.
+        ids: which example each copy shows; drawn by the environment if not given.
+        grad: keep the graph, and return the decisions of all steps joined along time, so that a loss can go through
+            the steps just taken. Without it (for learners that pass over the trajectory again) they are None.
+        greedy: take the most likely action instead of drawing one.
+        group: which rows are samples of the same input.
+    """
+    observation, _ = env.reset(options={"keys": keys} if ids is None else {"keys": keys, "ids": ids})
+    ended = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+    state = None
+    starts = torch.ones_like(ended)
+    steps: list[dict[str, Tree]] = []
+    made: list[Decisions] = []
+    while True:
+        with torch.set_grad_enabled(grad):
+            seen = map_tree(lambda leaf: leaf[:, None], observation)
+            decisions, state = policy(seen, state, starts[:, None])
+        with torch.no_grad():
+            if greedy:
+                action = decisions.distribution.mode()
+            else:
+                action = decisions.distribution.sample(noise.fold(keys, "action", len(steps))[:, None])
+            log_prob = decisions.distribution.log_prob(action)
+            before, mask = seen, ~ended
+            observation, reward, terminated, truncated, _ = env.step(map_tree(lambda leaf: leaf[:, 0], action))
+        steps.append(
+            {
+                "observations": before,
+                "actions": action,
+                "log_probs": log_prob,
+                "rewards": (reward * mask)[:, None],
+                "mask": mask[:, None],
+                "terminated": (terminated & mask)[:, None],
+                "truncated": (truncated & mask)[:, None],
+                "values": None if decisions.values is None else decisions.values.detach(),
+            }
+        )
+        made.append(decisions)
+        ended = ended | terminated | truncated
+        starts = torch.zeros_like(starts)
+        if bool(ended.all()):
+            break
+    joined = concatenate(steps, 1)
+    last_value = None
+    if joined["values"] is not None:
+        last_value = torch.zeros_like(joined["values"][:, 0])
+        if bool(joined["truncated"].any()):
+            with torch.no_grad():
+                after, _ = policy(map_tree(lambda leaf: leaf[:, None], observation), state, starts[:, None])
+            # A copy that ended keeps showing its last observation, so the value that belongs after its last step is
+            # the one of the step that follows.
+            values = torch.cat((joined["values"], after.values.detach()), 1)
+            lengths = joined["mask"].sum(1, keepdim=True)
+            last_value = values.gather(1, lengths).squeeze(1) * joined["truncated"].any(1)
+    trajectory = Trajectory(**joined, last_value=last_value, group=group)
+    return trajectory, concatenate(made, 1) if grad else None

@@ -1,0 +1,349 @@
+"""Drawings: where an agent looked, what it saw on the way, and how it learned. Everything is a Pillow image.
+
+Images are [batch, channels, height, width] in [0, 1], grey or RGB. Locations are (x, y) in [-1, 1] as in
+`foveate.geometry`; one beyond the image is drawn at the clamped place, which is where the glimpse was taken.
+Colours tell apart under the common kinds of colour blindness (Okabe and Ito 2008, "Color Universal Design").
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from foveate import geometry
+from foveate.types import InputError
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+PATH = ((255, 236, 153), (253, 141, 60), (214, 22, 82))  # light to strong, the order of the glimpses
+MARGIN = 10  # around an enlarged image, so that a glimpse at its edge can be drawn whole
+DARK, QUIET, RIGHT, WRONG, UNSEEN = "#141619", "#6e7681", "#00694a", "#b3261e", (222, 226, 232)
+SHARPER = 4  # drawn this many times larger, then reduced: smooth lines
+
+Points = Sequence[tuple[int | float, int | float]]
+
+
+def glimpse_paths(
+    images: Float[Tensor, "batch channels height width"],
+    locations: Float[Tensor, "batch time 2"],
+    patch: int,
+    scales: int,
+    factor: int = 2,
+    captions: Sequence[str] | None = None,
+    columns: int = 4,
+    cell: int = 192,
+    correct: Sequence[bool] | None = None,
+) -> Image.Image:
+    """Draw the path of glimpses over each image: numbered points from a light to a strong colour.
+
+    Thin squares show the finest patch of every glimpse, the strong ones every scale of the last.
+
+    Args:
+        images: what was looked at, in [0, 1].
+        locations: where, in order.
+        patch, scales, factor: the retina: scale k = 0 ... scales - 1 covers patch · factor^k pixels a side.
+        captions: a line below each image, e.g. "7 → 7 (0.98)".
+        columns: images in a row.
+        cell: longer side of an image as drawn.
+        correct: which captions to print in green with a tick, and which in red with a cross.
+    """
+    both = zip(images, locations, strict=True)
+    return _grid([_path_tile(*pair, patch, scales, factor, cell) for pair in both], captions, columns, correct)
+
+
+def image_grid(
+    images: Float[Tensor, "batch channels height width"],
+    captions: Sequence[str] | None = None,
+    columns: int = 4,
+    cell: int = 192,
+) -> Image.Image:
+    """Lay images out in rows, each with a caption below; laid out as `glimpse_paths` does, without the paths."""
+    pictures = [_enlarge(image, SHARPER * cell) for image in images]
+    tiles = [ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER) for picture in pictures]
+    return _grid(tiles, captions, columns)
+
+
+def glimpse_frames(
+    image: Float[Tensor, "channels height width"],
+    locations: Float[Tensor, "time 2"],
+    patch: int,
+    scales: int,
+    factor: int = 2,
+    captions: Sequence[str] | None = None,
+    cell: int = 256,
+) -> list[Image.Image]:
+    """Draw one frame a glimpse: the path so far on the left, on the right all that the agent has seen of the image.
+
+    The arguments are those of `glimpse_paths`; `captions` has one line for each glimpse.
+    """
+    steps = range(1, len(locations) + 1)
+    paths = [_path_tile(image, locations[:step], patch, scales, factor, cell) for step in steps]
+    sights = _seen(_rgb(image), locations, patch, scales, factor, cell)
+    seen = [ImageOps.expand(_to_pillow(sight), MARGIN, "white") for sight in sights]
+    lines = captions or [f"glimpse {step} of {len(locations)}" for step in steps]
+    return [_grid(pair, [line, "what it has seen"], 2) for *pair, line in zip(paths, seen, lines, strict=True)]
+
+
+def save_gif(path: Path, frames: Sequence[Image.Image], milliseconds: int = 600) -> None:
+    """Write an animation that repeats and rests on its last frame; an older file is replaced whole or not at all.
+
+    Raises `InputError` when there are no frames.
+    """
+    if not frames:
+        raise InputError(f"{path}: found no frames, expected at least one; draw a picture before saving it")
+    # one palette for all frames, without dither: what does not change does not flicker
+    colours = [frame.convert("RGB") for frame in frames]
+    palette = Image.fromarray(np.concatenate([np.asarray(frame) for frame in colours])).quantize(256)
+    first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in colours)
+    durations = [milliseconds] * len(rest) + [milliseconds * 3]
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, loop=0, duration=durations if rest else durations[0])
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(buffer.getvalue())
+    os.replace(partial, path)
+
+
+def line_plot(
+    series: Mapping[str, Points],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    logy: bool = False,
+    bands: Mapping[str, Sequence[tuple[int | float, int | float, int | float]]] | None = None,
+) -> Image.Image:
+    """Draw curves of points (x, y), named beside the plot in the order of their last values.
+
+    `bands` are (x, low, high), shaded in the colour of the curve of the same name; a single point is a dot.
+    """
+    figure = _figure(6.6, 3.8)
+    axes = figure.add_subplot()
+    lines = []
+    for index, (name, points) in enumerate(series.items()):
+        colour = PALETTE[index % len(PALETTE)]
+        x, y = np.array(points, float).reshape(-1, 2).T
+        marker = "o" if len(x) <= 20 else None
+        lines += axes.plot(x, y, color=colour, linewidth=2, marker=marker, markersize=4, label=name)
+        if bands and name in bands:
+            axes.fill_between(*np.array(bands[name], float).reshape(-1, 3).T, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    lines.sort(key=lambda line: np.nan_to_num(line.get_ydata()[-1:], nan=-np.inf).sum(), reverse=True)
+    figure.legend(handles=lines, loc="outside right upper", frameon=False, labelcolor="linecolor")
+    return _render(figure)
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image | None:
+    """Draw the log of a run: a panel a metric, phases one after the other in their colours, smoothed over raw.
+
+    `rows` are the lines of metrics.jsonl: {"phase", "step", "seconds", name: value, ...}. None if nothing was logged.
+    """
+    return _panels(_curves(rows))
+
+
+def compare_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Image.Image | None:
+    """Lay the logs of several runs over each other: a panel for each metric that at least two of them logged.
+
+    `runs` is name → lines of metrics.jsonl. None if they have no metric in common; a single run shows all of its own.
+    """
+    panels: dict[str, dict[str, Points]] = {}
+    for name, rows in runs.items():
+        for metric, phases in _curves(rows).items():
+            panels.setdefault(metric, {})[name] = [point for points in phases.values() for point in points]
+    return _panels({metric: curves for metric, curves in panels.items() if len(curves) >= min(2, len(runs))})
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Metric → phase → points; a phase whose steps begin anew is moved behind the one before."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    phase, offset, last = "", 0.0, 0.0
+    for row in rows:
+        if row["phase"] != phase:
+            phase, offset = row["phase"], last if row["step"] < last else 0.0
+        last = row["step"] + offset
+        for name, value in row.items():
+            if name not in ("phase", "step", "seconds") and isinstance(value, int | float):
+                curves.setdefault(name, {}).setdefault(phase, []).append((last, float(value)))
+    return curves
+
+
+def _panels(panels: Mapping[str, Mapping[str, Points]]) -> Image.Image | None:
+    """Small multiples: panel → line → points, each line smoothed over its raw values."""
+    if not panels:
+        return None
+    columns, names = min(3, len(panels)), list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    lines = -(-len(panels) // columns)
+    figure = _figure(max(4.2, 3.4 * columns), 2.4 * lines + 0.5)
+    handles: dict[str, Any] = {}
+    for index, (metric, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        reach: list[float] = []
+        for name, points in curves.items():
+            x, y = np.array(points, float).T
+            smooth, colour = _smooth(y), PALETTE[names.index(name) % len(PALETTE)]
+            axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+            marker = "o" if len(x) == 1 else None
+            (handles[name],) = axes.plot(x, smooth, color=colour, linewidth=1.8, marker=marker, markersize=4)
+            if np.isfinite(y).any():
+                reach += [*np.nanpercentile(smooth, (1, 99)), *np.percentile(y[np.isfinite(y)], (1, 99))]
+        # a spike of the first steps must not flatten all that follows
+        if reach and (height := max(reach) - min(reach)) > 0:
+            axes.set_ylim(min(reach) - 0.08 * height, max(reach) + 0.08 * height)
+        axes.set_title(metric, loc="left", fontsize=10, fontweight="bold")
+        if index >= len(panels) - columns:
+            axes.set_xlabel("step")
+    if len(names) > 1:
+        figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=3, frameon=False)
+    return _render(figure)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over a fifteenth of the curve, shorter at its ends; skips what is not finite."""
+    window, finite = np.ones(len(values) // 30 * 2 + 1), np.isfinite(values)
+    number = np.convolve(finite, window, "same").round()
+    return np.convolve(np.where(finite, values, 0), window, "same") / np.where(number > 0, number, np.nan)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure and asks for a screen
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+
+
+def _render(figure: Any) -> Image.Image:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(QUIET)
+        axes.tick_params(colors=QUIET, labelsize=9)
+        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def _path_tile(image: Tensor, path: Tensor, patch: int, scales: int, factor: int, cell: int) -> Image.Image:
+    height, width = image.shape[-2:]
+    picture = _enlarge(image, SHARPER * cell)
+    zoom, unit, final = SHARPER * cell / max(height, width), SHARPER * cell / 192, len(path) - 1
+    points = geometry.to_pixels(path.detach().float().cpu().clamp(-1, 1), (height, width)).numpy() * zoom
+    draw = ImageDraw.Draw(picture, "RGBA")  # this mode mixes colours
+    for step, point in enumerate(points):
+        for scale in reversed(range(scales if step == final else 1)):
+            thick = 2 * round((1.1 if step == final and scale == 0 else 0.65) * unit)
+            reach = (patch * factor**scale * zoom + thick) / 2
+            colour = (*_colour(step, final), 255 if step == final else 140)
+            draw.rectangle((*(point - reach), *(point + reach - 1)), None, colour, thick)
+    tile = ImageOps.expand(picture, SHARPER * MARGIN, "white")
+    draw = ImageDraw.Draw(tile)
+    points += SHARPER * MARGIN
+    draw.line(points.ravel().tolist(), DARK, round(4 * unit), joint="curve")
+    fine = np.linspace(0, final, 12 * final + 1)
+    trail = np.stack([np.interp(fine, range(final + 1), points[:, axis]) for axis in (0, 1)], 1)
+    for share, ends in zip(fine, itertools.pairwise(trail), strict=False):
+        draw.line(np.ravel(ends).tolist(), _colour(share, final), round(2.4 * unit))
+    radius, font = 6.5 * unit, _font(round(8.5 * unit), True)
+    for step, point in enumerate(points):
+        colour = _colour(step, final)
+        draw.ellipse((*(point - radius), *(point + radius)), colour, DARK, round(0.9 * unit))
+        draw.text(tuple(point), str(step + 1), DARK if sum(colour) > 380 else "white", font, anchor="mm")
+    return tile.reduce(SHARPER)
+
+
+def _seen(image: Tensor, locations: Tensor, patch: int, scales: int, factor: int, side: int) -> list[Tensor]:
+    """What was seen after each glimpse, enlarged: everywhere the finest scale that covered it, the latest of equals.
+
+    A cell of scale k is the mean over factor^k × factor^k pixels; places never seen are a light grey.
+    """
+    height, width = image.shape[1:]
+    rows, cols = _size(image, side)
+    y = (torch.arange(rows, device=image.device) + 0.5) * (height / rows)
+    x = (torch.arange(cols, device=image.device) + 0.5) * (width / cols)
+    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # [rows, cols, (x, y)] in pixels of the image
+    centres = geometry.to_pixels(locations.to(image).clamp(-1, 1), (height, width))[:, None, None]
+    covered, values = [], []
+    for block in (factor**scale for scale in range(scales)):
+        # entry i is the mean of the block that begins at pixel i - block
+        means = functional.avg_pool2d(functional.pad(image[None], (block,) * 4), block, 1)
+        cells = ((points - centres) / block + patch / 2).floor()
+        covered.append(((cells >= 0) & (cells < patch)).all(-1))
+        entries = centres + (cells + 0.5 - patch / 2) * block + (block / 2 + 0.5)
+        where = geometry.to_locations(entries, (means.shape[-2], means.shape[-1]))
+        values.append(functional.grid_sample(means.expand(len(where), -1, -1, -1), where, align_corners=False))
+    shown = image.new_tensor(UNSEEN)[:, None, None].expand(3, rows, cols) / 255
+    finest = torch.full((rows, cols), scales, device=image.device)
+    frames = []
+    for step in range(len(locations)):
+        for scale in reversed(range(scales)):
+            sharper = covered[scale][step] & (finest >= scale)
+            shown = torch.where(sharper, values[scale][step], shown)
+            finest = torch.where(sharper, scale, finest)
+        frames.append(shown)
+    return frames
+
+
+def _enlarge(image: Tensor, side: int) -> Image.Image:
+    rows, cols = _size(image, side)
+    # the pixels of a small image are to be seen as such, those of a photograph are not
+    method = Image.Resampling.NEAREST if rows >= 2 * SHARPER * image.shape[-2] else Image.Resampling.BICUBIC
+    return _to_pillow(_rgb(image)).resize((cols, rows), method)
+
+
+def _size(image: Tensor, side: int) -> list[int]:
+    """Rows and columns of an image whose longer side is made `side` long."""
+    return [max(1, round(length * side / max(image.shape[-2:]))) for length in image.shape[-2:]]
+
+
+def _grid(
+    tiles: Sequence[Image.Image], captions: Sequence[str] | None, columns: int, correct: Sequence[bool] | None = None
+) -> Image.Image:
+    columns = min(columns, len(tiles))
+    width, height = tiles[0].size
+    font = _font(min(max(10, width // 13), 18))
+    line = round(font.size * 1.5) if captions else 0
+    page = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * (height + line)), "white")
+    draw = ImageDraw.Draw(page)
+    for index, tile in enumerate(tiles):
+        page.paste(tile, (x := index % columns * width, y := index // columns * (height + line)))
+        if captions:
+            right = None if correct is None else bool(correct[index])
+            mark, ink = ("", DARK) if right is None else ("✓ ", RIGHT) if right else ("✗ ", WRONG)
+            text = mark + " ".join(captions[index].split())
+            while len(text) > 1 and font.getlength(text) > width - MARGIN:
+                text = text[:-2] + "…"
+            draw.text((x + width / 2, y + height - MARGIN / 2 + 1), text, ink, font, anchor="ma")
+    return page
+
+
+def _rgb(image: Tensor) -> Tensor:
+    if image.shape[0] not in (1, 3):
+        raise InputError(f"image: found {image.shape[0]} channels, expected 1 (grey) or 3 (RGB); pick the ones to draw")
+    return image.detach().float().nan_to_num(0.0).clamp(0, 1).expand(3, -1, -1)
+
+
+def _to_pillow(image: Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _colour(step: int | float, final: int) -> tuple[int, ...]:
+    share = step / final if final else 1.0
+    return tuple(round(float(np.interp(share, (0.0, 0.5, 1.0), levels))) for levels in zip(*PATH, strict=True))
+
+
+@lru_cache(maxsize=16)
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    # Pillow's own font has no arrows and no ticks
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)

@@ -1,0 +1,5 @@
+"""The published systems, one file each. The file of `foveating-grid` is `foveating_grid.py`."""
+
+SYSTEMS = {
+    "ram": "classify by glimpses: hard attention learned by REINFORCE (Mnih et al. 2014)",
+}

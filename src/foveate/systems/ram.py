@@ -1,0 +1,335 @@
+"""Classification by glimpses: the recurrent attention model (RAM).
+
+| | |
+|---|---|
+| state | hidden vector of the glimpses so far |
+| action | where to look next: a location (x, y) drawn around a learned mean |
+| reward | at the last glimpse: 1 if the class is right, else 0 |
+| horizon | the number of glimpses (6 or 8) |
+| learner | REINFORCE with a learned baseline for the locations, cross-entropy for the rest |
+| corner | policy |
+
+Mnih, Heess, Graves, Kavukcuoglu 2014, "Recurrent models of visual attention" (arXiv 1406.6247).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate import attention, noise, pictures
+from foveate.attention import Looking
+from foveate.data.classification import Images, Split, check_images, load_images
+from foveate.data.variants import canvas_size, render
+from foveate.envs.glimpse import GlimpseEnv
+from foveate.learn.baselines import MovingAverage
+from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.models.classifier import ImageClassifier
+from foveate.models.glimpse import GlimpsePolicy
+from foveate.run import Run
+from foveate.types import Evaluation, InputError
+
+Control = Literal["random", "centre", "cnn"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `foveate train ram`. What defaults to None is chosen by the data and printed."""
+
+    data: str = "digits"
+    """digits (embedded), mnist, fashion-mnist, or folder"""
+    root: Path | None = None
+    """folder of the data; not needed for digits"""
+    variant: Literal["plain", "translated60", "cluttered60", "cluttered100"] | None = None
+    """how a picture is placed on the canvas; None: cluttered60 for digits, plain for the rest"""
+    image_size: int | None = None
+    """resize and crop pictures of a folder to this many pixels"""
+    seed: int = 0
+    """of the weights, the order of the data and every draw"""
+    steps: int | None = None
+    """updates of each phase: the agent, then each control"""
+    minutes: float | None = None
+    """wall-clock budget of all phases together"""
+    controls: tuple[Control, ...] = ("random", "centre", "cnn")
+    """trained beside the agent, each with as much time: looking at random places, at the centre, a CNN that sees all"""
+    glimpses: int | None = None
+    """number of glimpses; None: 8 with clutter, else 6"""
+    patch: int | None = None
+    """side of a glimpse in pixels; None: 8 up to 40 pixels, else 12"""
+    scales: int | None = None
+    """patches in a glimpse, each wider than the one before; None: 1 up to 40 pixels, 3 up to 80, else 4"""
+    factor: int = 2
+    """how much wider"""
+    glimpse_network: Literal["mlp", "cnn"] = "mlp"
+    """what looks at a glimpse"""
+    core: Literal["rnn", "lstm"] = "rnn"
+    """what remembers: a rectified recurrent layer or an LSTM"""
+    hidden: int = 256
+    """width of the core"""
+    std: float = 0.1
+    """standard deviation of the location; half the image is 1"""
+    first: Literal["random", "centre"] = "random"
+    """the first location; a centre start overfits"""
+    classify: Literal["last", "every"] = "last"
+    """cross-entropy at the last glimpse or at every one"""
+    reward: Literal["right", "likelihood"] = "right"
+    """1 for the right class, or the probability given to it"""
+    samples: int = 1
+    """episodes of each image in an update"""
+    baseline: attention.Baseline = "learned"
+    """what is subtracted from the reward"""
+    batch: int = 256
+    """images in an update"""
+    learning_rate: float = 2e-3
+    """peak of the one-cycle schedule"""
+    channels: int | None = None
+    """of the pictures; taken from the data"""
+    classes: tuple[str, ...] | None = None
+    """names of the classes; taken from the data"""
+
+
+T = TypeVar("T")
+PART = "learned"  # the tracked part that holds the policy
+_load = lru_cache(maxsize=4)(load_images)
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what the data decides."""
+    images = _load(config.data, config.root, "train", config.image_size)
+    variant = config.variant or ("cluttered60" if config.data == "digits" else "plain")
+    channels, height, width = images.pixels.shape[1:]
+    side = min(canvas_size(variant, (height, width)))
+    return replace(
+        config,
+        variant=variant,
+        glimpses=config.glimpses or (8 if variant.startswith("cluttered") else 6),
+        patch=config.patch or (8 if side <= 40 else 12),
+        scales=config.scales or (1 if side <= 40 else 3 if side <= 80 else 4),
+        channels=channels,
+        classes=images.classes,
+    )
+
+
+def _known(value: T | None) -> T:
+    """A field that `resolve` has filled in."""
+    assert value is not None
+    return value
+
+
+def build(config: Config) -> GlimpsePolicy:
+    """The policy of a resolved config, untrained."""
+    return _policy(config, "learned")
+
+
+def _policy(config: Config, looking: Literal["learned", "random", "centre"]) -> GlimpsePolicy:
+    return GlimpsePolicy(
+        (_known(config.channels) * _known(config.scales), _known(config.patch), _known(config.patch)),
+        2,
+        len(_known(config.classes)),
+        config.hidden,
+        config.glimpse_network,
+        config.core,
+        config.std,
+        looking,
+    )
+
+
+def _env(config: Config, images: Images, copies: int, looking: str, device: torch.device) -> GlimpseEnv:
+    return GlimpseEnv(
+        copies,
+        images=images,
+        variant=_known(config.variant),
+        glimpses=_known(config.glimpses),
+        patch=_known(config.patch),
+        scales=_known(config.scales),
+        factor=config.factor,
+        first="centre" if looking == "centre" else config.first,
+        reward=config.reward,
+        device=device,
+        autoreset="disabled",
+    )
+
+
+def train(config: Config, run: Run) -> None:
+    """Train the agent, then every control for as long."""
+    train_images = _load(config.data, config.root, "train", config.image_size)
+    val_images = _load(config.data, config.root, "val", config.image_size)
+    looking = Looking(config.batch, config.samples, config.baseline, config.classify, config.learning_rate)
+    rows = run.rows(config.batch)
+    share = 1 / (1 + len(config.controls))
+    learners: dict[str, nn.Module] = {}
+    for name in ("learned", *config.controls):
+        torch.manual_seed(config.seed)
+        learners[name] = _control(config, name)
+    average = MovingAverage()
+    prepared = {}
+    for name, learner in learners.items():
+        optimizer = torch.optim.Adam(learner.to(run.device).parameters(), config.learning_rate, fused=True)
+        prepared[name] = run.track(**{name: learner, f"{name}_optimizer": optimizer})
+    run.track(average=average)
+    for name, (learner, optimizer) in prepared.items():
+        if name == "cnn":
+            _train_cnn(config, run, share, train_images, learner, optimizer)
+            continue
+        env = _env(config, train_images, (rows.stop - rows.start) * config.samples, name, run.device)
+        held_out = _env(config, val_images, min(1000, len(val_images)), name, run.device)
+        validate = partial(_errors, held_out, learners[name])
+        attention.learn_to_look(run, name, share, env, learner, optimizer, average, looking, validate)
+
+
+def _control(config: Config, name: str) -> nn.Module:
+    if name == "cnn":
+        return ImageClassifier(_known(config.channels), len(_known(config.classes)))
+    return _policy(config, name)  # type: ignore[arg-type]
+
+
+def _train_cnn(
+    config: Config, run: Run, share: float, images: Images, learner: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    pixels, labels = images.pixels.to(run.device), images.labels.to(run.device)
+    rows = run.rows(config.batch)
+    for step in run.steps("cnn", share):
+        index = torch.arange(config.batch)[rows]
+        ids = noise.examples(config.seed, step, config.batch, len(images))[rows].to(run.device)
+        keys = noise.key(config.seed, "cnn", step, index).to(run.device)
+        scores = learner(render(pixels, ids, keys, _known(config.variant)))
+        loss = F.cross_entropy(scores, labels[ids])
+        set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
+        run.optimise(loss, optimizer)
+        run.log(cross_entropy=loss.detach())
+
+
+def _errors(env: GlimpseEnv, policy: nn.Module, seed: int = 0) -> dict[str, float]:
+    size = len(env.images)
+    return {
+        "val_error": attention.answer(env, policy, seed, size).error(),
+        "val_greedy_error": attention.answer(env, policy, seed, size, greedy=True).error(),
+    }
+
+
+def evaluate(config: Config, policy: GlimpsePolicy, run: Run, split: Split = "test") -> Evaluation:
+    """Error in percent on a split: the agent and its controls, each place drawn once; greedy beside it.
+
+    `error` is that of single samples: no averaging over tries. `greedy_error` takes the mean of every location's
+    distribution. The curve is the error of the answer after each glimpse.
+    """
+    images = _load(config.data, config.root, split, config.image_size)
+    _check_classes(config, images)
+    metrics, curves = _score(config, policy, "learned", images, run)
+    baselines: dict[str, dict[str, float]] = {}
+    series = {"learned places": curves}
+    for name in config.controls:
+        control = _control(config, name).to(run.device)
+        if not run.restore(name, control):
+            continue
+        if name == "cnn":
+            baselines[name] = {"error": _cnn_error(config, control, images, run)}
+        else:
+            baselines[name], series[f"{name} places"] = _score(config, control, name, images, run)
+    return Evaluation(metrics, baselines, {"error in percent against glimpses": series})
+
+
+def _score(
+    config: Config, policy: nn.Module, looking: str, images: Images, run: Run
+) -> tuple[dict[str, float], list[tuple[float, float]]]:
+    env = _env(config, images, min(1000, len(images)), looking, run.device)
+    drawn = attention.answer(env, policy, config.seed, len(images))
+    scores = {"error": drawn.error()}
+    if looking == "learned":
+        scores["greedy_error"] = attention.answer(env, policy, config.seed, len(images), greedy=True).error()
+    return scores, [(step, drawn.error(step)) for step in range(1, env.glimpses + 1)]
+
+
+def _cnn_error(config: Config, control: nn.Module, images: Images, run: Run) -> float:
+    pixels = images.pixels.to(run.device)
+    wrong = 0
+    for ids in torch.arange(len(images), device=run.device).split(1000):
+        keys = noise.key(config.seed, "evaluation", ids)
+        with torch.no_grad():
+            scores = control(render(pixels, ids, noise.fold(keys, "initial", "canvas"), _known(config.variant)))
+        wrong += int((scores.argmax(-1).cpu() != images.labels[ids.cpu()]).sum())
+    return 100 * wrong / len(images)
+
+
+def predict(
+    config: Config, policy: GlimpsePolicy, images: Float[Tensor, "batch channels height width"]
+) -> dict[str, Tensor]:
+    """Look at images in [0, 1]: `classes` [batch], `scores` [batch, classes], `locations` [batch, time, 2].
+
+    Raises:
+        InputError: the images break the convention, or have another number of channels than the agent was trained on.
+    """
+    check_images(images, "images")
+    if images.shape[1] != _known(config.channels):
+        raise InputError(f"images: {images.shape[1]} channels, but this agent was trained on {_known(config.channels)}")
+    device = next(policy.parameters()).device
+    pixels = (images * 255).round().byte()
+    shown = Images(pixels, torch.zeros(len(images), dtype=torch.int64), _known(config.classes), "images", "all")
+    env = _env(replace(config, variant="plain"), shown, len(images), "learned", device)
+    found = attention.answer(env, policy, config.seed, len(images), greedy=True)
+    return {
+        "classes": found.scores[:, -1].argmax(-1),
+        "scores": found.scores[:, -1],
+        "locations": found.locations,
+    }
+
+
+def picture(
+    config: Config, policy: GlimpsePolicy, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
+) -> dict[str, Any]:
+    """Glimpse paths on test pictures, or on images of the user: name → a picture, or a list of frames."""
+    labels = None
+    if images is None:
+        shown = _load(config.data, config.root, "test", config.image_size)
+        ids = torch.arange(min(12, len(shown)))
+        images = render(shown.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
+        labels = shown.labels[ids]
+    found = {name: value.cpu() for name, value in predict(config, policy, images.to(run.device)).items()}
+    sure = found["scores"].softmax(-1).max(-1).values
+    guesses = [_known(config.classes)[guess] for guess in found["classes"].tolist()]
+    captions = [f"{guess} ({share:.2f})" for guess, share in zip(guesses, sure.tolist(), strict=True)]
+    correct = None
+    if labels is not None:
+        captions = [
+            f"{_known(config.classes)[label]} → {caption}"
+            for label, caption in zip(labels.tolist(), captions, strict=True)
+        ]
+        correct = (labels == found["classes"]).tolist()
+    images = images.cpu()
+    retina = {"patch": _known(config.patch), "scales": _known(config.scales), "factor": config.factor}
+    steps = [f"glimpse {step + 1}" for step in range(found["locations"].shape[1])]
+    steps[-1] += f": {captions[0]}"
+    return {
+        "glimpse paths": pictures.glimpse_paths(
+            images, found["locations"], **retina, captions=captions, correct=correct
+        ),
+        "glimpses": pictures.glimpse_frames(images[0], found["locations"][0], **retina, captions=steps),
+    }
+
+
+def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
+    """The user's picture, or the pictures of a folder, as the agent takes them."""
+    return read_pictures(path, _known(config.channels), config.image_size)
+
+
+def check(config: Config) -> dict[str, Any]:
+    """The first pictures of the data, as the agent will meet them, with their classes."""
+    images = _load(config.data, config.root, "train", config.image_size)
+    ids = torch.arange(min(16, len(images)))
+    shown = render(images.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
+    return {"data": pictures.image_grid(shown, [images.classes[label] for label in images.labels[ids].tolist()])}
+
+
+def _check_classes(config: Config, images: Images) -> None:
+    if images.classes != _known(config.classes):
+        raise InputError(
+            f"data: classes {', '.join(images.classes)} of {images.name!r} are not those the agent was trained on "
+            f"({', '.join(_known(config.classes))})"
+        )
