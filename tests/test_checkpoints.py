@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from foveate import checkpoints
+from foveate.run import checkpoints
 from foveate.types import InputError
 
 STATE = {

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from foveate import noise
 from foveate.envs.tensor_env import TensorEnv
 from foveate.learn.baselines import MovingAverage, group_normalised, leave_one_out, value_loss
-from foveate.learn.policy_gradient import policy_gradient
+from foveate.learn.policy_gradient import masked_mean, policy_gradient
 from foveate.learn.returns import reward_to_go
 from foveate.learn.rollout import rollout
 from foveate.learn.schedule import one_cycle, set_learning_rate
@@ -90,6 +90,7 @@ def learn_to_look(
         loss, parts = hybrid_loss(trajectory, decisions, labels, looking, average, greedy, run.count)
         set_learning_rate(optimizer, one_cycle(run.progress, looking.learning_rate))
         run.optimise(loss, optimizer)
+        average.update(run.mean(parts["reward"])[None])
         run.log(**parts)
         if (step + 1) % every == 0:
             run.log(**validate())
@@ -110,15 +111,15 @@ def hybrid_loss(
     which is the environment's. The three terms train disjoint sets of weights, so they are not weighted.
     """
     scores = decisions.distribution.scores
-    episodes = count(trajectory.mask[:, 0])
+    last = trajectory.mask.sum(1) - 1
+    final = scores[torch.arange(len(last), device=last.device), last]
     if looking.classify == "every":
-        steps = scores.shape[1]
-        entropies = F.cross_entropy(scores.flatten(0, 1), labels.repeat_interleave(steps), reduction="none")
-        answer = entropies.sum() / steps / episodes
+        entropies = F.cross_entropy(scores.flatten(0, 1), labels.repeat_interleave(scores.shape[1]), reduction="none")
+        answer = masked_mean(entropies.view(trajectory.mask.shape), trajectory.mask, count(trajectory.mask))
     else:
-        answer = F.cross_entropy(scores[:, -1], labels, reduction="sum") / episodes
+        answer = F.cross_entropy(final, labels, reduction="sum") / count(trajectory.mask[:, 0])
     reward = trajectory.rewards.sum(1)
-    right = (scores[:, -1].argmax(-1) == labels).float()
+    right = (final.argmax(-1) == labels).float()
     parts = {"cross_entropy": answer.detach(), "reward": reward.mean(), "train_error": 100 * (1 - right.mean())}
     if decisions.values is None:
         return answer, parts
@@ -131,7 +132,6 @@ def hybrid_loss(
         assert trajectory.group is not None
         advantages = group_normalised(reward, trajectory.group)
     places = policy_gradient(log_probs, None, advantages, chosen, count(chosen)).loss
-    average.update(reward)
     return answer + places + value, parts | {"value_loss": value.detach()}
 
 
@@ -143,7 +143,7 @@ def _baseline(
         assert trajectory.values is not None
         return trajectory.values
     if name == "moving-average":
-        return average.baseline()
+        return average()
     if name == "leave-one-out":
         assert trajectory.group is not None
         return leave_one_out(reward, trajectory.group)

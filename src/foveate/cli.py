@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not isinstance(error, (InputError, RunError)):
             raise
-        return _complain(str(error), 2 if isinstance(error, InputError) else 1)
+        code = 2 if isinstance(error, InputError) else 1
+        return _complain(str(error), code) if os.environ.get("RANK", "0") == "0" else code
 
 
 def list_systems(words: list[str]) -> int:
@@ -99,11 +100,7 @@ def train(words: list[str]) -> int:
     file = _parse_known(Options, rest).config_file
     if file is not None:
         default = commands.config_from_file(system, file)
-    both = make_dataclass(
-        "Train",
-        [("options", OmitArgPrefixes[Options], Options()), ("config", OmitArgPrefixes[kind], default)],
-        frozen=True,
-    )
+    both: Any = make_dataclass("Train", [("options", Options, Options()), ("config", kind, default)], frozen=True)
     parsed = _parse(both, f"train {system}", rest, commands.system_module(system).__doc__)
     options = parsed.options
     if options.processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -225,7 +222,7 @@ def data(words: list[str]) -> int:
     from foveate import commands
 
     kind = commands.system_module(system).Config
-    both = make_dataclass("Check", [("out", Path, Path("data-check")), ("config", OmitArgPrefixes[kind], kind())])
+    both: Any = make_dataclass("Check", [("out", Path, Path("data-check")), ("config", kind, kind())], frozen=True)
     parsed = _parse(both, f"data check {system}", rest, "Draw the first inputs of a system's data with their targets.")
     for path in commands.check_data(parsed.config, system, parsed.out):
         print(path)
@@ -273,7 +270,7 @@ class _Nothing:
 
 
 def _parse(kind: type[C], command: str, words: list[str], description: str | None = None) -> C:
-    return tyro.cli(kind, args=words, prog=f"foveate {command}", description=description)
+    return tyro.cli(kind, args=words, prog=f"foveate {command}", description=description, config=(OmitArgPrefixes,))
 
 
 def _parse_known(kind: type[C], words: list[str]) -> C:

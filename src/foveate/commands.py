@@ -8,8 +8,9 @@ agent(images)["classes"]
 from __future__ import annotations
 
 import difflib
-import importlib.util
+import importlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -137,6 +138,7 @@ def train(
         device=device,
         checkpoint_steps=checkpoint_steps,
         overwrite=overwrite,
+        source=None if source is None else Path(source),
     )
     given = config_from(system, settings, "train")
     for entry in fields(config):
@@ -159,9 +161,10 @@ def _train(module: ModuleType, config: Any, run: Run) -> Agent:
     if run.is_main:
         policy = _restored(module, config, run)
         run.say("scoring")
-        _save_evaluation(run.folder, module.evaluate(config, policy, run))
+        evaluation = module.evaluate(config, policy, run)
+        _save_evaluation(run.folder, evaluation)
         drawn = _save_pictures(run.folder / "pictures", module.picture(config, policy, run))
-        path = _write_report(module, config, run, drawn)
+        path = _write_report(config, run, evaluation, drawn)
         run.say(f"report: {path}")
     return load(run.folder, str(run.device))
 
@@ -240,13 +243,10 @@ def bench(names: Sequence[str]) -> list[dict[str, Any]]:
     folder = Path(__file__).parents[2] / "benchmarks"
     if not folder.is_dir():
         raise InputError("bench: the benchmarks are in the source checkout; clone it and install with pip install -e .")
-    found = {}
+    sys.path.insert(0, str(folder.parent))
+    found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.py")):
-        spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.import_module(f"benchmarks.{path.stem}")
         found.update(getattr(module, "ROWS", {}))
     for name in names:
         if name not in found:
@@ -287,8 +287,7 @@ def _save_pictures(folder: Path, drawn: dict[str, Any]) -> dict[str, Path]:
     return files
 
 
-def _write_report(module: ModuleType, config: Any, run: Run, drawn: dict[str, Path]) -> Path:
-    evaluation = Evaluation(**json.loads((run.folder / "evaluation.json").read_text()))
+def _write_report(config: Any, run: Run, evaluation: Evaluation, drawn: dict[str, Path]) -> Path:
     shown: dict[str, Any] = dict(drawn)
     for name, series in evaluation.curves.items():
         value, over = name.split(" against ")

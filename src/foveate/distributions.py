@@ -109,6 +109,7 @@ class Uniform:
         return torch.where(width > 0, width, 1.0).log().sum(-1)
 
     def kl(self, other: Uniform) -> Float[Tensor, "*batch"]:
-        """Difference of the log-widths where `other` covers self, infinite elsewhere."""
+        """Difference of the log-widths where `other` covers self; infinite elsewhere, and of a point in an interval."""
         covered = ((other.low <= self.low) & (self.high <= other.high)).all(-1)
+        covered &= ((self.low < self.high) | (other.low == other.high)).all(-1)
         return (other.entropy() - self.entropy()).masked_fill(~covered, torch.inf)

@@ -106,10 +106,10 @@ def _absorb(state: int | Tensor, part: int | str | Tensor) -> int | Tensor:
         state = ((state ^ (state >> 30)) * _FIRST) & _WORD
         state = ((state ^ (state >> 27)) * _SECOND) & _WORD
         return state ^ (state >> 31)
-    if isinstance(part, int):
-        part = _signed((part + _STEP) & _WORD)
-        return _mix(state + part)
-    return _mix((_signed((state + _STEP) & _WORD) if isinstance(state, int) else state + _signed(_STEP)) + part)
+    if isinstance(part, Tensor):
+        part = part.long()
+    start = _signed((state + _STEP) & _WORD) if isinstance(state, int) else state + _signed(_STEP)
+    return _mix(torch.as_tensor(start + (_signed(part & _WORD) if isinstance(part, int) else part)))
 
 
 def _logical_shift(state: Tensor, by: int) -> Tensor:

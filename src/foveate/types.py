@@ -14,7 +14,7 @@ Q-learning stores transitions, not trajectories.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
@@ -36,19 +36,26 @@ def map_tree(function: Callable[..., Any], first: T, *rest: T) -> T:
     """Apply `function` to the tensors at the same place of one or several trees of the same shape.
 
     Leaves that are not tensors (None, numbers, strings) are taken from the first tree.
+
+    Raises:
+        ValueError: another tree has a tensor where the first has none, or other names.
     """
     if isinstance(first, Tensor):
         return cast(T, function(first, *rest))
     if isinstance(first, dict):
+        if any(set(tree) != set(first) for tree in rest):  # type: ignore[call-overload]
+            raise ValueError(f"trees with different names: {[list(tree) for tree in (first, *rest)]}")  # type: ignore[call-overload]
         return cast(T, {name: map_tree(function, first[name], *(tree[name] for tree in rest)) for name in first})  # type: ignore[index]
     if isinstance(first, (tuple, list)):
-        return cast(T, type(first)(map_tree(function, *leaves) for leaves in zip(first, *rest, strict=True)))  # type: ignore[call-overload]
+        return cast(T, type(first)(map_tree(function, *leaves) for leaves in zip(first, *rest, strict=True)))
     if is_dataclass(first) and not isinstance(first, type):
         changed = {
             entry.name: map_tree(function, getattr(first, entry.name), *(getattr(tree, entry.name) for tree in rest))
             for entry in fields(first)
         }
         return cast(T, replace(first, **changed))
+    if any(isinstance(tree, Tensor) for tree in rest):
+        raise ValueError(f"trees of different shape: {first!r} in the first, a tensor in another")
     return first
 
 
@@ -123,7 +130,7 @@ class Decisions:
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Policy(nn.Module):
+class Policy(nn.Module, ABC):
     """Acts step by step in an environment.
 
     `forward` takes any number of steps at once, so that the same weights act one step at a time and are trained on
@@ -143,7 +150,7 @@ class Policy(nn.Module):
         """
 
 
-class Sampler(nn.Module):
+class Sampler(nn.Module, ABC):
     """Emits a whole answer: tokens, a set of boxes, a denoising chain.
 
     `chunk` is the number of decisions to put through one backward pass (None: all of them); a diffusion chain sets it

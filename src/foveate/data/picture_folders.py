@@ -227,9 +227,10 @@ def _head(path: Path) -> tuple[tuple[int, int], bool]:
     from PIL import Image
 
     with _reading(path), Image.open(path) as image:
-        # Pillow opens 16-bit PNG and PGM as "I" too; elsewhere it is 32 bits, of which no scale is known
+        # Pillow opens 16-bit PNG and PGM as "I" too; elsewhere "I" is numbers of which no scale is known
         if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-            raise ValueError(f"32-bit {'float' if image.mode == 'F' else 'integer'} pixels; save it with 8 or 16 bits")
+            kind = "32-bit float" if image.mode == "F" else "signed or 32-bit integer"
+            raise ValueError(f"{kind} pixels; save it with 8 bits, or 16 unsigned")
         turned = image.format in ("JPEG", "MPO") and image.getexif().get(_ORIENTATION, 1) >= 5
         gray = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
         return image.size[::-1] if turned else image.size, gray

@@ -7,6 +7,7 @@ import gymnasium
 
 ENVIRONMENTS = {
     "foveate/Glimpse-v0": "glimpse:{}GlimpseEnv",
+    "foveate/FoveatingGrid-v0": "foveating_grid:{}FoveatingGridEnv",
 }
 
 

@@ -13,20 +13,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import gymnasium
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
 from foveate.data.classification import Images, load_images
 from foveate.data.variants import canvas_size, render
-from foveate.envs.tensor_env import SingleEnv, TensorEnv
+from foveate.envs.tensor_env import SingleEnv, TensorEnv, check_choice
+from foveate.geometry import to_pixels
 from foveate.models.retina import Pyramid, build_pyramid, look
 from foveate.types import InputError
 
+First = Literal["random", "centre"]
+Reward = Literal["right", "likelihood"]
+FRAME = (255, 160, 0)  # colour of the squares in a picture
 SCORE_RANGE = 10.0  # of the action space; libraries of others want finite bounds, the environment itself sets none
 
 
@@ -58,7 +62,13 @@ class GlimpseEnv(TensorEnv):
         reward: "right" (1 or 0), or "likelihood": the softmax of the scores at the right class, which is minus the
             cross-entropy mapped into [0, 1] by exp.
         **options: of `TensorEnv`.
+
+    Raises:
+        InputError: as `load_images` and `canvas_size`; a number below 1, a patch larger than the image.
     """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 2}  # noqa: RUF012
+    chance = False
 
     def __init__(
         self,
@@ -73,10 +83,15 @@ class GlimpseEnv(TensorEnv):
         patch: int = 8,
         scales: int = 1,
         factor: int = 2,
-        first: Literal["random", "centre"] = "random",
-        reward: Literal["right", "likelihood"] = "right",
+        first: First = "random",
+        reward: Reward = "right",
         **options: Any,
     ) -> None:
+        check_choice("first", first, get_args(First))
+        check_choice("reward", reward, get_args(Reward))
+        for name, number in ("glimpses", glimpses), ("patch", patch), ("scales", scales), ("factor", factor):
+            if number < 1:
+                raise InputError(f"{name}: found {number}, expected at least 1")
         if images is None:
             images = load_images(data, None if root is None else Path(root), split)
         channels, *size = images.pixels.shape[1:]
@@ -130,6 +145,22 @@ class GlimpseEnv(TensorEnv):
             "what": look(state.pyramid, state.locations, self.patch, self.factor).clamp(0, 1),
             "where": state.locations,
         }
+
+    def draw(self, state: GlimpseState) -> UInt8[Tensor, "batch height width 3"]:
+        """The image, and a square around what each scale of the retina sees of it."""
+        image = state.pyramid[0]
+        height, width = image.shape[-2:]
+        centres = to_pixels(state.locations, (height, width))[..., None, None]
+        rows = torch.arange(height, device=image.device)[:, None] + 0.5
+        columns = torch.arange(width, device=image.device) + 0.5
+        distance = torch.maximum((columns - centres[:, 0]).abs(), (rows - centres[:, 1]).abs())
+        picture = (image * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+        colour = torch.tensor(FRAME, dtype=torch.uint8, device=image.device)
+        for scale in range(self.scales):
+            reach = self.patch * self.factor**scale / 2
+            edge = (distance <= reach) & (distance > reach - 1)
+            picture = torch.where(edge[..., None], colour, picture)
+        return picture
 
 
 class SingleGlimpseEnv(SingleEnv):

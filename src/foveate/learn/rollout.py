@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from foveate import noise
-from foveate.types import Decisions, Trajectory, Tree, concatenate, map_tree
+from foveate.types import Decisions, InputError, Trajectory, Tree, concatenate, map_tree
 
 
 def rollout(
@@ -25,7 +25,7 @@ def rollout(
     """Run one episode in every copy of a lockstep environment without autoreset (`foveate.envs.TensorEnv`).
 
     Args:
-        env: stepped until every copy has ended; a copy that ended earlier is padding from there on.
+        env: stepped until every copy has ended; a copy that ended earlier stands still and is padding from there on.
         policy: a `Policy`, or one wrapped for several processes.
         keys: one key a copy. The environment's own chance and the policy's both follow from it.
         ids: which example each copy shows; drawn by the environment if not given.
@@ -33,10 +33,23 @@ def rollout(
             the steps just taken. Without it (for learners that pass over the trajectory again) they are None.
         greedy: take the most likely action instead of drawing one.
         group: which rows are samples of the same input.
+
+    Returns:
+        What happened, and the decisions that took it there. `last_value` is the critic's value of what was seen after
+        a row's last step, remembering all of the row, where a limit cut it, and 0 where the task ended by itself.
+
+    Raises:
+        InputError: the environment resets copies by itself, or gives arrays.
     """
+    if env.autoreset.name != "DISABLED" or env.output != "torch":
+        raise InputError(
+            f"env: found autoreset {env.autoreset.name.lower()!r} and output {env.output!r}, "
+            "expected 'disabled' and 'torch': make it with autoreset='disabled'"
+        )
     observation, _ = env.reset(options={"keys": keys} if ids is None else {"keys": keys, "ids": ids})
     ended = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
     state = None
+    cut = torch.zeros_like(ended)
     starts = torch.ones_like(ended)
     steps: list[dict[str, Tree]] = []
     made: list[Decisions] = []
@@ -50,11 +63,17 @@ def rollout(
             else:
                 action = decisions.distribution.sample(noise.fold(keys, "action", len(steps))[:, None])
             log_prob = decisions.distribution.log_prob(action)
-            before, mask = seen, ~ended
-            observation, reward, terminated, truncated, _ = env.step(map_tree(lambda leaf: leaf[:, 0], action))
+            mask = ~ended
+            reward, terminated, truncated, _ = env.advance(map_tree(lambda leaf: leaf[:, 0], action))
+            cut = cut | (truncated & mask)
+            ended = ended | terminated | truncated
+            done = bool(ended.all())
+            # Looking may cost more than stepping, and the end of a task is looked at by nobody.
+            if not done or (decisions.values is not None and bool(cut.any())):
+                observation = env.observe(env.state)
         steps.append(
             {
-                "observations": before,
+                "observations": seen,
                 "actions": action,
                 "log_probs": log_prob,
                 "rewards": (reward * mask)[:, None],
@@ -65,21 +84,20 @@ def rollout(
             }
         )
         made.append(decisions)
-        ended = ended | terminated | truncated
         starts = torch.zeros_like(starts)
-        if bool(ended.all()):
+        if done:
             break
     joined = concatenate(steps, 1)
     last_value = None
     if joined["values"] is not None:
         last_value = torch.zeros_like(joined["values"][:, 0])
-        if bool(joined["truncated"].any()):
+        if bool(cut.any()):
             with torch.no_grad():
                 after, _ = policy(map_tree(lambda leaf: leaf[:, None], observation), state, starts[:, None])
             # A copy that ended keeps showing its last observation, so the value that belongs after its last step is
             # the one of the step that follows.
             values = torch.cat((joined["values"], after.values.detach()), 1)
             lengths = joined["mask"].sum(1, keepdim=True)
-            last_value = values.gather(1, lengths).squeeze(1) * joined["truncated"].any(1)
+            last_value = values.gather(1, lengths).squeeze(1) * cut
     trajectory = Trajectory(**joined, last_value=last_value, group=group)
     return trajectory, concatenate(made, 1) if grad else None

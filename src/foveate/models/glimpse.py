@@ -78,7 +78,7 @@ class GlimpsePolicy(Policy):
     ) -> None:
         super().__init__()
         self.looking = looking
-        self.what = _mlp_eye(what) if glimpse_network == "mlp" else _cnn_eye(what)
+        self.what: nn.Module = _mlp_eye(what) if glimpse_network == "mlp" else _cnn_eye(what)
         self.where = nn.Sequential(nn.Linear(where, 128), nn.ReLU())
         self.join = nn.Linear(128 + 128, hidden)
         self.core: nn.Module = _RectifiedCell(hidden, hidden) if core == "rnn" else nn.LSTMCell(hidden, hidden)
@@ -86,6 +86,7 @@ class GlimpsePolicy(Policy):
         if looking == "learned":
             self.locate = nn.Sequential(nn.Linear(hidden, 128), nn.ReLU(), nn.Linear(128, 2), nn.Tanh())
             self.value = nn.Linear(hidden, 1)
+        self.std: Tensor
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def forward(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from foveate import attention, noise, pictures
 from foveate.attention import Looking
-from foveate.data.classification import Images, Split, check_images, load_images
+from foveate.data.classification import Images, Split, check_images, load_images, read_pictures
 from foveate.data.variants import canvas_size, render
 from foveate.envs.glimpse import GlimpseEnv
 from foveate.learn.baselines import MovingAverage
@@ -101,20 +101,37 @@ _load = lru_cache(maxsize=4)(load_images)
 
 
 def resolve(config: Config) -> Config:
-    """Fill in what the data decides."""
+    """Check the fields, and fill in what the data decides.
+
+    Raises:
+        InputError: a field is out of its range, or the data cannot be read.
+    """
+    for name in ("glimpses", "patch", "scales", "factor", "hidden", "samples", "batch"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name}: found {value}, expected at least 1")
+    if not config.std > 0:
+        raise InputError(f"std: found {config.std}, expected more than 0: a location that is not drawn teaches nothing")
+    if config.baseline in ("leave-one-out", "group") and config.samples < 2:
+        raise InputError(
+            f"samples: found {config.samples}, but baseline {config.baseline!r} compares at least 2 of each image"
+        )
     images = _load(config.data, config.root, "train", config.image_size)
     variant = config.variant or ("cluttered60" if config.data == "digits" else "plain")
     channels, height, width = images.pixels.shape[1:]
     side = min(canvas_size(variant, (height, width)))
-    return replace(
-        config,
-        variant=variant,
-        glimpses=config.glimpses or (8 if variant.startswith("cluttered") else 6),
-        patch=config.patch or (8 if side <= 40 else 12),
-        scales=config.scales or (1 if side <= 40 else 3 if side <= 80 else 4),
-        channels=channels,
-        classes=images.classes,
-    )
+    found: dict[str, Any] = {
+        "variant": variant,
+        "glimpses": 8 if variant.startswith("cluttered") else 6,
+        "patch": 8 if side <= 40 else 12,
+        "scales": 1 if side <= 40 else 3 if side <= 80 else 4,
+        "channels": channels,
+        "classes": images.classes,
+    }
+    config = replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
+    if _known(config.patch) > side:
+        raise InputError(f"patch: {config.patch} pixels are more than the image's {side}; choose a smaller patch")
+    return config
 
 
 def _known(value: T | None) -> T:
@@ -244,7 +261,7 @@ def _score(
     scores = {"error": drawn.error()}
     if looking == "learned":
         scores["greedy_error"] = attention.answer(env, policy, config.seed, len(images), greedy=True).error()
-    return scores, [(step, drawn.error(step)) for step in range(1, env.glimpses + 1)]
+    return scores, [(float(step), drawn.error(step)) for step in range(1, env.glimpses + 1)]
 
 
 def _cnn_error(config: Config, control: nn.Module, images: Images, run: Run) -> float:
@@ -288,7 +305,7 @@ def picture(
     labels = None
     if images is None:
         shown = _load(config.data, config.root, "test", config.image_size)
-        ids = torch.arange(min(12, len(shown)))
+        ids = torch.linspace(0, len(shown) - 1, min(12, len(shown))).long()
         images = render(shown.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
         labels = shown.labels[ids]
     found = {name: value.cpu() for name, value in predict(config, policy, images.to(run.device)).items()}
@@ -322,7 +339,7 @@ def read(config: Config, path: Path) -> Float[Tensor, "batch channels height wid
 def check(config: Config) -> dict[str, Any]:
     """The first pictures of the data, as the agent will meet them, with their classes."""
     images = _load(config.data, config.root, "train", config.image_size)
-    ids = torch.arange(min(16, len(images)))
+    ids = torch.linspace(0, len(images) - 1, min(16, len(images))).long()
     shown = render(images.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
     return {"data": pictures.image_grid(shown, [images.classes[label] for label in images.labels[ids].tolist()])}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from foveate.checkpoints import write_atomically
+from foveate.run.checkpoints import write_atomically
 from foveate.types import InputError
 
 RECORD = "run.json"

@@ -29,19 +29,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from foveate import checkpoints, folders, noise
-from foveate.processes import Interrupt, Processes, StoppedElsewhere
-from foveate.progress import Metrics, Progress
+from foveate import noise
+from foveate.run import checkpoints
+from foveate.run import folder as run_folder
+from foveate.run.processes import Interrupt, Processes, RunError
+from foveate.run.progress import Metrics, Progress
 from foveate.types import InputError
+
+__all__ = ["Run", "RunError"]
 
 CHECKPOINT_SECONDS = 30.0
 LOG_EVERY = 20  # steps to a row of metrics.jsonl
 _METRICS = "run-metrics"  # the name of a part that no keyword of `track` can take
 Number: TypeAlias = float | int
-
-
-class RunError(RuntimeError):
-    """A run cannot go on: the disk is full, the loss diverged. One line: what happened, what is safe, the remedy."""
 
 
 class Run:
@@ -58,6 +58,7 @@ class Run:
         checkpoint_steps: save every so many steps; every 30 seconds if None (less often if saving is slow).
         resume: go on from the last good checkpoint; a budget of None is then the one the run was begun with.
         overwrite: if the folder holds a run, delete that first.
+        source: another run; a module begins with the weights that run has for a part of its name, if it has one.
         quiet: show no progress.
 
     Attributes:
@@ -74,6 +75,7 @@ class Run:
     _resumed: checkpoints.Checkpoint | None = None  # where the run goes on from, until its first step
     _phases: list[dict[str, Any]]  # as in checkpoints: name, steps, seconds, done
     _begun = _broken = _writable = False
+    _source: Run | None = None
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class Run:
         checkpoint_steps: int | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        source: Path | None = None,
         quiet: bool = False,
     ) -> None:
         for field, value in (("steps", steps), ("minutes", minutes), ("checkpoint_steps", checkpoint_steps)):
@@ -95,10 +98,11 @@ class Run:
                 raise InputError(f"{field}: found a budget of {value:g}, expected more than 0")
         self._set_up(folder, system, config, seed, device, quiet)
         self._checkpoint_steps, self._resume, self._writable = checkpoint_steps, resume, True
+        self._source = None if source is None else Run.open(source)
         others = {"steps": steps, "minutes": minutes, "processes": self.processes, "device": str(self.device)}
-        self._record = folders.describe(system, config, seed, others)
+        self._record = run_folder.describe(system, config, seed, others)
         if resume:
-            self._record = folders.resumed(self.folder, self._record)
+            self._record = run_folder.resumed(self.folder, self._record)
             self._resumed = checkpoints.newest(self._folder, self._passed_over)
             if self._resumed:
                 self._phases = self._resumed.position["phases"]
@@ -106,7 +110,7 @@ class Run:
             else:
                 self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
         else:
-            folders.check_free(self.folder, overwrite)
+            run_folder.check_free(self.folder, overwrite)
         if self._record["steps"] is None and self._record["minutes"] is None:
             raise InputError("steps, minutes: found neither, expected a budget; give one, e.g. --minutes 3")
 
@@ -117,7 +121,7 @@ class Run:
         Raises:
             InputError: the folder holds no run.
         """
-        record = folders.read(Path(folder))
+        record = run_folder.read(Path(folder))
         run = cls.__new__(cls)
         run._set_up(folder, record["system"], record["config"], record["seed"], device, quiet=True)
         return run
@@ -139,6 +143,8 @@ class Run:
                 self._group.copy_from_main(part)
             if self._resumed:
                 self.restore(name, part)
+            elif self._source and isinstance(part, nn.Module):
+                self._source.restore(name, part)
         return tuple(parts.values())
 
     def restore(self, name: str, part: Any) -> bool:
@@ -223,12 +229,16 @@ class Run:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def mean(self, value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The mean of a number over all processes."""
+        return self._group.reduce(value, "mean")
+
     def count(self, mask: Bool[Tensor, "..."]) -> Float[Tensor, ""]:
         """How many are true, as the mean over processes.
 
         Divide each process's sum by it: the mean over processes of the gradients is then that of the whole batch.
         """
-        return self._group.reduce(mask.sum().float(), "mean")
+        return self.mean(mask.sum().float())
 
     def rows(self, batch: int) -> slice:
         """Which rows of a batch are this process's.
@@ -258,16 +268,13 @@ class Run:
         if self._broken:
             raise RunError(f"nothing is saved after the run diverged; {self._last_good()}")
         self._begin()
-        started, self._interrupt.waits = time.monotonic(), True
+        started = time.monotonic()
         step = self._phases[-1]["steps"] if self._phases else 0
         partial = self._folder / f"{checkpoints.PARTIAL}{max(0, len(self._phases) - 1)}-{step:08d}"
-        try:
-            with self._on_disk():
-                self._group.together(lambda: checkpoints.begin(partial))
-                self._group.together(lambda: self._write_parts(partial), main_only=False)
-                self._group.together(lambda: checkpoints.finish(partial, {"phases": self._phases}))
-        finally:
-            self._interrupt.waits = False
+        with self._on_disk(), self._interrupt.held():
+            self._group.together(lambda: checkpoints.begin(partial))
+            self._group.together(lambda: self._write_parts(partial), main_only=False)
+            self._group.together(lambda: checkpoints.finish(partial, {"phases": self._phases}))
         ended = time.monotonic()
         self._next_save = ended + max(CHECKPOINT_SECONDS, 20 * (ended - started))
         return checkpoints.listed(self._folder)[-1]
@@ -301,10 +308,10 @@ class Run:
 
     def _make_folder(self) -> None:
         if self._resume:
-            folders.write(self.folder, self._record)
+            run_folder.write(self.folder, self._record)
             checkpoints.drop_after(self._folder, self._resumed)
         else:
-            folders.begin(self.folder, self._record)
+            run_folder.begin(self.folder, self._record)
         self._metrics.open(purge=self._total("steps") + 1 if self._resume else None)
 
     def _enter(self, phase: str) -> bool:
@@ -334,8 +341,6 @@ class Run:
     def _on_disk(self) -> Iterator[None]:
         try:
             yield
-        except StoppedElsewhere as error:
-            raise RunError(str(error)) from error
         except OSError as error:
             raise RunError(
                 f"{self.folder}: cannot be written ({error.strerror or error}); {self._last_good()}; make room, then: "

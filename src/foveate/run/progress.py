@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.processes import Processes
+from foveate.run.processes import Processes
 from foveate.types import map_tree
 
 
@@ -184,7 +184,7 @@ class Metrics:
 
         if self._events is None:
             (self._folder / "tensorboard").mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
+            name = f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
             self._events = (self._folder / "tensorboard" / name).open("wb", buffering=0)
             first = [Event(wall_time=time.time(), file_version="brain.Event:2")]
             if self._purge is not None:

@@ -5,11 +5,12 @@ One process needs none of it, and then nothing here imports Accelerate or starts
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -22,8 +23,8 @@ from foveate.types import InputError
 T = TypeVar("T")
 
 
-class StoppedElsewhere(RuntimeError):
-    """Another process failed and says why; this one stops with it."""
+class RunError(RuntimeError):
+    """A run cannot go on: the disk is full, the loss diverged. One line: what happened, what is safe, the remedy."""
 
 
 class Processes:
@@ -94,7 +95,7 @@ class Processes:
         """Do something in the main process, or in all; return when all have done it; if one fails all do.
 
         Raises:
-            StoppedElsewhere: it failed in another process; in that one, whatever it raised.
+            RunError: it failed in another process; in that one, whatever it raised.
         """
         failure, result = None, None
         if self.rank == 0 or not main_only:
@@ -106,7 +107,7 @@ class Processes:
         if failure is not None:
             raise failure
         if self.count > 1 and failures.item():
-            raise StoppedElsewhere("stopped: another process of this run failed and says why")
+            raise RunError("stopped: another process of this run failed and says why")
         return result
 
     def mean_gradients(self, parameters: list[nn.Parameter], loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -130,12 +131,20 @@ class Interrupt:
     """Inside `with`, Ctrl-C is noted rather than raised, so that a step can be ended and saved.
 
     Attributes:
-        asked: Ctrl-C was pressed.
-        waits: set while nothing may be broken off; otherwise a second Ctrl-C raises KeyboardInterrupt at once.
+        asked: Ctrl-C was pressed. A second one raises KeyboardInterrupt at once, except inside `held`.
     """
 
     def __init__(self) -> None:
-        self.asked = self.waits = False
+        self.asked = self._held = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing in here is broken off."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def __enter__(self) -> None:
         self._before: Any = None
@@ -152,7 +161,7 @@ class Interrupt:
             self.asked, self._first = True, now
             if os.environ.get("RANK", "0") == "0":  # not by print, which may be what was interrupted
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, back to the last checkpoint\n")
-        elif not self.waits and now - self._first > 1:  # launchers may pass on one Ctrl-C twice
+        elif not self._held and now - self._first > 1:  # launchers may pass on one Ctrl-C twice
             raise KeyboardInterrupt
 
 

@@ -1,0 +1,156 @@
+"""Write rows of docs/results.md from the files of runs: python benchmarks/results.py RUN [RUN ...].
+
+docs/results.json is the source: each run's run.json and evaluation.json, and its minutes, one entry for each system,
+data, settings, seed, budget and number of processes, replaced by a later run of the same. The table between the markers
+of docs/results.md is made anew from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from foveate.report import format_column
+from foveate.run.checkpoints import write_atomically
+from foveate.types import InputError
+
+Row = dict[str, Any]
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+OWN_COLUMNS = ("data", "root", "variant", "seed", "steps", "minutes", "channels", "classes")
+KEY = ("system", "data", "variant", "settings", "seed", "budget", "processes")
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def read_row(run: Path) -> Row:
+    """The entry of a run.
+
+    Raises:
+        InputError: the folder holds no run, or one that was not scored.
+    """
+    record = _read_json(run / "run.json", "train it with foveate train")
+    evaluation = _read_json(run / "evaluation.json", f"score it with foveate eval {run}")
+    log = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    phases: dict[str, float] = {}
+    before = 0.0
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        until = max(row["seconds"] for row in rows if row["phase"] == phase)
+        phases[phase], before = (until - before) / 60, until
+    config = {name: value for name, value in record["config"].items() if name != "root"}  # a path of one machine
+    return {
+        "system": record["system"],
+        "data": config["data"],
+        "variant": config.get("variant"),
+        "settings": _settings(record["system"], config),
+        "seed": record["seed"],
+        "budget": f"{record['minutes']:g} min" if record["minutes"] is not None else f"{record['steps']} steps",
+        "processes": record["processes"],
+        "minutes": phases,
+        "run": {**record, "config": config},
+        "evaluation": evaluation,
+    }
+
+
+def merge(known: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """The entries of both, sorted; of entries with the same key the last."""
+    rows = {tuple(row[name] for name in KEY): row for row in (*known, *new)}
+    return sorted(rows.values(), key=lambda row: [str(row[name]) for name in KEY])
+
+
+def write_tables(rows: Sequence[Row]) -> str:
+    """Markdown: a table for each system."""
+    tables = [_table(system, [row for row in rows if row["system"] == system]) for system in _distinct(rows, "system")]
+    return "\n\n".join(tables) if tables else "No rows yet."
+
+
+def update(runs: Sequence[Path], docs: Path) -> None:
+    """Add runs to results.json and results.md of a folder.
+
+    Raises:
+        InputError: as `read_row`, or a page without markers; both files are then as they were.
+    """
+    new = [read_row(run) for run in runs]
+    source, page = docs / "results.json", docs / "results.md"
+    rows = merge(json.loads(source.read_text()) if source.is_file() else [], new)
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(
+            f"{page}: found no markers, expected {BEGIN} and {END}; put them around the place of the table"
+        )
+    write_atomically(source, (json.dumps(rows, indent=1) + "\n").encode())
+    write_atomically(page, f"{before}{BEGIN}\n{write_tables(rows)}\n{END}{after}".encode())
+
+
+def _settings(system: str, config: Row) -> str:
+    """The fields that differ from their default; those without one are always told."""
+    from foveate.commands import system_module
+
+    default = json.loads(json.dumps(vars(system_module(system).Config()), default=str))
+    changed = {name: value for name, value in config.items() if name not in OWN_COLUMNS and value != default.get(name)}
+    return ", ".join(
+        f"{name} {'none' if value == [] else ' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in changed.items()
+    )
+
+
+def _table(system: str, rows: Sequence[Row]) -> str:
+    heads = ["data", "settings", "seed", "budget", "minutes", "processes", "commit"]
+    columns: list[list[str]] = [
+        [f"{row['data']} {row['variant'] or ''}".strip() for row in rows],
+        [row["settings"] for row in rows],
+        [str(row["seed"]) for row in rows],
+        [row["budget"] for row in rows],
+        [_minutes(row["minutes"]) for row in rows],
+        [str(row["processes"]) for row in rows],
+        [(row["run"].get("commit") or "\N{EN DASH}")[:7] for row in rows],
+    ]
+    found = [{"": row["evaluation"]["metrics"], **row["evaluation"]["baselines"]} for row in rows]
+    for who in dict.fromkeys(name for one in found for name in one):
+        for metric in dict.fromkeys(name for one in found for name in one.get(who, {})):
+            heads.append(f"{'**' + metric + '**' if not who else who + ': ' + metric}".replace("_", " "))
+            columns.append(format_column([one.get(who, {}).get(metric, math.nan) for one in found]))
+    lines = [heads, ["---"] * len(heads), *zip(*columns, strict=True)]
+    return f"## {system}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _minutes(phases: dict[str, float]) -> str:
+    """All phases, and in brackets the agent's, which is the first."""
+    if not phases:
+        return "\N{EN DASH}"
+    total, agent = sum(phases.values()), next(iter(phases.values()))
+    return f"{total:.1f}" if len(phases) == 1 else f"{total:.1f} ({agent:.1f})"
+
+
+def _distinct(rows: Sequence[Row], name: str) -> list[str]:
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def _read_json(path: Path, remedy: str) -> Row:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: found no readable JSON ({error}), expected a run's; {remedy}") from error
+
+
+def main(words: Sequence[str]) -> int:
+    """Exit code 0, or 2 if a run cannot be used."""
+    if not words or words[0].startswith("-"):
+        print("usage: python benchmarks/results.py RUN [RUN ...]", file=sys.stderr)
+        return 2
+    try:
+        update([Path(word) for word in words], DOCS)
+    except InputError as error:
+        print(f"results: {error}", file=sys.stderr)
+        return 2
+    print(DOCS / "results.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
