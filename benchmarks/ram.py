@@ -59,13 +59,14 @@ def our_step(images: Images, sizes: Sizes) -> Callable[[], None]:
         keys = noise.key(0, "learned", step, rows, torch.zeros_like(rows))
         trajectory, decisions = rollout(env, policy, keys, ids=ids, grad=True, group=rows)
         assert decisions is not None
-        loss, _ = hybrid_loss(trajectory, decisions, env.state.labels, looking, average, None, torch.sum)
+        loss, parts = hybrid_loss(trajectory, decisions, env.state.labels, looking, average, None, torch.sum)
         set_learning_rate(optimizer, one_cycle(0.5, looking.learning_rate))
         loss.backward()
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in policy.parameters() if weight.grad is not None])
         assert torch.isfinite(loss + norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        average.update(parts["reward"][None])
         step += 1
 
     return update

@@ -18,7 +18,6 @@ from gymnasium.vector import AutoresetMode
 import foveate.envs
 from foveate import noise
 from foveate.data.classification import Images
-from foveate.envs.foveating_grid import FoveatingGridEnv
 from foveate.envs.glimpse import FRAME, GlimpseEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.types import InputError, map_tree
@@ -218,7 +217,9 @@ def test_a_partial_reset_touches_the_copies_named_and_no_other(name, mode):
     for step, actions in enumerate(steps):
         if step == 2:
             before = map_tree(torch.clone, disturbed.state)
+            shown = map_tree(torch.clone, got[0])
             seen, _ = disturbed.reset(options={"reset_mask": mask.numpy()})
+            assert_same(got[0], shown, exact=True)  # what was shown before may be the state's own tensor
             assert_same(disturbed.state, before, ~mask, exact=True)
             assert any((new[mask] != old[mask]).any() for new, old in zip(leaves(seen), leaves(last), strict=True))
         (last, _, terminated, truncated, _), got = other.step(actions), disturbed.step(actions)
@@ -335,19 +336,35 @@ def test_final_obs_of_tensors_is_a_batch():
     assert not torch.equal(observation, infos["final_obs"])
 
 
-def test_chance_of_a_step_follows_from_key_and_step():
-    """Cues that are wrong half of the time: the same again, others in the next step, copy and episode."""
+class Draws(TensorEnv):
+    """Shows the number that its last step drew."""
 
-    def cues(seed):
-        env = FoveatingGridEnv(64, glimpses=12, flip=0.5, autoreset="disabled")
-        env.reset(seed=seed)
-        return torch.stack([env.step(torch.zeros(64, 6))[0]["where"][:, 4] for _ in range(8)], 1)
+    def __init__(self, num_envs, **options):
+        box = gymnasium.spaces.Box(0.0, 1.0, (1,))
+        super().__init__(num_envs, box, gymnasium.spaces.Discrete(2), horizon=9, **options)
 
-    one = cues(0)
-    assert torch.equal(one, cues(0))
-    assert torch.equal(one[1:], cues(1)[:-1])
-    assert 0.35 < (one[:, 1:] == one[:, :-1]).float().mean() < 0.65
-    assert 0.35 < (one[1:] == one[:-1]).float().mean() < 0.65
+    def initial(self, ids, keys):
+        return noise.uniform(keys, 1)
+
+    def transition(self, state, actions, keys):
+        return noise.uniform(keys, 1), torch.zeros(len(keys)), torch.zeros(len(keys), dtype=torch.bool)
+
+    def observe(self, state):
+        return state
+
+
+def test_every_step_of_every_episode_and_copy_draws_anew():
+    """From the seed alone: copy i of seed s is copy i - 1 of seed s + 1, through the autoreset."""
+
+    def draws(seed):
+        env = Draws(32)
+        seen = [env.reset(seed=seed)[0]]
+        return torch.cat(seen + [env.step(torch.zeros(32))[0] for _ in range(40)], 1)
+
+    one = draws(0)
+    assert len(one.unique()) > 0.999 * one.numel()
+    assert torch.equal(one, draws(0))
+    assert torch.equal(one[1:], draws(1)[:-1])
 
 
 # ---- the glimpse environment ----

@@ -262,13 +262,16 @@ def test_cross_entropy_at_the_last_or_at_every_glimpse(classify: str) -> None:
     torch.testing.assert_close(parts["cross_entropy"], by_step[-1] if classify == "last" else by_step.mean())
 
 
-def test_the_moving_average_takes_a_batch_in_after_its_use() -> None:
+def test_the_loss_reports_the_reward_and_leaves_the_average_alone() -> None:
+    """It is updated after use, with the mean over all processes, by the training loop."""
     trajectory, decisions, labels = episode()
     average = MovingAverage()
     looking = Looking(samples=2, baseline="moving-average")
     _, parts = hybrid_loss(trajectory, decisions, labels, looking, average, None, torch.sum)
-    torch.testing.assert_close(average(), parts["reward"])
+    assert average() == 0
     torch.testing.assert_close(parts["reward"], torch.tensor(4 / 6))
+    wrong = (decisions.distribution.scores[:, -1].argmax(-1) != labels).float().mean()
+    torch.testing.assert_close(parts["train_error"], 100 * wrong)
 
 
 @pytest.mark.parametrize("size", [4, 10, 3])

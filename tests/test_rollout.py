@@ -71,13 +71,17 @@ def glimpses(copies, **options):
     return GlimpseEnv(copies, images=images, glimpses=4, patch=5, autoreset="disabled", **options)
 
 
-def eye(*sizes):
+def grids(copies):
+    return FoveatingGridEnv(copies, glimpses=None, autoreset="disabled")
+
+
+def eye(what, where, classes):
     torch.manual_seed(1)
-    return GlimpsePolicy(*sizes, hidden=16)
+    return GlimpsePolicy(what, where[0], classes, hidden=16)
 
 
 def glimpse_policy():
-    return eye((1, 5, 5), 2, 3)
+    return eye((1, 5, 5), (2,), 3)
 
 
 def assert_same(one, other, rows=slice(None)):
@@ -96,7 +100,7 @@ def setting(request):
     if request.param == "glimpse":
         return glimpses, glimpse_policy()
     if request.param == "grid":  # every copy draws its own number of glimpses
-        return (lambda copies: FoveatingGridEnv(copies, glimpses=None, autoreset="disabled")), eye((1, 3, 3), 6, 4)
+        return grids, eye(*(part.shape for part in grids(1).single_observation_space.values()), 4)
     return (lambda copies: WalkEnv(copies, horizon=6 if request.param == "limited walk" else None)), Walker()
 
 
@@ -116,6 +120,12 @@ def test_rows_follow_from_their_keys_alone(setting):
         assert_same(getattr(part, name) * part.mask, getattr(cut, name) * cut.mask, slice(4, 9))
     for name in ("terminated", "truncated", "last_value"):
         assert_same(getattr(part, name), getattr(cut, name), slice(4, 9))
+
+
+def test_every_step_draws_anew():
+    blind = GlimpsePolicy((1, 5, 5), 2, 3, hidden=16, looking="random")
+    actions = rollout(glimpses(6), blind, keys_of(6))[0].actions[..., :2]
+    assert len(actions.unique()) == actions.numel()
 
 
 def test_the_mask_ends_with_the_episode_and_padding_is_empty(setting):
@@ -277,4 +287,4 @@ def test_nobody_looks_after_the_end_of_the_task():
 def test_an_environment_that_resets_itself_is_refused(options):
     env = FoveatingGridEnv(2, **{"autoreset": "disabled"} | options)
     with pytest.raises(InputError, match=r"^env: found .* make it with autoreset='disabled'"):
-        rollout(env, GlimpsePolicy((1, 3, 3), 6, 4), keys_of(2))
+        rollout(env, Walker(), keys_of(2))

@@ -72,7 +72,7 @@ def test_trees_of_another_shape_are_noticed():
     for first, second, error in (
         ((tensor,), (tensor, tensor), ValueError),
         ((tensor, tensor), (tensor,), ValueError),
-        ({"a": tensor, "b": tensor}, {"a": tensor}, KeyError),
+        ({"a": tensor, "b": tensor}, {"a": tensor}, ValueError),
         (Leaf(tensor), (tensor,), AttributeError),
         ({"a": tensor}, {"a": None}, TypeError),
     ):

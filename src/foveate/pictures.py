@@ -52,7 +52,9 @@ def glimpse_paths(
     Args:
         images: what was looked at, in [0, 1].
         locations: where, in order.
-        patch, scales, factor: the retina: scale k = 0 ... scales - 1 covers patch · factor^k pixels a side.
+        patch: pixels of the retina's finest scale.
+        scales: how many scales it has.
+        factor: scale k = 0 ... scales - 1 covers patch · factor^k pixels a side.
         captions: a line below each image, e.g. "7 → 7 (0.98)".
         columns: images in a row.
         cell: longer side of an image as drawn.

@@ -23,8 +23,8 @@ from foveate.types import Decisions, InputError, Policy, State
 SIDE = 12  # cells
 PATCH = 3  # cells seen at a glimpse, a side
 MOST = 12  # the largest budget of glimpses
-TEXTURE = 0.6  # the texture is drawn evenly from 0 to this, the target from 0.9 to 1
-THRESHOLD = 0.75  # what is brighter is the target
+TEXTURE = 0.4  # the texture is drawn evenly from 0 to this, the target from 0.9 to 1
+THRESHOLD = 0.65  # what is brighter is the target
 GRIDS = 2**20  # different grids in each split
 WHERE = 6  # numbers that tell where a glimpse was taken
 CLASSES = ("top left", "top right", "bottom left", "bottom right")
@@ -96,11 +96,13 @@ class FoveatingGridEnv(TensorEnv):
 
     Observation: `what` [1, 3, 3], the brightness of the cells around the one looked at, 0 beyond the grid; `where` [6]:
     that cell's place (x, y); the cue as the half of the grid it speaks for, (nx, ny, offset), see `half_plane`; and the
-    share of 12 glimpses that is still to come. Action: the next location (x, y), of which only the cell it falls in matters, then a score for each quadrant
-    (`CLASSES`). After the last glimpse the scores are the guess: reward 1 if the highest is at the right quadrant.
+    share of 12 glimpses that is still to come. Action: the next location (x, y), of which only the cell it falls in
+    matters, then a score for each quadrant (`CLASSES`). After the last glimpse the scores are the guess: reward 1 if
+    the highest is at the right quadrant.
 
-    The texture is the same everywhere, drawn cell by cell, and darker than the target: a glimpse that covers the target
-    shows it for sure, any other tells nothing but that it is not there.
+    The texture is drawn cell by cell, alike everywhere, and darker than the target: a glimpse that covers the target
+    shows it for sure, any other tells nothing but that it is not there. The cue is warmer if the present cell is nearer
+    to the target than the one before (a tie is not), and wrong with probability `flip`.
 
     Args:
         num_envs: copies in lockstep.

@@ -25,7 +25,8 @@ def rollout(
     """Run one episode in every copy of a lockstep environment without autoreset (`foveate.envs.TensorEnv`).
 
     Args:
-        env: stepped until every copy has ended; a copy that ended earlier stands still and is padding from there on.
+        env: stepped until every copy has ended; a copy that ended earlier stands still, with reward 0, and is padding
+            from there on.
         policy: a `Policy`, or one wrapped for several processes.
         keys: one key a copy. The environment's own chance and the policy's both follow from it.
         ids: which example each copy shows; drawn by the environment if not given.
@@ -35,7 +36,7 @@ def rollout(
         group: which rows are samples of the same input.
 
     Returns:
-        What happened, and the decisions that took it there. `last_value` is the critic's value of what was seen after
+        What happened, and the decisions of every step if `grad`. `last_value` is the critic's value of what was seen after
         a row's last step, remembering all of the row, where a limit cut it, and 0 where the task ended by itself.
 
     Raises:
@@ -65,7 +66,7 @@ def rollout(
             log_prob = decisions.distribution.log_prob(action)
             mask = ~ended
             reward, terminated, truncated, _ = env.advance(map_tree(lambda leaf: leaf[:, 0], action))
-            cut = cut | (truncated & mask)
+            cut = cut | truncated
             ended = ended | terminated | truncated
             done = bool(ended.all())
             # Looking may cost more than stepping, and the end of a task is looked at by nobody.
@@ -76,10 +77,10 @@ def rollout(
                 "observations": seen,
                 "actions": action,
                 "log_probs": log_prob,
-                "rewards": (reward * mask)[:, None],
+                "rewards": reward[:, None],
                 "mask": mask[:, None],
-                "terminated": (terminated & mask)[:, None],
-                "truncated": (truncated & mask)[:, None],
+                "terminated": terminated[:, None],
+                "truncated": truncated[:, None],
                 "values": None if decisions.values is None else decisions.values.detach(),
             }
         )

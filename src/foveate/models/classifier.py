@@ -7,17 +7,18 @@ from torch import Tensor, nn
 
 
 class ImageClassifier(nn.Module):
-    """Three convolutions, each followed by pooling, averaged to 4×4, two linear layers: about 250,000 weights."""
+    """Three convolutions, the first two striding, the highest values of 5×5 regions, two linear layers.
+
+    About 240,000 weights, as many as a `GlimpsePolicy` of default size.
+    """
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, 16, 3, padding=1),
+            nn.Conv2d(channels, 16, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1),
+            nn.Conv2d(16, 32, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1),
             nn.ReLU(),
             nn.AdaptiveMaxPool2d(5),

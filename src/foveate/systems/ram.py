@@ -54,7 +54,7 @@ class Config:
     seed: int = 0
     """of the weights, the order of the data and every draw"""
     steps: int | None = None
-    """updates of each phase: the agent, then each control"""
+    """updates of all phases together"""
     minutes: float | None = None
     """wall-clock budget of all phases together"""
     controls: tuple[Control, ...] = ("random", "centre", "cnn")

@@ -1,0 +1,97 @@
+"""One test over every system: the names its file must have, and what `foveate train` makes of it."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import foveate
+from foveate import commands, report
+from foveate.cli import main
+from foveate.systems import SYSTEMS
+
+QUICK = {
+    "ram": {"batch": 16, "variant": "plain", "glimpses": 3},
+    "foveating-grid": {"batch": 16, "episodes": 200},
+}
+NAMES = ("Config", "PART", "resolve", "build", "train", "evaluate", "predict", "picture", "read", "check")
+
+
+@pytest.fixture(scope="module", params=sorted(SYSTEMS))
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> commands.Agent:
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    return foveate.train(request.param, steps=3, out=folder, device="cpu", **QUICK[request.param])
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_the_file_opens_with_the_decision_process_and_has_the_names(system: str) -> None:
+    module = commands.system_module(system)
+    for name in NAMES:
+        assert hasattr(module, name), name
+    for row in ("state", "action", "reward", "horizon", "learner", "corner"):
+        assert f"| {row} |" in module.__doc__
+    assert f"foveate train {system}" in module.__doc__
+    assert len(inspect.getsource(module).splitlines()) <= 350
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_every_field_has_a_default_and_a_line_of_help(system: str) -> None:
+    config = commands.system_module(system).Config
+    assert config.__dataclass_params__.frozen
+    config()
+    body = ast.parse(inspect.getsource(config)).body[0].body[1:]
+    fields, helps = body[0::2], body[1::2]
+    assert [entry.target.id for entry in fields] == [entry.name for entry in dataclasses.fields(config)]
+    assert all(isinstance(line.value.value, str) and line.value.value.strip() for line in helps)
+    assert {"data", "root", "seed", "steps", "minutes"} <= {entry.name for entry in dataclasses.fields(config)}
+
+
+def test_scores_stand_beside_baselines_and_are_finite(trained: commands.Agent) -> None:
+    found = json.loads((trained.folder / "evaluation.json").read_text())
+    assert found["metrics"]
+    assert found["baselines"]
+    for row in (found["metrics"], *found["baselines"].values()):
+        assert row
+        for name, value in row.items():
+            assert math.isfinite(value)
+            assert report.direction(name), f"{name}: add its word to report.LOWER_IS_BETTER or HIGHER_IS_BETTER"
+
+
+def test_the_report_shows_pictures_and_curves(trained: commands.Agent) -> None:
+    page = (trained.folder / "report.html").read_text()
+    assert page.count("data:image/") >= 3
+    assert any(path.suffix == ".gif" for path in (trained.folder / "pictures").iterdir())
+    assert any(path.suffix == ".png" for path in (trained.folder / "pictures").iterdir())
+
+
+def test_the_policy_is_rebuilt_from_its_run(trained: commands.Agent) -> None:
+    module = commands.system_module(trained.system)
+    torch.manual_seed(1)
+    fresh = module.build(trained.config).state_dict()
+    there = foveate.load(trained.folder, "cpu").policy.state_dict()
+    assert {name: value.shape for name, value in fresh.items()} == {name: value.shape for name, value in there.items()}
+    assert any(not torch.equal(fresh[name], there[name]) for name in fresh)
+
+
+def test_the_same_seed_gives_the_same_agent_and_another_seed_another(trained: commands.Agent, tmp_path: Path) -> None:
+    settings = {"steps": 3, "device": "cpu", **QUICK[trained.system]}
+    again = foveate.train(trained.system, out=tmp_path / "again", **settings)
+    other = foveate.train(trained.system, out=tmp_path / "other", seed=1, **settings)
+    state = trained.policy.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in again.policy.state_dict().items())
+    assert any(not torch.equal(state[name], value) for name, value in other.policy.state_dict().items())
+
+
+def test_the_commands_take_its_run(trained: commands.Agent, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(trained.folder), "--json"]) == 0
+    found = json.loads((trained.folder / "evaluation.json").read_text())
+    assert json.loads(capsys.readouterr().out) == {"metrics": found["metrics"], "baselines": found["baselines"]}
+    assert main(["show", str(trained.folder)]) == 0
+    assert all(Path(line).stat().st_size > 0 for line in capsys.readouterr().out.splitlines())
+    assert main(["data", "check", trained.system, "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.glob("*.png"))
