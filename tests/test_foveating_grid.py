@@ -55,7 +55,7 @@ def test_target_is_even_and_texture_does_not_give_it_away():
     flat = state.grids.flatten(1)
     assert torch.equal(flat.argmax(-1), state.targets)
     # no linear trace of the target's place in the brightness of any other cell
-    others = flat.masked_fill(CELLS == state.targets[:, None], float("nan"))
+    others = flat.masked_fill(state.targets[:, None] == CELLS, float("nan"))
     means = torch.stack([others[state.labels == label].nanmean(0) for label in range(4)])
     assert (means - means.mean(0)).abs().max() < 5 * 0.4 / math.sqrt(12 * 10000)
 
@@ -204,7 +204,7 @@ def test_bad_input_is_named():
     policy = system.build(config)
     with pytest.raises(InputError, match="12, 12"):
         system.predict(config, policy, torch.rand(1, 1, 10, 10))
-    with pytest.raises(InputError, match="1 channel|expected 1"):
+    with pytest.raises(InputError, match="expected 1"):
         system.predict(config, policy, torch.rand(1, 3, 12, 12))
     with pytest.raises(InputError, match="data"):
         system.resolve(system.Config(data="mnist"))

@@ -596,7 +596,7 @@ def test_progress_goes_to_stderr_only(
     text = shown.getvalue()
     assert capsys.readouterr().out == ""
     assert "a [bold] word about /a/long/path/" + 30 * "deep/" in text
-    assert "100% · step 40" in text
+    assert "100% · 0:00 left · step 40" in text
     assert "reward 29.5" in text
     assert "steps/s" in text
     assert "left" in text

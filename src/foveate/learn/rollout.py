@@ -36,8 +36,8 @@ def rollout(
         group: which rows are samples of the same input.
 
     Returns:
-        What happened, and the decisions of every step if `grad`. `last_value` is the critic's value of what was seen after
-        a row's last step, remembering all of the row, where a limit cut it, and 0 where the task ended by itself.
+        What happened, and the decisions of every step if `grad`. `last_value` is the critic's value of what was seen
+        after a row's last step, remembering all of the row, where a limit cut it, and 0 where the task ended by itself.
 
     Raises:
         InputError: the environment resets copies by itself, or gives arrays.

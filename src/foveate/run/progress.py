@@ -21,6 +21,9 @@ from foveate.run.processes import Processes
 from foveate.types import map_tree
 
 
+BAR = 20  # characters
+
+
 class Progress:
     """A live bar when stderr is a terminal, else a plain line every 10 % or 15 seconds; silent if `quiet`."""
 
@@ -38,7 +41,7 @@ class Progress:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        columns = TextColumn("[bold]{task.description}"), BarColumn(30), TextColumn("{task.fields[text]}", markup=False)
+        columns = TextColumn("[bold]{task.description}"), BarColumn(BAR), TextColumn("{task.fields[text]}", markup=False)
         self._bar = Bar(*columns, console=Console(stderr=True), auto_refresh=False)
         self._task = self._bar.add_task(phase, total=1.0, completed=done, text="")
         self._bar.start()
@@ -52,7 +55,8 @@ class Progress:
         pause = 0.2 if self._bar else 15.0
         if now - self._told < pause and (self._bar or int(done * 10) == self._tenth) and done < 1:
             return
-        text = self._text(done, step, now - self._started, latest)
+        room = self._bar.console.width - len(self._phase) - BAR - 2 if self._bar else 1000
+        text = self._text(done, step, now - self._started, latest, room)
         self._told, self._tenth = now, int(done * 10)
         if self._bar:
             self._bar.update(self._task, completed=done, text=text, refresh=True)
@@ -72,12 +76,16 @@ class Progress:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def _text(self, done: float, step: int, seconds: float, latest: dict[str, float | None]) -> str:
+    def _text(self, done: float, step: int, seconds: float, latest: dict[str, float | None], room: int) -> str:
+        """What is known, the most important first, as much of it as there is room for."""
         rate = (self._made - 1) / seconds if seconds > 0 else 0.0
         left = seconds * (1 - done) / (done - self._first) if done > self._first else math.nan
         remaining = f"{int(left) // 60}:{int(left) % 60:02d} left" if math.isfinite(left) else "-:-- left"
         values = [f"{name} {value:.4g}" for name, value in latest.items() if value is not None][:3]
-        return " · ".join([f"{done:4.0%}", f"step {step}", f"{rate:.3g} steps/s", remaining, *values])
+        words = [f"{done:4.0%}", remaining, f"step {step}", *values, f"{rate:.3g} steps/s"]
+        while len(words) > 1 and len(" · ".join(words)) > room:
+            words.pop()
+        return " · ".join(words)
 
 
 class Metrics:

@@ -27,7 +27,16 @@ from torch import Tensor
 from foveate import attention, noise, pictures
 from foveate.attention import Looking
 from foveate.data.classification import check_images, read_pictures
-from foveate.envs.foveating_grid import CLASSES, MOST, PATCH, SIDE, WHERE, BeliefPolicy, FoveatingGridEnv
+from foveate.envs.foveating_grid import (
+    CLASSES,
+    MOST,
+    PATCH,
+    SIDE,
+    WHERE,
+    BeliefPolicy,
+    FoveatingGridEnv,
+    quadrant_of,
+)
 from foveate.learn.baselines import MovingAverage
 from foveate.models.glimpse import GlimpsePolicy
 from foveate.run import Run
@@ -58,6 +67,10 @@ class Config:
     """width of the core"""
     std: float = 0.1
     """standard deviation of the location; a cell is 0.167 wide"""
+    credit: Literal["answer", "gains"] = "gains"
+    """what a location is praised for: the answer's reward, or how much later glimpses raised the right class"""
+    discount: float = 0.7
+    """of the gains, a glimpse"""
     classify: Literal["last", "every"] = "every"
     """cross-entropy at the last glimpse or at every one"""
     samples: int = 1
@@ -113,7 +126,15 @@ def _env(config: Config, copies: int, glimpses: int | None, device: torch.device
 
 def train(config: Config, run: Run) -> None:
     """Train the agent, then the same network on random places for as long; the budget is drawn for each episode."""
-    looking = Looking(config.batch, config.samples, config.baseline, config.classify, config.learning_rate)
+    looking = Looking(
+        config.batch,
+        config.samples,
+        config.baseline,
+        config.classify,
+        config.learning_rate,
+        config.credit,
+        config.discount,
+    )
     rows = run.rows(config.batch)
     learners: dict[str, Any] = {}
     for name in ("learned", "random"):
@@ -205,7 +226,7 @@ def picture(
         images = _grids(config, 12, "test")
     found = {name: value.cpu() for name, value in predict(config, policy, images.to(run.device), 6).items()}
     images = images.cpu()
-    labels = FoveatingGridEnv(len(images), grids=images).initial(torch.arange(len(images)), noise.key(0)).labels
+    labels = quadrant_of(images.flatten(1).argmax(-1))
     sure = found["scores"].softmax(-1).max(-1).values.tolist()
     captions = [f"{CLASSES[guess]} ({share:.2f})" for guess, share in zip(found["classes"].tolist(), sure, strict=True)]
     steps = [f"glimpse {step + 1}" for step in range(found["locations"].shape[1])]
@@ -237,5 +258,5 @@ def read(config: Config, path: Path) -> Float[Tensor, "batch 1 12 12"]:
 def check(config: Config) -> dict[str, Any]:
     """The first grids, with the quadrant of their target."""
     grids = _grids(config, 16, "train")
-    labels = FoveatingGridEnv(16, grids=grids).initial(torch.arange(16), noise.key(0)).labels
+    labels = quadrant_of(grids.flatten(1).argmax(-1))
     return {"data": pictures.image_grid(grids, [CLASSES[label] for label in labels.tolist()])}

@@ -270,7 +270,7 @@ def _cnn_error(config: Config, control: nn.Module, images: Images, run: Run) -> 
     for ids in torch.arange(len(images), device=run.device).split(1000):
         keys = noise.key(config.seed, "evaluation", ids)
         with torch.no_grad():
-            scores = control(render(pixels, ids, noise.fold(keys, "initial", "canvas"), _known(config.variant)))
+            scores = control(render(pixels, ids, noise.fold(noise.fold(keys, "initial"), "canvas"), _known(config.variant)))
         wrong += int((scores.argmax(-1).cpu() != images.labels[ids.cpu()]).sum())
     return 100 * wrong / len(images)
 
