@@ -95,6 +95,8 @@ def test_gae_is_its_definition(seed: int, discount: float, lam: float, holes: bo
     )
     for row in range(4):
         here = mask[row]
+        if not here.any():
+            continue
         expected = by_hand(
             rewards[row][here].tolist(), values[row][here].tolist(), last[row].item(), ended, discount, lam
         )

@@ -415,7 +415,7 @@ def test_minutes_are_shared_by_phases_and_do_not_count_while_the_run_is_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 1000.0
-    monkeypatch.setattr("foveate.run.time", SimpleNamespace(monotonic=lambda: clock))
+    monkeypatch.setattr("foveate.run.loop.time", SimpleNamespace(monotonic=lambda: clock))
     run = Run(tmp_path / "run", system="s", config={}, minutes=2, device="cpu", quiet=True)
     seen = []
     for step in run.steps("a", 0.25):  # 30 seconds
@@ -449,7 +449,7 @@ def test_with_both_budgets_the_first_to_be_used_up_ends_the_phase(tmp_path: Path
 
 def test_a_checkpoint_every_thirty_seconds_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
-    monkeypatch.setattr("foveate.run.time", SimpleNamespace(monotonic=lambda: clock))
+    monkeypatch.setattr("foveate.run.loop.time", SimpleNamespace(monotonic=lambda: clock))
     run = Run(tmp_path / "run", system="s", config={}, steps=10, device="cpu", quiet=True)
     times = []
     monkeypatch.setattr(run, "save", lambda save=run.save: (times.append(clock), save()))
@@ -586,6 +586,7 @@ def test_progress_goes_to_stderr_only(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", shown := stream())
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     run = Run(tmp_path / "run", system="s", config={}, steps=40, device="cpu")
     for step in run.steps("looking"):
         run.log(reward=step)

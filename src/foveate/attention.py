@@ -25,6 +25,7 @@ from foveate.learn.policy_gradient import masked_mean, policy_gradient
 from foveate.learn.returns import reward_to_go
 from foveate.learn.rollout import rollout
 from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.models.glimpse import GlimpsePolicy
 from foveate.run import Run
 from foveate.types import Decisions, Trajectory, concatenate
 
@@ -45,6 +46,7 @@ class Looking:
             the next on raised the probability given to the right class. Their sum is the last probability less the
             present one: for the locations that is the reward "likelihood", told step by step.
         discount: of the gains, a glimpse. Below 1 it is near-sighted, which is biased, and takes most variance away.
+        explore: how many times wider than in the end locations are drawn at first; it falls evenly to 1.
     """
 
     batch: int = 256
@@ -54,6 +56,7 @@ class Looking:
     learning_rate: float = 2e-3
     credit: Literal["answer", "gains"] = "answer"
     discount: float = 1.0
+    explore: float = 1.0
 
 
 def learn_to_look(
@@ -85,6 +88,8 @@ def learn_to_look(
     rows = torch.arange(looking.batch)[run.rows(looking.batch)].repeat_interleave(looking.samples)
     copy = torch.arange(len(rows)) % looking.samples
     for step in run.steps(phase, share):
+        if isinstance(policy, GlimpsePolicy):
+            policy.spread = looking.explore + (1 - looking.explore) * run.progress
         ids = noise.examples(run.seed, step, looking.batch, env.examples)[rows].to(run.device)
         keys = noise.key(run.seed, phase, step, rows, copy).to(run.device)
         trajectory, decisions = rollout(env, policy, keys, ids=ids, grad=True, group=rows.to(run.device))

@@ -106,7 +106,8 @@ class FoveatingGridEnv(TensorEnv):
 
     Args:
         num_envs: copies in lockstep.
-        glimpses: the budget, 1 to 12, the first one included; None draws it anew for each episode.
+        glimpses: the budget, 1 to 12, the first one included; None draws it anew for each episode, as the larger of
+            two even draws: a long episode teaches what a short one does, and more.
         flip: probability that a cue is the wrong one.
         first: where the first glimpse falls, (x, y); None: anywhere, which is not the agent's choice.
         split: which of three sets of 2^20 grids is shown.
@@ -164,7 +165,7 @@ class FoveatingGridEnv(TensorEnv):
         else:
             cells = cell_at(torch.tensor(self.first, device=ids.device)).expand_as(ids)
         if self.glimpses is None:
-            budgets = noise.integers(noise.fold(keys, "budget"), MOST) + 1
+            budgets = noise.integers(noise.fold(keys, "budget"), MOST, 2).amax(-1) + 1
         else:
             budgets = torch.full_like(ids, self.glimpses)
         nothing = torch.zeros(len(ids), device=ids.device)

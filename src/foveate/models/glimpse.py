@@ -60,9 +60,10 @@ class GlimpsePolicy(Policy):
         core: "rnn", rectified linear as published, or "lstm".
         std: standard deviation of the location, in units in which half the image is 1.
         looking: "learned"; "random" draws locations evenly over the image, "centre" never moves (the controls).
+        detach: the hidden vector is detached before the location head, as published: what is remembered serves the
+            answer alone. Without it REINFORCE shapes the memory too, which then may also hold where it has looked.
 
-    The hidden vector is detached before the location head and the baseline: they are trained by REINFORCE and by
-    squared error, and neither shapes what is remembered.
+    The hidden vector is detached before the baseline in any case. `spread` widens the locations while they are learned.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class GlimpsePolicy(Policy):
         core: Literal["rnn", "lstm"] = "rnn",
         std: float = 0.1,
         looking: Literal["learned", "random", "centre"] = "learned",
+        detach: bool = True,
     ) -> None:
         super().__init__()
-        self.looking = looking
+        self.looking, self.spread, self.detach = looking, 1.0, detach
         self.what: nn.Module = _mlp_eye(what) if glimpse_network == "mlp" else _cnn_eye(what)
         self.where = nn.Sequential(nn.Linear(where, 128), nn.ReLU())
         self.join = nn.Linear(128 + 128, hidden)
@@ -105,9 +107,9 @@ class GlimpsePolicy(Policy):
         memory = torch.stack(hidden, 1)
         scores = self.classify(memory)
         if self.looking == "learned":
-            watched = memory.detach()
-            look: Gaussian | Uniform = Gaussian(self.locate(watched), self.std.expand(*starts.shape, 2))
-            return Decisions(Glance(look, scores), self.value(watched).squeeze(-1)), state
+            watched = memory.detach() if self.detach else memory
+            look: Gaussian | Uniform = Gaussian(self.locate(watched), (self.std * self.spread).expand(*starts.shape, 2))
+            return Decisions(Glance(look, scores), self.value(memory.detach()).squeeze(-1)), state
         reach = torch.full((*starts.shape, 2), float(self.looking == "random"), device=scores.device)
         return Decisions(Glance(Uniform(-reach, reach), scores)), state
 
@@ -118,7 +120,7 @@ class _RectifiedCell(nn.Module):
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
         self.see = nn.Linear(inputs, hidden)
-        self.keep = nn.Linear(hidden, hidden)
+        self.keep = nn.Linear(hidden, hidden, bias=False)  # nothing remembered adds nothing
 
     def forward(self, inputs: Tensor, memory: Tensor | None) -> Tensor:
         seen = self.see(inputs)

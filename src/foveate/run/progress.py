@@ -41,7 +41,11 @@ class Progress:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        columns = TextColumn("[bold]{task.description}"), BarColumn(BAR), TextColumn("{task.fields[text]}", markup=False)
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(BAR),
+            TextColumn("{task.fields[text]}", markup=False),
+        )
         self._bar = Bar(*columns, console=Console(stderr=True), auto_refresh=False)
         self._task = self._bar.add_task(phase, total=1.0, completed=done, text="")
         self._bar.start()

@@ -4,12 +4,16 @@
 |---|---|
 | state | hidden vector of the glimpses so far |
 | action | where to look next: a location (x, y) drawn around a learned mean |
-| reward | at the last glimpse: 1 if the class is right, else 0 |
+| reward | at the last glimpse: the probability given to the right class (or, as published, 1 and 0) |
 | horizon | the number of glimpses (6 or 8) |
 | learner | REINFORCE with a learned baseline for the locations, cross-entropy for the rest |
 | corner | policy |
 
-Mnih, Heess, Graves, Kavukcuoglu 2014, "Recurrent models of visual attention" (arXiv 1406.6247).
+Mnih, Heess, Graves, Kavukcuoglu 2014, "Recurrent models of visual attention" (arXiv 1406.6247). What differs here and
+why, the published tables and ours with minutes and seeds: docs/systems/ram.md and docs/results.md.
+
+    foveate train ram --minutes 3                                                    the embedded digits
+    foveate train ram --data mnist --root FOLDER --minutes 30 --controls             28×28, the agent alone
 """
 
 from __future__ import annotations
@@ -77,10 +81,10 @@ class Config:
     """standard deviation of the location; half the image is 1"""
     first: Literal["random", "centre"] = "random"
     """the first location; a centre start overfits"""
-    classify: Literal["last", "every"] = "last"
-    """cross-entropy at the last glimpse or at every one"""
-    reward: Literal["right", "likelihood"] = "right"
-    """1 for the right class, or the probability given to it"""
+    classify: Literal["last", "every"] = "every"
+    """cross-entropy at the last glimpse, as published, or at every one"""
+    reward: Literal["right", "likelihood"] = "likelihood"
+    """1 for the right class, as published, or the probability given to it"""
     samples: int = 1
     """episodes of each image in an update"""
     baseline: attention.Baseline = "learned"
@@ -146,16 +150,9 @@ def build(config: Config) -> GlimpsePolicy:
 
 
 def _policy(config: Config, looking: Literal["learned", "random", "centre"]) -> GlimpsePolicy:
-    return GlimpsePolicy(
-        (_known(config.channels) * _known(config.scales), _known(config.patch), _known(config.patch)),
-        2,
-        len(_known(config.classes)),
-        config.hidden,
-        config.glimpse_network,
-        config.core,
-        config.std,
-        looking,
-    )
+    patch, classes = _known(config.patch), len(_known(config.classes))
+    what = _known(config.channels) * _known(config.scales), patch, patch
+    return GlimpsePolicy(what, 2, classes, config.hidden, config.glimpse_network, config.core, config.std, looking)
 
 
 def _env(config: Config, images: Images, copies: int, looking: str, device: torch.device) -> GlimpseEnv:
@@ -238,7 +235,11 @@ def evaluate(config: Config, policy: GlimpsePolicy, run: Run, split: Split = "te
     distribution. The curve is the error of the answer after each glimpse.
     """
     images = _load(config.data, config.root, split, config.image_size)
-    _check_classes(config, images)
+    if images.classes != config.classes:
+        raise InputError(
+            f"data: classes {', '.join(images.classes)} of {images.name!r} are not those the agent was trained on "
+            f"({', '.join(_known(config.classes))})"
+        )
     metrics, curves = _score(config, policy, "learned", images, run)
     baselines: dict[str, dict[str, float]] = {}
     series = {"learned places": curves}
@@ -268,9 +269,10 @@ def _cnn_error(config: Config, control: nn.Module, images: Images, run: Run) -> 
     pixels = images.pixels.to(run.device)
     wrong = 0
     for ids in torch.arange(len(images), device=run.device).split(1000):
-        keys = noise.key(config.seed, "evaluation", ids)
+        # the very canvases that the environment shows the agent
+        keys = noise.fold(noise.fold(noise.key(config.seed, "evaluation", ids), "initial"), "canvas")
         with torch.no_grad():
-            scores = control(render(pixels, ids, noise.fold(noise.fold(keys, "initial"), "canvas"), _known(config.variant)))
+            scores = control(render(pixels, ids, keys, _known(config.variant)))
         wrong += int((scores.argmax(-1).cpu() != images.labels[ids.cpu()]).sum())
     return 100 * wrong / len(images)
 
@@ -342,11 +344,3 @@ def check(config: Config) -> dict[str, Any]:
     ids = torch.linspace(0, len(images) - 1, min(16, len(images))).long()
     shown = render(images.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
     return {"data": pictures.image_grid(shown, [images.classes[label] for label in images.labels[ids].tolist()])}
-
-
-def _check_classes(config: Config, images: Images) -> None:
-    if images.classes != _known(config.classes):
-        raise InputError(
-            f"data: classes {', '.join(images.classes)} of {images.name!r} are not those the agent was trained on "
-            f"({', '.join(_known(config.classes))})"
-        )

@@ -1,0 +1,106 @@
+"""The benchmarks run, say what they say they say, and compare the same work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import best_seconds, environments, ram, retina
+
+from foveate.models.retina import build_pyramid, look
+
+SMALL = (28, 8, 1, 6)
+
+
+def bench(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "foveate", "bench", *words], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command_prints_one_object_and_nothing_else() -> None:
+    done = bench("noise", "--json")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert list(printed) == ["rows"]
+    (row,) = printed["rows"]
+    assert list(row) == ["name", "ours", "peer", "ratio", "unit"]
+    assert row["name"] == "noise"
+    assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
+    # far below what it is on any machine, so that a busy one does not fail here
+    assert row["ratio"] > 1
+
+
+def test_a_name_matches_exactly_and_a_mistyped_one_is_told_the_nearest() -> None:
+    done = bench("noize", "--json")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "did you mean 'noise'?" in done.stderr
+    assert "ram-60" in done.stderr  # the others are named
+
+
+def test_rows_of_the_three_files() -> None:
+    rows = ram.ROWS | retina.ROWS | environments.ROWS
+    expected = {"ram", "ram-60", "retina-512", "retina-1024", "retina-2048", "glimpse-env", "glimpse-env-sync", "noise"}
+    assert expected <= set(rows)
+    assert len(rows) == len(ram.ROWS) + len(retina.ROWS) + len(environments.ROWS)
+
+
+def test_best_seconds_takes_turns_and_keeps_the_best() -> None:
+    calls: list[str] = []
+    found = best_seconds(lambda: calls.append("a"), lambda: calls.append("b"), rounds=2, repeats=3)
+    assert "".join(calls) == "ab" + "aaabbb" * 2
+    assert all(0 < seconds < 1 for seconds in found)
+
+
+@pytest.mark.parametrize("sizes", [SMALL, (60, 12, 3, 8)])
+def test_both_training_loops_run_and_learn(sizes: tuple[int, int, int, int]) -> None:
+    ours, peer, unit = ram.compare(sizes, rounds=1, repeats=1)
+    assert ours > 0
+    assert peer > 0
+    assert unit == "training images/s"
+
+
+def test_both_training_loops_change_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them: neither loop leaves out a part of the loss."""
+    made = []
+    network = ram.network
+    monkeypatch.setattr(ram, "network", lambda sizes: made.append(network(sizes)) or made[-1])
+    images = ram.synthetic_images(28, 256)
+    for step in (ram.our_step(images, SMALL), ram.textbook_step(images, SMALL)):
+        step()
+        step()  # the layer that remembers has its first gradient from the second glimpse on, the heads at once
+    before = dict(network(SMALL)[0].named_parameters())
+    for policy, _ in made:
+        assert all(not torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
+
+
+@pytest.mark.parametrize(("scales", "places"), [(1, [0, 5, 8, 16]), (3, [0, 8, 16])])
+def test_the_textbook_retina_sees_what_ours_sees(scales: int, places: list[int]) -> None:
+    """At whole pixels, where they agree: textbook glimpses are the peer's honest work, not less and not more."""
+    images = torch.rand(len(places), 1, 16, 16)
+    locations = torch.tensor([[x / 8 - 1, y / 8 - 1] for x, y in zip(places, reversed(places), strict=True)])
+    expected = ram.cut_glimpse(images, locations, 8, scales)
+    torch.testing.assert_close(look(build_pyramid(images, scales, 2), locations, 8, 2), expected)
+
+
+def test_retina_rows_in_the_small() -> None:
+    ours, peer, unit = retina.compare_glimpses(512, rounds=1, repeats=1)
+    assert ours > 0
+    assert peer > 0
+    assert unit.startswith("images/s")
+    assert "pyramid" in retina.compare_pyramid(256, rounds=1)[2]
+
+
+def test_environment_rows_in_the_small() -> None:
+    for compare in (environments.compare_loop, environments.compare_sync):
+        ours, peer, unit = compare(copies=16, rounds=1)
+        assert ours > peer
+        assert unit == "steps/s, 16 copies"
