@@ -226,3 +226,26 @@ def test_system_runs_whole(tmp_path: Path):
     assert set(system.picture(config, policy, run)) == {"glimpse paths", "glimpses"}
     assert "data" in system.check(config)
     assert system.predict(config, policy, torch.rand(3, 1, 12, 12))["locations"].shape == (3, 12, 2)
+
+
+class AnyCell(BeliefPolicy):
+    """Looks anywhere, and guesses by the exact posterior: the best that is possible at random places."""
+
+    def _next(self, belief, times):
+        return torch.zeros_like(belief)
+
+
+def test_learning_to_look_beats_the_best_guess_at_random_places(tmp_path: Path):
+    torch.set_num_threads(1)
+    policy = system.build(system.Config(hidden=64))
+    run = Run(tmp_path / "run", system="foveating-grid", config={}, steps=300, quiet=True, device="cpu")
+    optimizer = torch.optim.Adam(policy.parameters(), fused=True)
+    looking = Looking(128, classify="every", learning_rate=1e-2, credit="gains", explore=4.0)
+    exact = {"glimpses": 4, "flip": 0.0}
+    attention.learn_to_look(
+        run, "learned", 1.0, env_of(128, **exact), policy, optimizer, MovingAverage(), looking, dict
+    )
+    env = env_of(4000, split="test", **exact)
+    anywhere = attention.answer(env, AnyCell(flip=0.0), 0, 4000).error()
+    assert 20 < anywhere < 27
+    assert attention.answer(env, policy, 0, 4000).error() < anywhere - 5

@@ -7,7 +7,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import resource
 import signal
 import socket
@@ -176,7 +175,7 @@ def test_what_a_run_leaves_behind(whole: tuple[Path, nn.Module, Counter]) -> Non
     assert all(not path.read_bytes().startswith(b"\x80") for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("step", [3, 6, 7, 29, 59, STEPS - 1])
+@pytest.mark.parametrize("step", [6, 29, STEPS - 1])
 def test_a_run_that_failed_and_was_resumed_ends_as_if_it_had_not(
     tmp_path: Path, whole: tuple[Path, nn.Module, Counter], step: int
 ) -> None:
@@ -205,20 +204,6 @@ def test_phases_share_the_budget_and_resume_where_they_were(tmp_path: Path) -> N
         resumed, _, _ = train(tmp_path / str(number), phases=phases, resume=True)
         assert torch.equal(weights(resumed), weights(net))
         assert rows(tmp_path / str(number)) == rows(tmp_path / "whole")
-
-
-def test_a_killed_run_resumes_bit_by_bit(tmp_path: Path, whole: tuple[Path, nn.Module, Counter]) -> None:
-    folder = tmp_path / "run"
-    child = Child(folder, steps=STEPS, wait=0.02)
-    child.until_saved(folder, "0-00000014")
-    time.sleep(random.uniform(0, 0.4))
-    child.process.kill()
-    assert child.end()[0] == -signal.SIGKILL
-    assert checkpoints.listed(folder / "checkpoints")[-1].name < LAST
-    net, _, _ = train(folder, resume=True)
-    assert torch.equal(weights(net), weights(whole[1]))
-    assert rows(folder) == rows(whole[0])
-    assert saved(folder) == ["0-00000063", LAST]
 
 
 def test_tensorboard_shows_each_row_once_however_often_the_run_was_resumed(tmp_path: Path) -> None:
@@ -266,10 +251,9 @@ def test_without_any_checkpoint_a_run_starts_over_and_says_so(
     assert torch.equal(weights(net), weights(train(tmp_path / "other", steps=30)[0]))
 
 
-@pytest.mark.parametrize("bytes", [100, 1500])
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, bytes: int) -> None:
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, out, err = Child(folder, steps=STEPS, limit_at=30, bytes=bytes).end()
+    code, out, err = Child(folder, steps=STEPS, limit_at=30, bytes=1500).end()
     assert (code, out, err.count("\n")) == (1, "", 1), err
     assert "cannot be written (File too large)" in err
     assert f"foveate resume {folder}" in err
@@ -316,12 +300,11 @@ def test_nothing_is_stepped_or_saved_after_a_gradient_that_is_not_finite(tmp_pat
     assert saved(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, whole: tuple[Path, nn.Module, Counter], times: int) -> None:
+def test_ctrl_c_twice_saves_and_says_how_to_go_on(tmp_path: Path, whole: tuple[Path, nn.Module, Counter]) -> None:
     folder = tmp_path / "run"
     child = Child(folder, steps=STEPS, wait=0.02)
     child.until_saved(folder, "0-00000007")
-    for _ in range(times):
+    for _ in range(2):
         os.kill(child.process.pid or 0, signal.SIGINT)
         time.sleep(0.005)
     code, out, err = child.end()

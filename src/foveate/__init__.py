@@ -2,7 +2,7 @@
 
 import foveate
 
-agent = foveate.train("ram", minutes=3)
+agent = foveate.train("ram", variant="plain", minutes=3)
 agent = foveate.load("runs/demo")
 agent(images)["classes"]        # images: float32 [batch, channels, height, width] in [0, 1]
 """

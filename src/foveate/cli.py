@@ -27,7 +27,7 @@ Reinforcement learning for computer vision.
 
 {commands}
 
-`foveate COMMAND --help` tells its options. To begin with: foveate train ram --minutes 3
+`foveate COMMAND --help` tells its options. To begin with: foveate train ram --variant plain --minutes 3
 """
 
 

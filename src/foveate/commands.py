@@ -1,6 +1,6 @@
 """What the commands do, callable from Python: train, load, evaluate, show, compare, check.
 
-agent = foveate.train("ram", minutes=3)
+agent = foveate.train("ram", variant="plain", minutes=3)
 agent = foveate.load("runs/demo")
 agent(images)["classes"]
 """

@@ -20,7 +20,6 @@ from torch import Tensor
 from foveate.run.processes import Processes
 from foveate.types import map_tree
 
-
 BAR = 20  # characters
 
 
