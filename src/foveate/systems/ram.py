@@ -12,8 +12,8 @@
 Mnih, Heess, Graves, Kavukcuoglu 2014, "Recurrent models of visual attention" (arXiv 1406.6247). What differs here and
 why, the published tables and ours with minutes and seeds: docs/systems/ram.md and docs/results.md.
 
-    foveate train ram --variant plain --minutes 3                                                    the embedded digits
-    foveate train ram --data mnist --root FOLDER --minutes 30 --controls             28×28, the agent alone
+    foveate train ram --variant plain --minutes 3                           the embedded digits, with every control
+    foveate train ram --data mnist --root FOLDER --minutes 30 --controls    28×28, the agent alone
 """
 
 from __future__ import annotations
