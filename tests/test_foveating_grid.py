@@ -139,12 +139,13 @@ def test_belief_is_calibrated(policy):
     assert (right.mean(0).diff() > -0.01).all()  # more glimpses never hurt
 
 
-def test_tiling_looks_at_tiles_that_do_not_overlap():
-    _, trajectory = play(BeliefPolicy(tiling=system.TILING), 8, glimpses=12)
+@pytest.mark.parametrize("tiling", [system.TILING, system.BY_ROWS])
+def test_tiling_looks_at_tiles_that_do_not_overlap(tiling):
+    _, trajectory = play(BeliefPolicy(tiling=tiling), 8, glimpses=12)
     cells = cell_at(trajectory.observations["where"][:, 1:, :2])
-    assert torch.equal(cells, torch.tensor(system.TILING).expand(8, 11))
-    assert len(set(system.TILING)) == 11
-    assert all(cell % SIDE % 3 == 1 and cell // SIDE % 3 == 1 for cell in system.TILING)
+    assert torch.equal(cells, torch.tensor(tiling).expand(8, 11))
+    assert len(set(tiling)) == 11
+    assert all(cell % SIDE % 3 == 1 and cell // SIDE % 3 == 1 for cell in tiling)
 
 
 def test_budgets_are_drawn_and_visible():
@@ -206,8 +207,9 @@ def test_bad_input_is_named():
         system.predict(config, policy, torch.rand(1, 1, 10, 10))
     with pytest.raises(InputError, match="expected 1"):
         system.predict(config, policy, torch.rand(1, 3, 12, 12))
-    with pytest.raises(InputError, match="data"):
-        system.resolve(system.Config(data="mnist"))
+    for field, value in {"data": "mnist", "episodes": 0, "baseline": "greedy"}.items():
+        with pytest.raises(InputError, match=field):
+            system.resolve(system.Config(**{field: value}))
 
 
 def test_system_runs_whole(tmp_path: Path):
@@ -220,7 +222,7 @@ def test_system_runs_whole(tmp_path: Path):
     keys = {f"accuracy_{budget}" for budget in range(1, 13)}
     assert set(found.metrics) == keys
     assert {name: set(row) for name, row in found.baselines.items()} == dict.fromkeys(
-        ("random", "tiling", "belief", "greedy belief"), keys
+        ("random", "tiling", "tiling by rows", "belief", "greedy belief"), keys
     )
     json.dumps(found.metrics)
     assert set(system.picture(config, policy, run)) == {"glimpse paths", "glimpses"}
