@@ -100,21 +100,21 @@ def _settings(system: str, config: Row) -> str:
 
 
 def _table(system: str, rows: Sequence[Row]) -> str:
-    heads = ["data", "settings", "seed", "budget", "minutes", "processes", "commit"]
-    columns: list[list[str]] = [
-        [f"{row['data']} {row['variant'] or ''}".strip() for row in rows],
-        [row["settings"] for row in rows],
-        [str(row["seed"]) for row in rows],
-        [row["budget"] for row in rows],
-        [_minutes(row["minutes"]) for row in rows],
-        [str(row["processes"]) for row in rows],
-        [(row["run"].get("commit") or "\N{EN DASH}")[:7] for row in rows],
-    ]
-    found = [{"": row["evaluation"]["metrics"], **row["evaluation"]["baselines"]} for row in rows]
-    for who in dict.fromkeys(name for one in found for name in one):
-        for metric in dict.fromkeys(name for one in found for name in one.get(who, {})):
-            heads.append(f"{'**' + metric + '**' if not who else who + ': ' + metric}".replace("_", " "))
-            columns.append(format_column([one.get(who, {}).get(metric, math.nan) for one in found]))
+    heads = ["data", "settings", "seed", "budget", "minutes", "processes", "commit", ""]
+    told: list[list[str]] = []
+    scores: list[dict[str, float]] = []
+    for row in rows:
+        commit = (row["run"].get("commit") or "\N{EN DASH}").split("-")[0][:7]
+        run = [f"{row['data']} {row['variant'] or ''}".strip(), row["settings"], str(row["seed"]), row["budget"]]
+        run += [_minutes(row["minutes"]), str(row["processes"]), commit]
+        for who, found in {"**agent**": row["evaluation"]["metrics"], **row["evaluation"]["baselines"]}.items():
+            told.append([*run, who])
+            scores.append(found)
+            run = [""] * len(run)
+    columns = [list(column) for column in zip(*told, strict=True)]
+    for metric in dict.fromkeys(name for found in scores for name in found):
+        heads.append(metric.replace("_", " "))
+        columns.append(format_column([found.get(metric, math.nan) for found in scores]))
     lines = [heads, ["---"] * len(heads), *zip(*columns, strict=True)]
     return f"## {system}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

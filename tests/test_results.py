@@ -49,13 +49,15 @@ def make_run(folder: Path, error: float = 1.25, *, commit: str | None = "0123456
 
 
 def cells(docs: Path) -> list[dict[str, str]]:
-    lines = [line.strip("| ").split(" | ") for line in (docs / "results.md").read_text().splitlines() if "|" in line]
+    table = [line for line in (docs / "results.md").read_text().splitlines() if "|" in line]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
 def test_a_row_says_what_was_run_and_what_came_out(results: ModuleType, docs: Path, tmp_path: Path) -> None:
     results.update([make_run(tmp_path / "a", core="lstm", controls=["random"])], docs)
-    (row,) = cells(docs)
+    row, control = cells(docs)
+    assert control == {name: "" for name in row} | {"": "random", "error": "5.50"}
     assert row == {
         "data": "mnist plain",
         "settings": "controls random, glimpses 6, patch 8, scales 1, core lstm",
@@ -64,8 +66,8 @@ def test_a_row_says_what_was_run_and_what_came_out(results: ModuleType, docs: Pa
         "minutes": "19.0 (10.0)",
         "processes": "1",
         "commit": "0123456",
-        "**error**": "1.25",
-        "random: error": "5.50",
+        "": "**agent**",
+        "error": "1.25",
     }
     page = (docs / "results.md").read_text()
     assert page.startswith("# Results")
@@ -79,10 +81,10 @@ def test_the_same_run_again_replaces_its_row_and_another_one_is_added(
 ) -> None:
     results.update([make_run(tmp_path / "a", 1.25)], docs)
     results.update([make_run(tmp_path / "b", 1.5, root="elsewhere", commit=None)], docs)
-    assert [(row["**error**"], row["commit"]) for row in cells(docs)] == [("1.50", "\N{EN DASH}")]
+    assert [(row["error"], row["commit"]) for row in cells(docs)] == [("1.50", "\N{EN DASH}"), ("5.50", "")]
     for number, settings in enumerate(({"seed": 1}, {"std": 0.2}, {"variant": "cluttered60"}, {"minutes": 150.0})):
         results.update([make_run(tmp_path / f"c{number}", **settings)], docs)
-        assert len(cells(docs)) == 2 + number
+        assert len(cells(docs)) == 2 * (2 + number)
     before = (docs / "results.md").read_text()
     results.update([tmp_path / "c0"], docs)
     assert (docs / "results.md").read_text() == before

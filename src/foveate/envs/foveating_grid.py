@@ -152,7 +152,7 @@ class FoveatingGridEnv(TensorEnv):
     def initial(self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> GridState:
         """Grids follow from split and id; where the first glimpse falls, budget and cues from the keys."""
         if self.grids is None:
-            of_grid = noise.key("foveating grid", self.split, ids)
+            of_grid = noise.key("grid", self.split, ids)
             grids = noise.uniform(noise.fold(of_grid, "texture"), SIDE * SIDE) * TEXTURE
             targets = noise.integers(noise.fold(of_grid, "target"), SIDE * SIDE)
             bright = 0.9 + 0.1 * noise.uniform(noise.fold(of_grid, "brightness"), 1)
