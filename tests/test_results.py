@@ -57,7 +57,7 @@ def cells(docs: Path) -> list[dict[str, str]]:
 def test_a_row_says_what_was_run_and_what_came_out(results: ModuleType, docs: Path, tmp_path: Path) -> None:
     results.update([make_run(tmp_path / "a", core="lstm", controls=["random"])], docs)
     row, control = cells(docs)
-    assert control == {name: "" for name in row} | {"": "random", "error": "5.50"}
+    assert control == dict.fromkeys(row, "") | {"": "random", "error": "5.50"}
     assert row == {
         "data": "mnist plain",
         "settings": "controls random, glimpses 6, patch 8, scales 1, core lstm",
