@@ -104,6 +104,8 @@ def learn_to_look(
         average.update(run.mean(parts["reward"])[None])
         run.log(**parts)
         if (step + 1) % every == 0:
+            if isinstance(policy, GlimpsePolicy):
+                policy.spread = 1.0
             run.log(**validate())
 
 
