@@ -104,7 +104,8 @@ def _table(system: str, rows: Sequence[Row]) -> str:
     told: list[list[str]] = []
     scores: list[dict[str, float]] = []
     for row in rows:
-        commit = (row["run"].get("commit") or "\N{EN DASH}").split("-")[0][:7]
+        commit, _, dirty = (row["run"].get("commit") or "\N{EN DASH}").partition("-")
+        commit = commit[:7] + (" and uncommitted changes" if dirty else "")
         run = [f"{row['data']} {row['variant'] or ''}".strip(), row["settings"], str(row["seed"]), row["budget"]]
         run += [_minutes(row["minutes"]), str(row["processes"]), commit]
         for who, found in {"**agent**": row["evaluation"]["metrics"], **row["evaluation"]["baselines"]}.items():

@@ -121,7 +121,8 @@ def hybrid_loss(
     """Cross-entropy of the answer, REINFORCE of the locations, squared error of the baseline; and what to log.
 
     The location drawn after the last glimpse leads nowhere and carries no log-probability; nor does the first one,
-    which is the environment's. The three terms train disjoint sets of weights, so they are not weighted.
+    which is the environment's. As published the three terms train disjoint sets of weights, so they are not weighted;
+    with a policy that does not detach, REINFORCE shares the core with the cross-entropy.
     """
     scores = decisions.distribution.scores
     last = trajectory.mask.sum(1) - 1

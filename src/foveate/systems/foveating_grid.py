@@ -64,7 +64,7 @@ class Config:
     minutes: float | None = None
     """wall-clock budget of both together"""
     control_share: float = 0.2
-    """part of the budget that trains the control: it learns to guess only, and needs no longer for that"""
+    """part of the budget that trains the control; at 0.5 it has as long as the agent"""
     flip: float = 0.2
     """probability that a cue is the wrong one"""
     core: Literal["rnn", "lstm"] = "rnn"
