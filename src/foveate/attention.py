@@ -9,8 +9,8 @@ baseline (Mnih et al. 2014, section 3.1, equation 1, and "hybrid supervised loss
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,11 @@ class Looking:
     credit: Literal["answer", "gains"] = "answer"
     discount: float = 1.0
     explore: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any) -> Looking:
+        """What a system's config says of it, by fields of the same names; defaults for the rest."""
+        return cls(**{one.name: getattr(config, one.name) for one in fields(cls) if hasattr(config, one.name)})
 
 
 def learn_to_look(

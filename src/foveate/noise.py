@@ -39,13 +39,15 @@ def key(*parts: int | str | Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     return state if isinstance(state, Tensor) else torch.tensor(_signed(state))
 
 
-def fold(keys: Int[Tensor, "*batch"], *parts: int | str) -> Int[Tensor, "*batch"]:
-    """Open a sub-stream of keys: other keys for every name and number, one hash whatever the number of parts."""
+def fold(keys: Int[Tensor, "..."], *parts: int | str | Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """Open a sub-stream of keys: other keys for every name and number, one hash of them whatever the number of parts.
+
+    A tensor of numbers broadcasts against the keys.
+    """
     name: int | Tensor = 0
     for part in parts:
         name = _absorb(name, part)
-    assert isinstance(name, int)
-    return _mix(keys + _signed(name))
+    return _mix(keys + (name if isinstance(name, Tensor) else _signed(name)))
 
 
 def uniform(keys: Int[Tensor, "*batch"], *shape: int) -> Float[Tensor, "..."]:

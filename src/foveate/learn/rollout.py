@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from foveate import noise
 from foveate.types import Decisions, InputError, Trajectory, Tree, concatenate, map_tree
 
+HASHED = 16  # steps whose keys are made at once: a hash of so many costs as much as one of a single step
+
 
 def rollout(
     env: Any,
@@ -62,8 +64,11 @@ def rollout(
             if greedy:
                 action = decisions.distribution.mode()
             else:
-                action = decisions.distribution.sample(noise.fold(keys, "action", len(steps))[:, None])
-            log_prob = decisions.distribution.log_prob(action)
+                place = len(steps) % HASHED
+                if place == 0:
+                    numbers = torch.arange(len(steps), len(steps) + HASHED, device=keys.device)
+                    draws = noise.fold(keys[:, None], "action", numbers)
+                action = decisions.distribution.sample(draws[:, place : place + 1])
             mask = ~ended
             reward, terminated, truncated, _ = env.advance(map_tree(lambda leaf: leaf[:, 0], action))
             cut = cut | truncated
@@ -76,7 +81,6 @@ def rollout(
             {
                 "observations": seen,
                 "actions": action,
-                "log_probs": log_prob,
                 "rewards": reward[:, None],
                 "mask": mask[:, None],
                 "terminated": terminated[:, None],
@@ -88,7 +92,7 @@ def rollout(
         starts = torch.zeros_like(starts)
         if done:
             break
-    joined = concatenate(steps, 1)
+    joined, decided = concatenate(steps, 1), concatenate(made, 1)
     last_value = None
     if joined["values"] is not None:
         last_value = torch.zeros_like(joined["values"][:, 0])
@@ -100,5 +104,6 @@ def rollout(
             values = torch.cat((joined["values"], after.values.detach()), 1)
             lengths = joined["mask"].sum(1, keepdim=True)
             last_value = values.gather(1, lengths).squeeze(1) * cut
-    trajectory = Trajectory(**joined, last_value=last_value, group=group)
-    return trajectory, concatenate(made, 1) if grad else None
+    log_probs = decided.distribution.log_prob(joined["actions"]).detach()
+    trajectory = Trajectory(**joined, log_probs=log_probs, last_value=last_value, group=group)
+    return trajectory, decided if grad else None

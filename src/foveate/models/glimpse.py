@@ -98,11 +98,10 @@ class GlimpsePolicy(Policy):
         seen = self.what(observations["what"].flatten(0, 1)), self.where(observations["where"].flatten(0, 1))
         glimpses = F.relu(self.join(torch.cat(seen, -1))).unflatten(0, starts.shape)
         hidden = []
-        for step in range(starts.shape[1]):
+        for glimpse, start in zip(glimpses.unbind(1), starts.unbind(1), strict=True):
             if state is not None:
-                keep = ~starts[:, step, None]
-                state = map_tree(lambda memory: memory * keep, state)  # noqa: B023
-            state = self.core(glimpses[:, step], state)
+                state = map_tree(lambda memory: memory * ~start[:, None], state)  # noqa: B023
+            state = self.core(glimpse, state)
             hidden.append(state[0] if isinstance(state, tuple) else state)
         memory = torch.stack(hidden, 1)
         scores = self.classify(memory)
@@ -124,7 +123,7 @@ class _RectifiedCell(nn.Module):
 
     def forward(self, inputs: Tensor, memory: Tensor | None) -> Tensor:
         seen = self.see(inputs)
-        return F.relu(seen if memory is None else seen + self.keep(memory))
+        return F.relu(seen if memory is None else self.keep(memory) + seen)
 
 
 def _mlp_eye(what: tuple[int, int, int]) -> nn.Module:

@@ -5,12 +5,12 @@ A pyramid is made once an image; a glimpse then reads `patch`² pixels of every 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-
-from foveate.geometry import to_pixels
 
 Pyramid = tuple[Tensor, ...]  # level i: [batch, channels, height / factor^i, width / factor^i], rounded up
 
@@ -33,13 +33,29 @@ def look(
     Scale i covers patch · factor^i pixels of the image. Samples lie between pixels in general and are interpolated
     linearly. Channels of the finest scale come first. No gradient flows to the locations.
     """
-    height, width = pyramid[0].shape[-2:]
-    centres = to_pixels(locations.detach(), (height, width))[:, None, None]
-    offsets = torch.arange(patch, device=centres.device) - (patch - 1) / 2
-    offsets = torch.stack(torch.meshgrid(offsets, offsets, indexing="xy"), -1)
-    cuts = []
-    for scale, level in enumerate(pyramid):
-        size = centres.new_tensor([level.shape[-1], level.shape[-2]])
-        grid = (centres / factor**scale + offsets) * (2 / size) - 1
-        cuts.append(F.grid_sample(level, grid, align_corners=False))
-    return torch.cat(cuts, 1)
+    slopes, offsets = _grids(patch, factor, tuple(tuple(level.shape[-2:]) for level in pyramid), locations.device)
+    places = locations.detach()[:, None, None]
+    cuts = [
+        F.grid_sample(level, torch.addcmul(offset, places, slope), align_corners=False)
+        for level, slope, offset in zip(pyramid, slopes, offsets, strict=True)
+    ]
+    return cuts[0] if len(cuts) == 1 else torch.cat(cuts, 1)
+
+
+@lru_cache(maxsize=16)
+def _grids(
+    patch: int, factor: int, sizes: tuple[tuple[int, ...], ...], device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What makes a location into the sampling grid of every level: location · slope [2] + offset [patch, patch, 2].
+
+    A pixel (x, y) of the image lies at (x, y) / factor^i of level i, whose width is rounded up.
+    """
+    steps = torch.arange(patch, device=device) - (patch - 1) / 2
+    steps = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)
+    image = torch.tensor(sizes[0][::-1], device=device)
+    slopes, offsets = [], []
+    for scale, size in enumerate(sizes):
+        level = torch.tensor(size[::-1], device=device)
+        slopes.append(image / factor**scale / level)
+        offsets.append(slopes[-1] - 1 + steps * (2 / level))
+    return slopes, offsets

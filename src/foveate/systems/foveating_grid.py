@@ -143,16 +143,7 @@ def _env(config: Config, copies: int, glimpses: int | None, device: torch.device
 
 def train(config: Config, run: Run) -> None:
     """Train the agent, then the same network on random places; the budget is drawn for each episode."""
-    looking = Looking(
-        config.batch,
-        config.samples,
-        config.baseline,
-        config.classify,
-        config.learning_rate,
-        config.credit,
-        config.discount,
-        config.explore,
-    )
+    looking = Looking.of(config)
     rows = run.rows(config.batch)
     learners: dict[str, Any] = {}
     for name in ("learned", "random"):

@@ -79,6 +79,8 @@ class Config:
     """width of the core"""
     std: float = 0.1
     """standard deviation of the location; half the image is 1"""
+    explore: float = 1.0
+    """how many times wider it is at the start of training; it falls evenly to 1"""
     first: Literal["random", "centre"] = "random"
     """the first location; a centre start overfits"""
     classify: Literal["last", "every"] = "every"
@@ -175,7 +177,7 @@ def train(config: Config, run: Run) -> None:
     """Train the agent, then every control for as long."""
     train_images = _load(config.data, config.root, "train", config.image_size)
     val_images = _load(config.data, config.root, "val", config.image_size)
-    looking = Looking(config.batch, config.samples, config.baseline, config.classify, config.learning_rate)
+    looking = Looking.of(config)
     rows = run.rows(config.batch)
     share = 1 / (1 + len(config.controls))
     learners: dict[str, nn.Module] = {}
