@@ -109,6 +109,43 @@ def textbook_step(images: Images, sizes: Sizes) -> Callable[[], None]:
     return update
 
 
+def products(sizes: Sizes) -> Callable[[], None]:
+    """The matrix products of one update alone, as few and as large as they can be: what no loop can go below.
+
+    Forward they must be made glimpse by glimpse; backward those of all glimpses are joined, but for the memory's.
+    """
+    policy, _ = network(sizes)
+    glimpses = sizes[3]
+    heads = [policy.locate[0], policy.locate[2], policy.value, policy.classify]
+    layers = [policy.what[1], policy.where[0], policy.join, policy.core.see, policy.core.keep, *heads]
+    passed_on = {policy.join, policy.core.see, policy.locate[2], policy.classify}  # layers with weights below them
+    rows = [torch.rand(BATCH, layer.in_features) for layer in layers]
+    inputs = [torch.rand(BATCH * glimpses, layer.in_features) for layer in layers]
+    above = [torch.rand(BATCH * glimpses, layer.out_features) for layer in layers]
+    weights = [layer.weight.detach() for layer in layers]
+
+    def update() -> None:
+        for _ in range(glimpses):
+            for row, weight in zip(rows, weights, strict=True):
+                row @ weight.T
+        for layer, weight, row, gradient in zip(layers, weights, inputs, above, strict=True):
+            gradient.T @ row
+            if layer in passed_on:
+                gradient @ weight
+        for _ in range(glimpses - 1):
+            above[4][:BATCH] @ weights[4]
+
+    return update
+
+
+def bound(sizes: Sizes, rounds: int = 8, repeats: int = 5) -> Rates:
+    """The products alone, as if they were our training step, against the textbook loop."""
+    ours, peer = best_seconds(
+        products(sizes), textbook_step(synthetic_images(sizes[0]), sizes), rounds=rounds, repeats=repeats
+    )
+    return BATCH / ours, BATCH / peer, "training images/s"
+
+
 def cut_glimpse(x: Tensor, location: Tensor, patch: int, scales: int) -> Tensor:
     """Cut every image's patches in Python, then average the wider ones down to `patch`."""
     patches = []
@@ -136,4 +173,5 @@ def network(sizes: Sizes) -> tuple[GlimpsePolicy, torch.optim.Optimizer]:
 ROWS: dict[str, Callable[[], Rates]] = {
     "ram": partial(compare, (28, 8, 1, 6)),
     "ram-60": partial(compare, (60, 12, 3, 8)),
+    "ram-products": partial(bound, (28, 8, 1, 6)),
 }

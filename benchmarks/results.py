@@ -51,7 +51,7 @@ def read_row(run: Path) -> Row:
         "budget": f"{record['minutes']:g} min" if record["minutes"] is not None else f"{record['steps']} steps",
         "processes": record["processes"],
         "minutes": phases,
-        "run": {**record, "config": config},
+        "run": {**record, "config": config, "source": Path(record["source"]).name if record.get("source") else None},
         "evaluation": evaluation,
     }
 

@@ -188,6 +188,20 @@ def test_a_config_file_gives_defaults_and_typed_fields_go_before_it(trained: Pat
         (["train", "ram", "--steps", "1", "--batch", "0"], "batch"),
         (["train", "ram", "--steps", "1", "--glimpses", "0"], "glimpses"),
         (["train", "ram", "--steps", "1", "--samples", "1", "--baseline", "leave-one-out"], "samples"),
+        (["train", "ram", "--steps", "1", "--learning-rate", "nan"], "learning_rate"),
+        (["train", "ram", "--steps", "1", "--seed", str(2**70)], "seed"),
+        (["train", "ram", "--steps", "1", "--processes", "0"], "processes"),
+        (["train", "ram", "--steps", "1", "--control-share", "1"], "control_share"),
+        (["train", "ram", "--steps", "1", "--glimpse-network", "cnn", "--patch", "1"], "patch"),
+        (["train", "ram", "--steps", "1", "--image-size", "2", "--patch", "1", "--variant", "plain"], "controls"),
+        (["train", "foveating-grid", "--steps", "1", "--control-share", "0"], "control_share"),
+        (["train", "foveating-grid", "--steps", "1", "--hidden", "0"], "hidden"),
+        (["train", "foveating-grid", "--steps", "1", "--std", "0"], "std"),
+        (["train", "foveating-grid", "--steps", "1", "--batch", "0"], "batch"),
+        (
+            ["train", "foveating-grid", "--steps", "1", "--credit", "answer", "--baseline", "leave-one-out"],
+            "samples",
+        ),
         (["eval", "nowhere"], "nowhere"),
         (["resume", "nowhere"], "nowhere"),
         (["show", "nowhere"], "nowhere"),
@@ -208,6 +222,36 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert says in captured.err
     assert captured.err.count("\n") == 1
     assert not list(tmp_path.iterdir()), "nothing is left half-written"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("core", "gru", "rnn, lstm"),
+        ("baseline", "foo", "leave-one-out"),
+        ("controls", ["rnadom"], "random"),
+        ("classify", "first", "last, every"),
+        ("batch", "8", "int"),
+        ("glimpses", 2.5, "int"),
+        ("root", 3, "Path"),
+    ],
+)
+def test_a_config_file_with_a_wrong_value_is_refused(
+    name: str, value: object, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"steps": 1, "minutes": 3, name: value}))  # a whole number of minutes is no mistake
+    assert main(["train", "ram", "--config", str(file), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(word in said for word in (str(file), name, repr(value) if value != ["rnadom"] else "rnadom", expected))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_glimpse_is_trained(tmp_path: Path) -> None:
+    """Nothing is chosen then, so there is nothing to reinforce, and nothing to divide by."""
+    words = ["train", "ram", "--steps", "2", "--controls", "--out", str(tmp_path / "run"), *QUICK, "--glimpses", "1"]
+    assert main(words) == 0
 
 
 def test_a_mistyped_field_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,6 +283,48 @@ def test_resuming_another_system_or_version_is_refused(
     (folder / "run.json").write_text(json.dumps(record | {"system": "seednet"}))
     assert main(["resume", str(folder)]) == 2
     assert "seednet" in capsys.readouterr().err
+
+
+def test_damaged_files_and_bad_places_are_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = tmp_path / "run", tmp_path / "file"
+    file.write_text("")
+    shutil.copytree(trained, folder)
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"phase": "learned", "st')  # as a kill leaves it
+    assert main(["compare", str(trained), str(folder), "--out", str(tmp_path / "curves.png")]) == 0
+    assert main(["compare", str(trained), str(folder), "--out", str(tmp_path / "curves")]) == 2
+    assert "curves.png" in capsys.readouterr().err
+    assert main(["data", "check", "--out", str(file)]) == 1
+    assert str(file) in capsys.readouterr().err
+    (folder / "run.json").write_text((folder / "run.json").read_text()[:50])
+    assert main(["resume", str(folder)]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_full_disk_while_scoring_keeps_the_scores_there_are(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+
+    def small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    code, _, err = finish(foveate_process("eval", folder, "--device", "cpu", preexec_fn=small_disk))
+    assert code == 1
+    assert err.count("\n") == 1, err
+    assert (folder / "evaluation.json").read_bytes() == (trained / "evaluation.json").read_bytes()
+
+
+def test_weights_of_another_run_survive_a_kill_before_the_first_checkpoint(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["train", "ram", "--steps", "1", "--controls", "--learning-rate", "0", *QUICK]
+    assert main([*words, "--from", str(trained), "--out", str(folder)]) == 0
+    shutil.rmtree(folder / "checkpoints")
+    assert main(["resume", str(folder), "--device", "cpu"]) == 0
+    there, here = (foveate.load(run, "cpu").policy.state_dict() for run in (trained, folder))
+    assert all(torch.equal(there[name], here[name]) for name in there)
 
 
 LONG = ["--steps", "80", "--checkpoint-steps", "5", "--controls", "random", *QUICK]

@@ -298,3 +298,20 @@ def test_greedy_answers_take_the_mean_location() -> None:
     drawn = answer(environment(5), agent, 5, 10)
     assert torch.equal(greedy.locations[:, 0], drawn.locations[:, 0])
     assert not torch.isclose(greedy.locations[:, 1], drawn.locations[:, 1]).all(-1).any()
+
+
+def test_bf16_is_the_same_network_to_its_precision():
+    torch.manual_seed(0)
+    exact = GlimpsePolicy((3, 12, 12), 2, 10, glimpse_network="cnn")
+    quick = GlimpsePolicy((3, 12, 12), 2, 10, glimpse_network="cnn", precision="bf16")
+    quick.load_state_dict(exact.state_dict())
+    seen = {"what": torch.rand(4, 2, 3, 12, 12), "where": torch.rand(4, 2, 2)}
+    starts = torch.tensor([[True, False]] * 4)
+    one, other = (policy(seen, None, starts)[0] for policy in (exact, quick))
+    assert other.distribution.scores.dtype == torch.float32
+    torch.testing.assert_close(other.distribution.scores, one.distribution.scores, rtol=0, atol=2e-2)
+    assert not torch.equal(other.distribution.scores, one.distribution.scores)
+    other.distribution.scores.logsumexp(-1).sum().backward()
+    weight = quick.what.layers[0].weight
+    assert weight.dtype == weight.grad.dtype == torch.float32
+    assert weight.grad.any()

@@ -110,6 +110,12 @@ def test_the_order_and_the_number_of_parts_matter():
     assert int(key) not in folded
 
 
+def test_fold_takes_numbers_one_by_one_or_together():
+    keys = noise.key(1, torch.arange(5))
+    together = noise.fold(keys[:, None], "action", torch.arange(20))
+    assert torch.equal(together, torch.stack([noise.fold(keys, "action", step) for step in range(20)], 1))
+
+
 def test_fold_opens_the_same_stream_for_every_row():
     keys = noise.key(1, ROWS[:6])
     assert torch.equal(noise.fold(keys.view(2, 3), "a", 4).flatten(), noise.fold(keys, "a", 4))

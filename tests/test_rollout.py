@@ -128,6 +128,14 @@ def test_every_step_draws_anew():
     assert len(actions.unique()) == actions.numel()
 
 
+def test_draws_of_long_episodes_follow_from_the_step():
+    """Beyond the steps whose keys are made together, too."""
+    env, policy, keys = WalkEnv(4, wall=100, horizon=40), Walker(), keys_of(4)
+    trajectory, decisions = rollout(env, policy, keys, grad=True)
+    draws = torch.stack([noise.fold(keys, "action", step) for step in range(40)], 1)
+    assert torch.equal(trajectory.actions, decisions.distribution.sample(draws))
+
+
 def test_the_mask_ends_with_the_episode_and_padding_is_empty(setting):
     make, policy = setting
     trajectory, _ = rollout(make(32), policy, keys_of(32))

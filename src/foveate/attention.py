@@ -8,6 +8,7 @@ baseline (Mnih et al. 2014, section 3.1, equation 1, and "hybrid supervised loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from foveate.learn.rollout import rollout
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.glimpse import GlimpsePolicy
 from foveate.run import Run
-from foveate.types import Decisions, Trajectory, concatenate
+from foveate.types import Decisions, InputError, Trajectory, concatenate
 
 Baseline = Literal["none", "moving-average", "learned", "leave-one-out", "group", "greedy"]
 
@@ -62,6 +63,33 @@ class Looking:
     def of(cls, config: Any) -> Looking:
         """What a system's config says of it, by fields of the same names; defaults for the rest."""
         return cls(**{one.name: getattr(config, one.name) for one in fields(cls) if hasattr(config, one.name)})
+
+
+def check(config: Any) -> None:
+    """Check the fields that systems which learn to look share.
+
+    Raises:
+        InputError: a number out of its range, or a baseline that compares samples where there is one of each input.
+    """
+    for name in ("glimpses", "patch", "scales", "factor", "hidden", "samples", "batch", "episodes"):
+        value = getattr(config, name, None)
+        if value is not None and value < 1:
+            raise InputError(f"{name}: found {value}, expected at least 1")
+    for name in ("std", "explore"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected a number above 0")
+    if not 0 <= config.learning_rate < math.inf:
+        raise InputError(f"learning_rate: found {config.learning_rate}, expected 0 or more")
+    if getattr(config, "glimpse_network", "mlp") == "cnn" and config.patch == 1:
+        raise InputError("patch: found 1, but glimpse_network cnn takes at least 2; choose 2, or mlp")
+    if config.control_share is not None and not 0 < config.control_share < 1:
+        raise InputError(
+            f"control_share: found {config.control_share}, expected a part of the budget, above 0, below 1"
+        )
+    if config.baseline in ("leave-one-out", "group") and config.samples < 2:
+        raise InputError(
+            f"samples: found {config.samples}, but baseline {config.baseline!r} compares at least 2 of each image"
+        )
 
 
 def learn_to_look(
@@ -153,7 +181,8 @@ def hybrid_loss(
     if looking.baseline == "group":
         assert trajectory.group is not None
         advantages = group_normalised(reward, trajectory.group)
-    places = policy_gradient(log_probs, None, advantages, chosen, count(chosen)).loss
+    # with one glimpse nothing is chosen: a sum of nothing, divided by a speck
+    places = policy_gradient(log_probs, None, advantages, chosen, count(chosen).clamp(min=1e-6)).loss
     return answer + places + value, parts | {"value_loss": value.detach()}
 
 

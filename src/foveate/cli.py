@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[words[0]](words[1:])
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # what is read is checked where it is read; this is what cannot be written
+        return _complain(
+            f"{error.filename or words[0]}: {error.strerror or error}; make room, or name another place", 1
+        )
     except (ValueError, RuntimeError) as error:
         from foveate.run import RunError
         from foveate.types import InputError
@@ -103,6 +107,8 @@ def train(words: list[str]) -> int:
     both: Any = make_dataclass("Train", [("options", Options, Options()), ("config", kind, default)], frozen=True)
     parsed = _parse(both, f"train {system}", rest, commands.system_module(system).__doc__)
     options = parsed.options
+    if options.processes < 1:
+        return _complain(f"processes: found {options.processes}, expected at least 1")
     if options.processes > 1 and "WORLD_SIZE" not in os.environ:
         return _launch(options.processes, ["train", *words])
     commands.train(
@@ -304,14 +310,19 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> list[int]:
     """Wait for all; when one fails, end the others, which would wait for it for ever."""
     while any(child.poll() is None for child in children):
         for child in children:
-            try:
-                code = child.wait(0.2)
-            except subprocess.TimeoutExpired:
-                continue
-            if code:
+            if _code(child, 0.2):
                 for other in children:
-                    other.terminate()
+                    if _code(other, 3) is None:  # it may fail for the same reason; the first says why
+                        other.terminate()
     return [child.wait() for child in children]
+
+
+def _code(child: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Its exit code, if it has one by then."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> None:

@@ -16,13 +16,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from beartype import BeartypeConf
+from beartype.door import is_bearable
 from torch import Tensor, nn
 
 from foveate import pictures, report
 from foveate.data.classification import evaluation_split
 from foveate.run import Run
+from foveate.run import folder as run_folder
+from foveate.run.checkpoints import write_atomically
 from foveate.systems import SYSTEMS
 from foveate.types import Evaluation, InputError
 
@@ -64,10 +68,10 @@ def config_from(system: str, settings: dict[str, Any], where: str) -> Any:
     """A system's config from plain settings, as they stand in a JSON file.
 
     Raises:
-        InputError: there is no such field; `where` names the file in the message.
+        InputError: there is no such field, or its value is of another kind; `where` names the file in the message.
     """
     kind = system_module(system).Config
-    known = {entry.name: entry for entry in fields(kind)}
+    known = get_type_hints(kind)
     for name in settings:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]
@@ -76,10 +80,20 @@ def config_from(system: str, settings: dict[str, Any], where: str) -> Any:
     for name, value in settings.items():
         if isinstance(value, list):
             value = tuple(value)
-        elif isinstance(value, str) and "Path" in str(known[name].type):
+        elif isinstance(value, str) and Path in get_args(known[name]):
             value = Path(value)
+        if not is_bearable(value, known[name], conf=BeartypeConf(is_pep484_tower=True)):  # an int may be a float
+            raise InputError(f"{where}: {name} is {value!r}, expected {_kind(known[name])}")
         ready[name] = value
     return kind(**ready)
+
+
+def _kind(hint: Any) -> str:
+    """A type as a user reads it: the choices, or its name."""
+    parts = [part for part in get_args(hint) if part is not type(None) and part is not ...]
+    if not parts:
+        return str(getattr(hint, "__name__", hint))
+    return ", ".join(part if isinstance(part, str) else _kind(part) for part in parts)
 
 
 def config_from_file(system: str, path: Path) -> Any:
@@ -101,7 +115,7 @@ def config_from_file(system: str, path: Path) -> Any:
 
 def processes_of(folder: Path) -> int:
     """How many processes a run was begun with."""
-    return int(json.loads((folder / "run.json").read_text())["processes"]) if (folder / "run.json").is_file() else 1
+    return int(run_folder.read(folder).get("processes", 1))
 
 
 def train(
@@ -224,7 +238,10 @@ def compare(folders: Sequence[Path | str], out: Path | str) -> Path:
     if drawn is None:
         raise InputError(f"{', '.join(map(str, folders))}: no metric is in the logs of these runs yet")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    drawn.save(out)
+    try:
+        drawn.save(out)
+    except ValueError as error:
+        raise InputError(f"out: {out} names no kind of picture ({error}); call it {Path(out).stem}.png") from error
     return Path(out)
 
 
@@ -271,7 +288,7 @@ def _absolute(root: Path | None) -> Path | None:
 
 
 def _save_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    (folder / "evaluation.json").write_text(json.dumps(asdict(evaluation), indent=1))
+    write_atomically(folder / "evaluation.json", json.dumps(asdict(evaluation), indent=1).encode())
 
 
 def _save_pictures(folder: Path, drawn: dict[str, Any]) -> dict[str, Path]:
@@ -314,7 +331,8 @@ def command(system: str, config: Any) -> str:
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one
 
 
 def _plain(value: Any) -> str:

@@ -112,6 +112,30 @@ def evaluation_split(name: str, root: Path | None) -> Literal["test", "val", "al
     return "test" if "test" in parts else "val" if "val" in parts else "all"
 
 
+def held_out_split(name: str, root: Path | None) -> Literal["test", "val"]:
+    """The split on which an agent is scored that was trained here: val if a folder has train and val, but no test."""
+    _check_name(name)
+    parts = layout(_folder(name, root)) if name == "folder" else ()
+    return "val" if "train" in parts and "test" not in parts else "test"
+
+
+def check_kind(images: Images, classes: tuple[str, ...], channels: int) -> None:
+    """Check that images are of the classes and channels an agent was made for.
+
+    Raises:
+        InputError: they are not.
+    """
+    if images.classes != classes:
+        found, expected = ", ".join(images.classes), ", ".join(classes)
+        raise InputError(
+            f"data: classes {found} of {images.name!r} are not those the agent was trained on ({expected})"
+        )
+    if images.pixels.shape[1] != channels:
+        raise InputError(
+            f"data: {images.pixels.shape[1]} channels, but the agent was trained on {channels}: convert the pictures"
+        )
+
+
 def check_images(images: Tensor, field: str) -> None:
     """Check images that a user hands in: float [batch, channels, height, width], 1 or 3 channels, in [0, 1].
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from foveate.distributions import Gaussian, Uniform
 from foveate.types import Decisions, Policy, State, map_tree
 
+Precision = Literal["fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class Glance:
@@ -62,6 +64,7 @@ class GlimpsePolicy(Policy):
         looking: "learned"; "random" draws locations evenly over the image, "centre" never moves (the controls).
         detach: the hidden vector is detached before the location head, as published: what is remembered serves the
             answer alone. Without it REINFORCE shapes the memory too, which then may also hold where it has looked.
+        precision: of the convolutional glimpse network; everything else computes in fp32, and so are all weights.
 
     The hidden vector is detached before the baseline in any case. `spread` widens the locations while they are learned.
     """
@@ -77,10 +80,11 @@ class GlimpsePolicy(Policy):
         std: float = 0.1,
         looking: Literal["learned", "random", "centre"] = "learned",
         detach: bool = True,
+        precision: Precision = "fp32",
     ) -> None:
         super().__init__()
         self.looking, self.spread, self.detach = looking, 1.0, detach
-        self.what: nn.Module = _mlp_eye(what) if glimpse_network == "mlp" else _cnn_eye(what)
+        self.what: nn.Module = _mlp_eye(what) if glimpse_network == "mlp" else _ConvolutionalEye(what, precision)
         self.where = nn.Sequential(nn.Linear(where, 128), nn.ReLU())
         self.join = nn.Linear(128 + 128, hidden)
         self.core: nn.Module = _RectifiedCell(hidden, hidden) if core == "rnn" else nn.LSTMCell(hidden, hidden)
@@ -130,15 +134,22 @@ def _mlp_eye(what: tuple[int, int, int]) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(what[0] * what[1] * what[2], 128), nn.ReLU())
 
 
-def _cnn_eye(what: tuple[int, int, int]) -> nn.Module:
-    # The first layer strides: at full resolution a few channels cost five times the rest of the network on a CPU.
-    side = (what[1] // 2) * (what[2] // 2)
-    return nn.Sequential(
-        nn.Conv2d(what[0], 32, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * side, 128),
-        nn.ReLU(),
-    )
+class _ConvolutionalEye(nn.Module):
+    def __init__(self, what: tuple[int, int, int], precision: Precision) -> None:
+        super().__init__()
+        self.precision = precision
+        # The first layer strides: at full resolution a few channels cost five times the rest of the network on a CPU.
+        side = (what[1] // 2) * (what[2] // 2)
+        self.layers = nn.Sequential(
+            nn.Conv2d(what[0], 32, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * side, 128),
+            nn.ReLU(),
+        )
+
+    def forward(self, glimpses: Tensor) -> Tensor:
+        with torch.autocast(glimpses.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.layers(glimpses).float()

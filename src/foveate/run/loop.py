@@ -96,10 +96,12 @@ class Run:
         for field, value in (("steps", steps), ("minutes", minutes), ("checkpoint_steps", checkpoint_steps)):
             if value is not None and not value > 0:
                 raise InputError(f"{field}: found a budget of {value:g}, expected more than 0")
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed: found {seed}, expected 0 to 2**63 - 1")
         self._set_up(folder, system, config, seed, device, quiet)
         self._checkpoint_steps, self._resume, self._writable = checkpoint_steps, resume, True
-        self._source = None if source is None else Run.open(source)
         others = {"steps": steps, "minutes": minutes, "processes": self.processes, "device": str(self.device)}
+        others["source"] = None if source is None else str(Path(source).absolute())
         self._record = run_folder.describe(system, config, seed, others)
         if resume:
             self._record = run_folder.resumed(self.folder, self._record)
@@ -111,6 +113,8 @@ class Run:
                 self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
         else:
             run_folder.check_free(self.folder, overwrite)
+        if self._record.get("source"):
+            self._source = Run.open(Path(self._record["source"]))
         if self._record["steps"] is None and self._record["minutes"] is None:
             raise InputError("steps, minutes: found neither, expected a budget; give one, e.g. --minutes 3")
 

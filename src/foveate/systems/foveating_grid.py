@@ -112,8 +112,7 @@ def resolve(config: Config) -> Config:
     """
     if config.data != "grid":
         raise InputError(f"data: found {config.data!r}, but foveating-grid makes its own grids: leave --data out")
-    if config.episodes < 1:
-        raise InputError(f"episodes: found {config.episodes}, expected at least 1, e.g. 20000")
+    attention.check(config)
     if config.credit == "gains" and config.baseline not in ("learned", "none"):
         raise InputError(f"baseline: found {config.baseline!r}, but gains take learned or none; or add --credit answer")
     return config

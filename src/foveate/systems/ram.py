@@ -30,7 +30,15 @@ from torch import Tensor, nn
 
 from foveate import attention, noise, pictures
 from foveate.attention import Looking
-from foveate.data.classification import Images, Split, check_images, load_images, read_pictures
+from foveate.data.classification import (
+    Images,
+    Split,
+    check_images,
+    check_kind,
+    held_out_split,
+    load_images,
+    read_pictures,
+)
 from foveate.data.variants import canvas_size, render
 from foveate.envs.glimpse import GlimpseEnv
 from foveate.learn.baselines import MovingAverage
@@ -63,6 +71,8 @@ class Config:
     """wall-clock budget of all phases together"""
     controls: tuple[Control, ...] = ("random", "centre", "cnn")
     """trained beside the agent, each with as much time: looking at random places, at the centre, a CNN that sees all"""
+    control_share: float | None = None
+    """part of the budget that trains each of them; None: as much as trains the agent"""
     glimpses: int | None = None
     """number of glimpses; None: 8 with clutter, else 6"""
     patch: int | None = None
@@ -73,6 +83,8 @@ class Config:
     """how much wider"""
     glimpse_network: Literal["mlp", "cnn"] = "mlp"
     """what looks at a glimpse"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of a cnn glimpse network; bf16 is faster on processors that compute in it, far slower on others"""
     core: Literal["rnn", "lstm"] = "rnn"
     """what remembers: a rectified recurrent layer or an LSTM"""
     hidden: int = 256
@@ -112,17 +124,9 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: a field is out of its range, or the data cannot be read.
     """
-    for name in ("glimpses", "patch", "scales", "factor", "hidden", "samples", "batch"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name}: found {value}, expected at least 1")
-    if not config.std > 0:
-        raise InputError(f"std: found {config.std}, expected more than 0: a location that is not drawn teaches nothing")
-    if config.baseline in ("leave-one-out", "group") and config.samples < 2:
-        raise InputError(
-            f"samples: found {config.samples}, but baseline {config.baseline!r} compares at least 2 of each image"
-        )
-    images = _load(config.data, config.root, "train", config.image_size)
+    attention.check(config)
+    splits = "train", "val", held_out_split(config.data, config.root)
+    images, *_ = (_load(config.data, config.root, split, config.image_size) for split in splits)  # now, not after hours
     variant = config.variant or ("cluttered60" if config.data == "digits" else "plain")
     channels, height, width = images.pixels.shape[1:]
     side = min(canvas_size(variant, (height, width)))
@@ -131,13 +135,21 @@ def resolve(config: Config) -> Config:
         "glimpses": 8 if variant.startswith("cluttered") else 6,
         "patch": 8 if side <= 40 else 12,
         "scales": 1 if side <= 40 else 3 if side <= 80 else 4,
-        "channels": channels,
-        "classes": images.classes,
     }
     config = replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
     if _known(config.patch) > side:
         raise InputError(f"patch: {config.patch} pixels are more than the image's {side}; choose a smaller patch")
-    return config
+    if (config.control_share or 0) * len(config.controls) >= 1:
+        raise InputError(f"control_share: {config.control_share} for each control leaves nothing for the agent")
+    if "cnn" in config.controls and side < 4:
+        raise InputError(f"controls: cnn takes at least 4 pixels, not {side}; name other controls")
+    return replace(config, channels=channels, classes=images.classes)
+
+
+def _images(config: Config, split: Split) -> Images:
+    images = _load(config.data, config.root, split, config.image_size)
+    check_kind(images, _known(config.classes), _known(config.channels))
+    return images
 
 
 def _known(value: T | None) -> T:
@@ -154,7 +166,8 @@ def build(config: Config) -> GlimpsePolicy:
 def _policy(config: Config, looking: Literal["learned", "random", "centre"]) -> GlimpsePolicy:
     patch, classes = _known(config.patch), len(_known(config.classes))
     what = _known(config.channels) * _known(config.scales), patch, patch
-    return GlimpsePolicy(what, 2, classes, config.hidden, config.glimpse_network, config.core, config.std, looking)
+    shape = what, 2, classes, config.hidden, config.glimpse_network, config.core, config.std
+    return GlimpsePolicy(*shape, looking, precision=config.precision)
 
 
 def _env(config: Config, images: Images, copies: int, looking: str, device: torch.device) -> GlimpseEnv:
@@ -175,19 +188,14 @@ def _env(config: Config, images: Images, copies: int, looking: str, device: torc
 
 def train(config: Config, run: Run) -> None:
     """Train the agent, then every control for as long."""
-    train_images = _load(config.data, config.root, "train", config.image_size)
-    val_images = _load(config.data, config.root, "val", config.image_size)
-    looking = Looking.of(config)
+    train_images, val_images = _images(config, "train"), _images(config, "val")
     rows = run.rows(config.batch)
-    share = 1 / (1 + len(config.controls))
-    learners: dict[str, nn.Module] = {}
+    share = config.control_share or 1 / (1 + len(config.controls))
+    average, prepared = MovingAverage(), {}
     for name in ("learned", *config.controls):
         torch.manual_seed(config.seed)
-        learners[name] = _control(config, name)
-    average = MovingAverage()
-    prepared = {}
-    for name, learner in learners.items():
-        optimizer = torch.optim.Adam(learner.to(run.device).parameters(), config.learning_rate, fused=True)
+        learner = _control(config, name).to(run.device)
+        optimizer = torch.optim.Adam(learner.parameters(), config.learning_rate, fused=True)
         prepared[name] = run.track(**{name: learner, f"{name}_optimizer": optimizer})
     run.track(average=average)
     for name, (learner, optimizer) in prepared.items():
@@ -196,8 +204,9 @@ def train(config: Config, run: Run) -> None:
             continue
         env = _env(config, train_images, (rows.stop - rows.start) * config.samples, name, run.device)
         held_out = _env(config, val_images, min(1000, len(val_images)), name, run.device)
-        validate = partial(_errors, held_out, learners[name])
-        attention.learn_to_look(run, name, share, env, learner, optimizer, average, looking, validate)
+        validate = partial(_errors, held_out, learner)
+        part = 1 - share * len(config.controls) if name == "learned" else share
+        attention.learn_to_look(run, name, part, env, learner, optimizer, average, Looking.of(config), validate)
 
 
 def _control(config: Config, name: str) -> nn.Module:
@@ -222,26 +231,19 @@ def _train_cnn(
         run.log(cross_entropy=loss.detach())
 
 
-def _errors(env: GlimpseEnv, policy: nn.Module, seed: int = 0) -> dict[str, float]:
-    size = len(env.images)
-    return {
-        "val_error": attention.answer(env, policy, seed, size).error(),
-        "val_greedy_error": attention.answer(env, policy, seed, size, greedy=True).error(),
-    }
+def _errors(env: GlimpseEnv, policy: nn.Module) -> dict[str, float]:
+    tries = ("val_error", False), ("val_greedy_error", True)
+    return {name: attention.answer(env, policy, 0, len(env.images), greedy).error() for name, greedy in tries}
 
 
-def evaluate(config: Config, policy: GlimpsePolicy, run: Run, split: Split = "test") -> Evaluation:
-    """Error in percent on a split: the agent and its controls, each place drawn once; greedy beside it.
+def evaluate(config: Config, policy: GlimpsePolicy, run: Run, split: Split | None = None) -> Evaluation:
+    """Error in percent: the agent and its controls, each place drawn once; greedy beside it.
 
+    On the split given, or else on test (val, if the data has none).
     `error` is that of single samples: no averaging over tries. `greedy_error` takes the mean of every location's
     distribution. The curve is the error of the answer after each glimpse.
     """
-    images = _load(config.data, config.root, split, config.image_size)
-    if images.classes != config.classes:
-        raise InputError(
-            f"data: classes {', '.join(images.classes)} of {images.name!r} are not those the agent was trained on "
-            f"({', '.join(_known(config.classes))})"
-        )
+    images = _images(config, split or held_out_split(config.data, config.root))
     metrics, curves = _score(config, policy, "learned", images, run)
     baselines: dict[str, dict[str, float]] = {}
     series = {"learned places": curves}
@@ -308,7 +310,7 @@ def picture(
     """Glimpse paths on test pictures, or on images of the user: name → a picture, or a list of frames."""
     labels = None
     if images is None:
-        shown = _load(config.data, config.root, "test", config.image_size)
+        shown = _images(config, held_out_split(config.data, config.root))
         ids = torch.linspace(0, len(shown) - 1, min(12, len(shown))).long()
         images = render(shown.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
         labels = shown.labels[ids]
@@ -342,7 +344,7 @@ def read(config: Config, path: Path) -> Float[Tensor, "batch channels height wid
 
 def check(config: Config) -> dict[str, Any]:
     """The first pictures of the data, as the agent will meet them, with their classes."""
-    images = _load(config.data, config.root, "train", config.image_size)
+    images = _images(config, "train")
     ids = torch.linspace(0, len(images) - 1, min(16, len(images))).long()
     shown = render(images.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
     return {"data": pictures.image_grid(shown, [images.classes[label] for label in images.labels[ids].tolist()])}
