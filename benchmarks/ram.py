@@ -115,25 +115,27 @@ def products(sizes: Sizes) -> Callable[[], None]:
     Forward they must be made glimpse by glimpse; backward those of all glimpses are joined, but for the memory's.
     """
     policy, _ = network(sizes)
-    glimpses = sizes[3]
+    glimpses, core = sizes[3], policy.core
     heads = [policy.locate[0], policy.locate[2], policy.value, policy.classify]
-    layers = [policy.what[1], policy.where[0], policy.join, policy.core.see, policy.core.keep, *heads]
-    passed_on = {policy.join, policy.core.see, policy.locate[2], policy.classify}  # layers with weights below them
-    rows = [torch.rand(BATCH, layer.in_features) for layer in layers]
-    inputs = [torch.rand(BATCH * glimpses, layer.in_features) for layer in layers]
-    above = [torch.rand(BATCH * glimpses, layer.out_features) for layer in layers]
-    weights = [layer.weight.detach() for layer in layers]
+    layers = [policy.what[1], policy.where[0], policy.join, core.see, core.keep, *heads]
+    passed_on = {policy.join, core.see, policy.locate[2], policy.classify}  # layers with weights below them
+    times = [glimpses - (layer is core.keep) for layer in layers]  # at first there is nothing to keep
+    inputs = [torch.rand(time, BATCH, layer.in_features) for time, layer in zip(times, layers, strict=True)]
+    gradients = [torch.rand(time, BATCH, layer.out_features) for time, layer in zip(times, layers, strict=True)]
 
+    @torch.no_grad()
     def update() -> None:
-        for _ in range(glimpses):
-            for row, weight in zip(rows, weights, strict=True):
-                row @ weight.T
-        for layer, weight, row, gradient in zip(layers, weights, inputs, above, strict=True):
-            gradient.T @ row
+        for step in range(glimpses):
+            for layer, seen in zip(layers, inputs, strict=True):
+                if step < len(seen):
+                    layer(seen[step])
+        for layer, seen, gradient in zip(layers, inputs, gradients, strict=True):
+            gradient.flatten(0, 1).T @ seen.flatten(0, 1)
             if layer in passed_on:
-                gradient @ weight
-        for _ in range(glimpses - 1):
-            above[4][:BATCH] @ weights[4]
+                gradient.flatten(0, 1) @ layer.weight
+            elif layer is core.keep:
+                for one in gradient:
+                    one @ layer.weight
 
     return update
 

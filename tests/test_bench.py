@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -48,7 +49,17 @@ def test_a_name_matches_exactly_and_a_mistyped_one_is_told_the_nearest() -> None
 
 def test_rows_of_the_three_files() -> None:
     rows = ram.ROWS | retina.ROWS | environments.ROWS
-    expected = {"ram", "ram-60", "retina-512", "retina-1024", "retina-2048", "glimpse-env", "glimpse-env-sync", "noise"}
+    expected = {
+        "ram",
+        "ram-60",
+        "ram-products",
+        "retina-512",
+        "retina-1024",
+        "retina-2048",
+        "glimpse-env",
+        "glimpse-env-sync",
+        "noise",
+    }
     assert expected <= set(rows)
     assert len(rows) == len(ram.ROWS) + len(retina.ROWS) + len(environments.ROWS)
 
@@ -66,6 +77,20 @@ def test_both_training_loops_run_and_learn(sizes: tuple[int, int, int, int]) -> 
     assert ours > 0
     assert peer > 0
     assert unit == "training images/s"
+
+
+@pytest.mark.parametrize("sizes", [SMALL, (60, 12, 3, 8)])
+def test_the_bound_is_of_the_very_products_that_both_loops_make(sizes: tuple[int, int, int, int]) -> None:
+    images = ram.synthetic_images(sizes[0], 256)
+    found = []
+    for step in (ram.products(sizes), ram.our_step(images, sizes), ram.textbook_step(images, sizes)):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        found.append(counter.get_total_flops())
+    alone, ours, peer = found
+    assert alone == ours
+    # the loop answers at the last glimpse only, and multiplies by the memory of nothing
+    assert alone == pytest.approx(peer, rel=0.05)
 
 
 def test_both_training_loops_change_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,36 @@ def test_before_the_first_update_the_ratio_is_one_and_the_gradient_that_of_reinf
     torch.testing.assert_close(torch.autograd.grad(found.loss, logits), torch.autograd.grad(plain.loss, logits))
 
 
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_several_epochs_over_one_trajectory_learn_more_of_it_and_the_clip_holds_them_back(clip: float | None) -> None:
+    """As in PPO and GRPO: pulls of one policy, sixteen updates on them; the ratio leaves 1, by the clip not far."""
+    logits = OLD.clone().requires_grad_()
+    behaviour = OLD.log_softmax(-1)
+    actions = Categorical(OLD.expand(4000, 1, -1)).sample(noise.key(0, "pulls", torch.arange(4000))[:, None])
+    mask, gains = torch.ones(4000, 1, dtype=torch.bool), GAIN[actions] - GAIN[actions].mean()
+    values, found = [OLD.softmax(-1) @ GAIN], []
+    for _ in range(16):
+        log_probs = Categorical(logits.expand(4000, 1, -1)).log_prob(actions)
+        found.append(policy_gradient(log_probs, behaviour[actions], gains, mask, clip=clip))
+        (gradient,) = torch.autograd.grad(found[-1].loss, logits)
+        logits = (logits - 0.3 * gradient).detach().requires_grad_()
+        values.append(logits.detach().softmax(-1) @ GAIN)
+    assert found[0].ratio_mean == 1
+    assert found[0].kl == 0
+    assert values[1] > values[0]
+    assert values[2] > values[1] + 0.1, "later epochs go on from the first"
+    assert values[-1] > values[2]
+    farthest = (logits.log_softmax(-1) - behaviour).exp().max()
+    if clip is None:
+        assert not any(one.clipped for one in found)
+        assert found[-1].kl > 1
+        assert farthest > 5
+    else:  # an arm that is cut is still moved by the others, through the softmax, but hardly
+        assert found[-1].clipped > 0.5
+        assert 0 < found[-1].kl < 0.1
+        assert 1.2 < farthest < 1.6
+
+
 @dataclass(frozen=True)
 class Known:
     """A distribution whose entropy and KL are given numbers."""

@@ -94,7 +94,7 @@ class Config:
     explore: float = 1.0
     """how many times wider it is at the start of training; it falls evenly to 1"""
     first: Literal["random", "centre"] = "random"
-    """the first location; a centre start overfits"""
+    """the first location; random ones leave less to learn by heart"""
     classify: Literal["last", "every"] = "every"
     """cross-entropy at the last glimpse, as published, or at every one"""
     reward: Literal["right", "likelihood"] = "likelihood"
