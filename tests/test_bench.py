@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import best_seconds, environments, ram, retina
+from benchmarks import best_seconds, environments, ram, retina, rewards
 
 from foveate.models.retina import build_pyramid, look
+from foveate.rewards.boxes import DetectionReward
+from foveate.rewards.panoptic import panoptic_quality
 
 SMALL = (28, 8, 1, 6)
 
@@ -47,8 +49,9 @@ def test_a_name_matches_exactly_and_a_mistyped_one_is_told_the_nearest() -> None
     assert "ram-60" in done.stderr  # the others are named
 
 
-def test_rows_of_the_three_files() -> None:
-    rows = ram.ROWS | retina.ROWS | environments.ROWS
+def test_rows_of_the_files() -> None:
+    files = ram, retina, environments, rewards
+    rows = {name: row for file in files for name, row in file.ROWS.items()}
     expected = {
         "ram",
         "ram-60",
@@ -60,8 +63,9 @@ def test_rows_of_the_three_files() -> None:
         "glimpse-env-sync",
         "noise",
     }
+    expected |= {"cider", "detection-reward", "average-precision", "pq"}
     assert expected <= set(rows)
-    assert len(rows) == len(ram.ROWS) + len(retina.ROWS) + len(environments.ROWS)
+    assert len(rows) == sum(len(file.ROWS) for file in files)
 
 
 def test_best_seconds_takes_turns_and_keeps_the_best() -> None:
@@ -129,3 +133,18 @@ def test_environment_rows_in_the_small() -> None:
         ours, peer, unit = compare(copies=16, rounds=1)
         assert ours > peer
         assert unit == "steps/s, 16 copies"
+
+
+def test_rewards_are_measured_on_work_that_both_do() -> None:
+    """The loop over segments is right, and boxes and captions are such that something matches."""
+    found, wanted = rewards.maps("found"), rewards.maps("wanted")
+    ours = panoptic_quality(found, wanted).total
+    for row in range(4):
+        parts = (part[row].numpy() for part in (found.ids, found.labels, wanted.ids, wanted.labels))
+        assert rewards.quality_by_loops(*parts) == pytest.approx(float(ours[row]), abs=1e-5)
+    assert 0.2 < ours.mean() < 0.98
+    score = DetectionReward()(*rewards.boxes())
+    assert score.parts["matches@0.5"].mean() > 10
+    assert score.parts["duplicates@0.5"].mean() > 10
+    words = rewards.texts("found", 8)
+    assert [len(one.split()) for one in rewards.sentences(words)] == words.mask.sum(1).tolist()

@@ -1,0 +1,1 @@
+"""What is good: official metrics as batched rewards, a score an example, with its parts."""

@@ -1,0 +1,128 @@
+"""Rewards of rewards: weighted sums and products that keep the parts, and functions of the user's own.
+
+A reward is any callable (predictions, targets) -> RewardOutput.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import add, mul
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from foveate.types import InputError, RewardOutput
+
+Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
+
+
+def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Reward:
+    """Σ weight · total.
+
+    `parts`: "name", the weighted totals, which sum to the total, and each reward's own "name/part". `credit` is the
+    weighted sum of theirs, if all have one.
+
+    Raises:
+        InputError: the names of rewards and weights differ, or there is none.
+    """
+    _check_names(rewards, weights)
+
+    def reward(predictions: Any, targets: Any) -> RewardOutput:
+        found = {name: one(predictions, targets) for name, one in rewards.items()}
+        shares = {name: weights[name] * output.total for name, output in found.items()}
+        credits = [weights[name] * output.credit for name, output in found.items() if output.credit is not None]
+        credit = reduce(add, credits) if len(credits) == len(found) else None
+        return RewardOutput(reduce(add, shares.values()), shares | _own(found), credit)
+
+    return reward
+
+
+def product(rewards: Mapping[str, Reward]) -> Reward:
+    """Π total.
+
+    `parts`: "name", the totals, which multiply to the total, and each reward's own "name/part". No credit.
+
+    Raises:
+        InputError: there is none.
+    """
+    _check_names(rewards, rewards)
+
+    def reward(predictions: Any, targets: Any) -> RewardOutput:
+        found = {name: one(predictions, targets) for name, one in rewards.items()}
+        totals = {name: output.total for name, output in found.items()}
+        return RewardOutput(reduce(mul, totals.values()), totals | _own(found))
+
+    return reward
+
+
+def load_reward(name: str) -> Reward:
+    """The function that `package.module:function` names; it is imported, so its module's code runs.
+
+    Raises:
+        InputError: no such module, or nothing in it of this name that can be called.
+    """
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise InputError(f"reward: found {name!r}, expected package.module:function")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise InputError(f"reward: {name!r} is not found ({error}); is it on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise InputError(f"reward: {module} has no {function!r}; correct the name after the colon") from error
+    if not callable(found):
+        raise InputError(
+            f"reward: {name!r} is a {type(found).__name__}, expected a function of predictions and targets"
+        )
+    return found
+
+
+def check_output(output: Any, batch: int, name: str) -> RewardOutput:
+    """What a reward gave, as a `RewardOutput`: to be called on the first batch of a function that is not ours.
+
+    A tensor [batch] is taken for the total.
+
+    Raises:
+        InputError: another type or shape, a part or credit of another shape, NaN or infinity, or the same number for
+            all of a batch of two or more, from which nothing can be learned. The message names shape and range.
+    """
+    if not isinstance(output, Tensor | RewardOutput):
+        raise InputError(f"reward {name}: found {type(output).__name__}, expected RewardOutput, or a tensor [{batch}]")
+    total = output if isinstance(output, Tensor) else output.total
+    named = {"total": total}
+    if isinstance(output, RewardOutput):
+        named |= {f"part {part!r}": value for part, value in output.parts.items()}
+    for what, values in named.items():
+        if values.shape != (batch,):
+            raise InputError(f"reward {name}: its {what} is {list(values.shape)}, expected [{batch}]: one an example")
+        broken = ~values.isfinite()
+        if broken.any():
+            rows = broken.nonzero().flatten().tolist()
+            good = values[~broken].tolist() or [math.nan]
+            raise InputError(
+                f"reward {name}: its {what} is {float(values[rows[0]])} for example {rows[0]} ({len(rows)} of {batch}; "
+                f"the others lie in {min(good):g} to {max(good):g}): look at that example, or give it a number"
+            )
+    if isinstance(output, RewardOutput) and output.credit is not None and len(output.credit) != batch:
+        raise InputError(f"reward {name}: its credit is {list(output.credit.shape)}, expected [{batch}, decisions]")
+    if batch > 1 and bool((total == total[0]).all()):
+        raise InputError(
+            f"reward {name}: is {float(total[0]):g} for all {batch} examples: nothing can be learned from it; do "
+            "predictions and targets share one convention?"
+        )
+    return output if isinstance(output, RewardOutput) else RewardOutput(output)
+
+
+def _own(found: Mapping[str, RewardOutput]) -> dict[str, Tensor]:
+    return {f"{name}/{part}": value for name, output in found.items() for part, value in output.parts.items()}
+
+
+def _check_names(rewards: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    if not rewards or set(rewards) != set(weights):
+        raise InputError(
+            f"rewards: found {', '.join(rewards) or 'none'} with weights for {', '.join(weights) or 'none'}, "
+            "expected a weight for each"
+        )

@@ -1,0 +1,126 @@
+"""Rewards of panoptic segmentation: every pixel belongs to one segment, every segment to a class.
+
+Kirillov et al. 2019, "Panoptic segmentation", section 4, with the treatment of void and crowd of their published code
+(panopticapi). A predicted and a true segment match if they are of one class and their IoU is *above* 0.5, which pairs
+each with one other at most. Pixels of the prediction that nobody labelled do not count against it, and a predicted
+segment that lies to more than half in void and crowd of its class is no false positive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foveate.types import InputError, RewardOutput
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Panoptic maps: a tree of [batch, ...].
+
+    Attributes:
+        ids: 0 for a pixel that belongs to nothing (void), k for one of segment k.
+        labels: the class of segment 1, 2, ..., from 0.
+        crowd: true where a true segment is many objects that nobody told apart.
+    """
+
+    ids: Int[Tensor, "batch height width"]
+    labels: Int[Tensor, "batch segments"]
+    crowd: Bool[Tensor, "batch segments"] | None = None
+
+
+@dataclass(frozen=True)
+class _Matches:
+    """Of every pair and segment: IoU of the matched pairs, the class of each, and who is right, wrong and missed."""
+
+    ious: Float[Tensor, "batch predicted true"]
+    right: Bool[Tensor, "batch predicted true"]
+    wrong: Bool[Tensor, "batch predicted"]
+    missed: Bool[Tensor, "batch true"]
+
+
+def panoptic_quality(predictions: Segments, targets: Segments) -> RewardOutput:
+    """PQ of each image, the mean over the classes that are in it, in [0, 1]; 1 if none is.
+
+    PQ_c = Σ IoU of the matched pairs / (TP + FP / 2 + FN / 2), as panopticapi gives it for that image alone. `parts`:
+    "sq", the mean over classes of the mean IoU of matched pairs (0 for a class without), "rq", the mean of
+    TP / (TP + FP / 2 + FN / 2), and the counts "tp", "fp", "fn" of the image. Class by class PQ = SQ · RQ; of the means
+    that is not so.
+
+    To the corpus metric: PQ of a data set sums IoU and counts of each class over all images before it divides, so the
+    mean of this over images is another number; `matched_less_unmatched` adds up.
+
+    Raises:
+        InputError: an id without a segment.
+    """
+    found = _match(predictions, targets)
+    classes = torch.cat((predictions.labels, targets.labels), 1)
+    own = classes[:, :, None] == predictions.labels[:, None]
+    true = classes[:, :, None] == targets.labels[:, None]
+    of_pair = own[:, :, :, None] & found.right[:, None]
+    matched = of_pair.sum((2, 3)).float()
+    overlap = (of_pair * found.ious[:, None]).sum((2, 3))
+    size = matched + ((own & found.wrong[:, None]).sum(2) + (true & found.missed[:, None]).sum(2)) / 2
+    # every class is counted once: at the first place where it stands
+    same = (classes[:, :, None] == classes[:, None]).tril(-1)
+    first = (size > 0) & ~(same & (size > 0)[:, None]).any(2)
+    quality, recognition = overlap / size.clamp(min=0.5), matched / size.clamp(min=0.5)
+    segmentation = overlap / matched.clamp(min=1)
+    count = first.sum(1)
+
+    def mean(each: Tensor) -> Tensor:
+        return torch.where(count > 0, (each * first).sum(1) / count.clamp(min=1), 1.0)
+
+    parts = {"sq": mean(segmentation), "rq": mean(recognition), **_counts(found)}
+    return RewardOutput(mean(quality), parts)
+
+
+def matched_less_unmatched(predictions: Segments, targets: Segments, unmatched: float = 0.5) -> RewardOutput:
+    """Σ IoU of the matched pairs - unmatched · (FP + FN): the form of PQ that adds up over segments and images.
+
+    Pinto et al. 2023, "Tuning computer vision models with task rewards", section 4.1, tune this in place of PQ, whose
+    numerator and denominator it brings together. `parts`: "overlap", the sum of IoU, and the counts "tp", "fp", "fn":
+    total = overlap - unmatched · (fp + fn).
+    """
+    found = _match(predictions, targets)
+    overlap = (found.ious * found.right).sum((1, 2))
+    counts = _counts(found)
+    return RewardOutput(overlap - unmatched * (counts["fp"] + counts["fn"]), {"overlap": overlap, **counts})
+
+
+def _counts(found: _Matches) -> dict[str, Tensor]:
+    sums = {"tp": found.right.sum((1, 2)), "fp": found.wrong.sum(1), "fn": found.missed.sum(1)}
+    return {name: count.float() for name, count in sums.items()}
+
+
+def _match(predictions: Segments, targets: Segments) -> _Matches:
+    shared = _intersections(predictions, targets)
+    sizes, true_sizes = shared.sum(2)[:, 1:], shared.sum(1)[:, 1:]
+    in_void, pairs = shared[:, 1:, 0], shared[:, 1:, 1:]
+    union = sizes[:, :, None] + true_sizes[:, None] - pairs - in_void[:, :, None]
+    same = predictions.labels[:, :, None] == targets.labels[:, None]
+    crowd = torch.zeros_like(targets.labels, dtype=torch.bool) if targets.crowd is None else targets.crowd
+    ious = pairs / union.clamp(min=1)
+    right = same & ~crowd[:, None] & (ious > 0.5)
+    excused = in_void + (pairs * (same & crowd[:, None])).sum(2)
+    wrong = (sizes > 0) & ~right.any(2) & (2 * excused <= sizes)
+    missed = (true_sizes > 0) & ~crowd & ~right.any(1)
+    return _Matches(ious, right, wrong, missed)
+
+
+def _intersections(predictions: Segments, targets: Segments) -> Float[Tensor, "batch predicted true"]:
+    """How many pixels each predicted segment shares with each true one; place 0 is void."""
+    counts = [segments.labels.shape[1] + 1 for segments in (predictions, targets)]
+    for name, segments, count in ("predictions", predictions, counts[0]), ("targets", targets, counts[1]):
+        if segments.ids.numel() and not 0 <= int(segments.ids.min()) <= int(segments.ids.max()) < count:
+            raise InputError(
+                f"{name}: found ids from {int(segments.ids.min())} to {int(segments.ids.max())}, but {count - 1} "
+                "labels: give every segment a label, number them from 1, and void pixels 0"
+            )
+    batch = len(predictions.ids)
+    image = torch.arange(batch, device=predictions.ids.device)[:, None, None]
+    place = (image * counts[0] + predictions.ids) * counts[1] + targets.ids
+    return torch.bincount(place.flatten(), minlength=batch * counts[0] * counts[1]).view(batch, *counts).float()
