@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import best_seconds, environments, ram, retina, rewards
+from benchmarks import best_seconds, environments, ram, retina, rewards, sampling
 
 from foveate.models.retina import build_pyramid, look
 from foveate.rewards.boxes import DetectionReward
@@ -50,7 +50,7 @@ def test_a_name_matches_exactly_and_a_mistyped_one_is_told_the_nearest() -> None
 
 
 def test_rows_of_the_files() -> None:
-    files = ram, retina, environments, rewards
+    files = ram, retina, environments, rewards, sampling
     rows = {name: row for file in files for name, row in file.ROWS.items()}
     expected = {
         "ram",
@@ -63,7 +63,7 @@ def test_rows_of_the_files() -> None:
         "glimpse-env-sync",
         "noise",
     }
-    expected |= {"cider", "detection-reward", "average-precision", "pq"}
+    expected |= {"cider", "detection-reward", "average-precision", "pq", "sampling"}
     assert expected <= set(rows)
     assert len(rows) == sum(len(file.ROWS) for file in files)
 
@@ -148,3 +148,13 @@ def test_rewards_are_measured_on_work_that_both_do() -> None:
     assert score.parts["duplicates@0.5"].mean() > 10
     words = rewards.texts("found", 8)
     assert [len(one.split()) for one in rewards.sentences(words)] == words.mask.sum(1).tolist()
+
+
+def test_both_write_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "LENGTH", 4)
+    monkeypatch.setattr(sampling, "IMAGES", 2)
+    model, (images, keys) = sampling.sampler(), sampling.pictures()
+    with torch.no_grad():
+        assert torch.equal(
+            sampling.write_anew(model, images, keys), model.sample(images, sampling.SAMPLES, False, keys).ids
+        )

@@ -23,9 +23,11 @@ class Categorical:
     logits: Float[Tensor, "*batch choices"]
 
     def sample(self, keys: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-        """Draw by the Gumbel trick: argmax of logits - log(-log u)."""
-        draws = noise.uniform(keys, self.logits.shape[-1])
-        return (self.logits.detach() - torch.log(-torch.log(draws))).argmax(-1)
+        """Draw by inversion of the distribution function, with two draws a row whatever the number of choices."""
+        draws = noise.uniform(keys, 2).double()
+        draw = draws[..., 0] + (draws[..., 1] - 0.5) * 2.0**-23  # 23 bits and 23 more, for choices that are rare
+        below = self.logits.detach().double().softmax(-1).cumsum(-1)
+        return torch.searchsorted(below, (draw * below[..., -1])[..., None], right=True).squeeze(-1)
 
     def mode(self) -> Int[Tensor, "*batch"]:
         """The most likely action."""

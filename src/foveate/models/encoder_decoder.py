@@ -1,0 +1,209 @@
+"""An answer written token by token: a Transformer that reads an image and one that writes.
+
+Dosovitskiy et al. 2021, "An image is worth 16x16 words" (the encoder); Vaswani et al. 2017, "Attention is all you
+need", with layer norms before the blocks (the decoder). Boxes, words and codes of dense maps are all written so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from foveate import noise
+from foveate.distributions import Categorical
+from foveate.types import Decisions, Sampler
+
+SPREAD = 0.5  # of embeddings at first; at the usual 0.02 patches drown them, and small models learn places late
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Answers: a tree of [batch, time].
+
+    Attributes:
+        ids: of the tokens; what stands after the end is padding.
+        mask: true up to and with the end token.
+    """
+
+    ids: Int[Tensor, "batch time"]
+    mask: Bool[Tensor, "batch time"]
+
+
+class EncoderDecoder(Sampler):
+    """Reads images, writes tokens.
+
+    Samples of one image are rows next to each other. The image is encoded once for all of them, and its keys and values
+    are not repeated: in cross-attention the samples are queries of one sequence.
+
+    Args:
+        image: channels, height and width of the images.
+        patch: side of the square patches in which an image is read; it divides height and width.
+        vocabulary: number of tokens.
+        length: tokens in an answer at most.
+        end: the token that ends an answer; None: all answers have the full length.
+        width: of the vectors.
+        depth: blocks of the encoder, and of the decoder.
+        heads: of the attention.
+        temperature: by which scores are divided, in sampling and in `forward` alike.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        patch: int,
+        vocabulary: int,
+        length: int,
+        end: int | None = None,
+        width: int = 192,
+        depth: int = 4,
+        heads: int = 4,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.vocabulary, self.length, self.end, self.temperature = vocabulary, length, end, temperature
+        places = (image[1] // patch) * (image[2] // patch)
+        self.patches = nn.Conv2d(image[0], width, patch, stride=patch)
+        self.where = nn.Parameter(torch.randn(places, width) * SPREAD)
+        self.encoder: Any = nn.ModuleList(_Block(width, heads, cross=False) for _ in range(depth))
+        self.read = nn.LayerNorm(width)
+        self.embed = nn.Embedding(vocabulary + 1, width)  # the last is what stands before the first token
+        nn.init.normal_(self.embed.weight, std=SPREAD)
+        self.when = nn.Parameter(torch.randn(length, width) * SPREAD)
+        self.decoder: Any = nn.ModuleList(_Block(width, heads, cross=True) for _ in range(depth))
+        self.written = nn.LayerNorm(width)
+        self.score = nn.Linear(width, vocabulary)
+
+    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch places features"]:
+        """What is seen in each patch."""
+        seen = self.patches(images).flatten(2).mT + self.where
+        for block in self.encoder:
+            seen = block(seen)
+        return self.read(seen)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        inputs: Float[Tensor, "batch channels height width"],
+        num_samples: int,
+        greedy: bool,
+        keys: Int[Tensor, " batch"],
+    ) -> Tokens:
+        """Write `num_samples` answers to each image, a token a step, with the keys and values of the steps before."""
+        memories = [block.remember(self.encode(inputs)) for block in self.decoder]
+        rows = len(inputs) * num_samples
+        sample = torch.arange(num_samples, device=keys.device)
+        streams = noise.fold(keys[:, None], "sample", sample).flatten()
+        pasts: list[_Past] = [block.begin(rows, self.length) for block in self.decoder]
+        last = torch.full((rows,), self.vocabulary, device=keys.device)
+        ended = torch.zeros(rows, dtype=torch.bool, device=keys.device)
+        ids, mask = [], []
+        for step in range(self.length):
+            state = (self.embed(last) + self.when[step])[:, None]
+            for block, memory, past in zip(self.decoder, memories, pasts, strict=True):
+                state = block.step(state, memory, past, step)
+            choice = self._distribution(state)
+            last = choice.mode() if greedy else choice.sample(noise.fold(streams[:, None], "token", step))
+            last = last.squeeze(1)
+            ids.append(last)
+            mask.append(~ended)
+            if self.end is not None:
+                ended = ended | (last == self.end)
+                if bool(ended.all()):
+                    break
+        missing = self.length - len(ids)
+        return Tokens(F.pad(torch.stack(ids, 1), (0, missing)), F.pad(torch.stack(mask, 1), (0, missing)))
+
+    def forward(
+        self,
+        inputs: Float[Tensor, "batch channels height width"],
+        actions: Tokens,
+        steps: slice = slice(None),
+    ) -> Decisions:
+        """Score all tokens of answers in one pass; `actions` has rows · n rows, n answers to each image."""
+        seen = self.encode(inputs)
+        before = F.pad(actions.ids[:, :-1], (1, 0), value=self.vocabulary)
+        state = self.embed(before) + self.when[: before.shape[1]]
+        for block in self.decoder:
+            state = block(state, block.remember(seen))
+        return Decisions(self._distribution(state[:, steps]))
+
+    def decode(self, actions: Tokens) -> Tokens:
+        """The tokens themselves."""
+        return actions
+
+    def _distribution(self, state: Tensor) -> Categorical:
+        return Categorical(self.score(self.written(state)).float() / self.temperature)
+
+
+class _Past(NamedTuple):
+    keys: Tensor  # [rows, heads, length, width / heads]
+    values: Tensor
+
+
+class _Block(nn.Module):
+    """Self-attention, attention to what was read, and a layer for each place; a norm before each, a sum after."""
+
+    def __init__(self, width: int, heads: int, cross: bool) -> None:
+        super().__init__()
+        self.heads, self.cross = heads, cross
+        self.norm, self.project, self.join = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        if cross:
+            self.norm_cross, self.ask = nn.LayerNorm(width), nn.Linear(width, width)
+            self.offer, self.join_cross = nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.norm_each = nn.LayerNorm(width)
+        self.each = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, state: Tensor, memory: _Past | None = None) -> Tensor:
+        """All places at once; with a memory each place sees the ones before it only."""
+        query, key, value = (self._split(part) for part in self.project(self.norm(state)).chunk(3, -1))
+        mask = None
+        if self.cross:
+            count = state.shape[1]
+            mask = torch.ones(count, count, dtype=torch.bool, device=state.device).tril()
+        return self._finish(state + self.join(self._merge(_attend(query, key, value, mask))), memory)
+
+    def remember(self, seen: Tensor) -> _Past:
+        """Keys and values of what was read."""
+        key, value = self.offer(seen).chunk(2, -1)
+        return _Past(self._split(key), self._split(value))
+
+    def begin(self, rows: int, length: int) -> _Past:
+        """Room for keys and values of `length` steps."""
+        weight = self.project.weight
+        shape = rows, self.heads, length, weight.shape[1] // self.heads
+        return _Past(weight.new_zeros(shape), weight.new_zeros(shape))
+
+    def step(self, state: Tensor, memory: _Past, past: _Past, step: int) -> Tensor:
+        """One place, with the keys and values of those before it, which it joins."""
+        query, key, value = (self._split(part) for part in self.project(self.norm(state)).chunk(3, -1))
+        past.keys[:, :, step], past.values[:, :, step] = key.squeeze(2), value.squeeze(2)
+        seen = _attend(query, past.keys[:, :, : step + 1], past.values[:, :, : step + 1], None)
+        return self._finish(state + self.join(self._merge(seen)), memory)
+
+    def _finish(self, state: Tensor, memory: _Past | None) -> Tensor:
+        if memory is not None:
+            # the samples of an image stand one behind the other as its queries
+            rows, time, width = state.shape
+            asked = self.ask(self.norm_cross(state)).view(len(memory.keys), -1, width)
+            found = self._merge(_attend(self._split(asked), memory.keys, memory.values, None))
+            state = state + self.join_cross(found).view(rows, time, width)
+        return state + self.each(self.norm_each(state))
+
+    def _split(self, vectors: Tensor) -> Tensor:
+        return vectors.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _merge(self, vectors: Tensor) -> Tensor:
+        return vectors.transpose(1, 2).flatten(2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    # Written out: the fused kernel's backward in bf16 is several times slower than this on a CPU.
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.float().softmax(-1).to(value.dtype) @ value
