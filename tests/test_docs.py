@@ -106,7 +106,7 @@ def test_examples_run_or_at_least_compile(page: Path, monkeypatch: pytest.Monkey
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "foveate":
             assert hasattr(foveate, node.attr) or node.attr in ("envs",), node.attr
-    if page.name == "rewards.md":
+    if page.name in ("rewards.md", "tuning.md"):
         monkeypatch.chdir(tmp_path)
         exec(compile(tree, str(page), "exec"), {"__name__": "example"})
 

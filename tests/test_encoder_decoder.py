@@ -118,7 +118,8 @@ def test_it_learns_to_read() -> None:
 
     for step in range(150):
         pictures, answer = batch(step)
-        loss = -masked_mean(model(pictures, answer).distribution.log_prob(answer.ids), answer.mask)
+        read = model(pictures, answer)
+        loss = -masked_mean(read.log_probs, read.mask)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -122,11 +122,16 @@ class Decisions:
     Attributes:
         distribution: over the actions, batch shape [batch, time].
         values: [batch, time], the critic's estimates, if there is a critic.
+        log_probs: of the actions that were given, in nats: a `Sampler` scores whole answers, so it knows them; a
+            `Policy` is asked before there is an action.
+        mask: which steps were decisions, where the answer itself tells (what follows the end of a text was none).
         extras: whatever else the policy computed on the way, [batch, time, ...] (class scores, features).
     """
 
     distribution: Any
     values: Float[Tensor, "batch time"] | None = None
+    log_probs: Float[Tensor, "batch time"] | None = None
+    mask: Bool[Tensor, "batch time"] | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -165,7 +170,10 @@ class Sampler(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, inputs: Tree, actions: Tree, steps: slice = slice(None)) -> Decisions:
-        """Score the decisions of given answers in one parallel pass (or those of some steps only)."""
+        """Score the decisions of given answers in one parallel pass (or those of some steps only).
+
+        `log_probs` and `mask` of the result are set. Answers to one input stand next to each other, as many to each.
+        """
 
     @abstractmethod
     def decode(self, actions: Tree) -> Tree:

@@ -130,7 +130,9 @@ class EncoderDecoder(Sampler):
         state = self.embed(before) + self.when[: before.shape[1]]
         for block in self.decoder:
             state = block(state, block.remember(seen))
-        return Decisions(self._distribution(state[:, steps]))
+        distribution = self._distribution(state[:, steps])
+        log_probs = distribution.log_prob(actions.ids[:, steps])
+        return Decisions(distribution, log_probs=log_probs, mask=actions.mask[:, steps])
 
     def decode(self, actions: Tokens) -> Tokens:
         """The tokens themselves."""

@@ -1,0 +1,224 @@
+"""Tuning on a reward: the gradient is that of the expected reward, it learns, and the anchor holds it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import foveate
+from foveate import noise, tuning
+from foveate.learn.baselines import MovingAverage
+from foveate.models.encoder_decoder import EncoderDecoder, Tokens
+from foveate.run import Run
+from foveate.tuning import Tuning, answering, frozen, likelihood_loss, reward_loss, score, tune_on_reward
+from foveate.types import InputError, RewardOutput
+
+
+def small(length: int = 2, vocabulary: int = 3, end: int | None = None) -> EncoderDecoder:
+    torch.manual_seed(1)
+    return EncoderDecoder((1, 4, 4), 2, vocabulary, length, end, width=16, depth=1, heads=2)
+
+
+def images(batch: int) -> Tensor:
+    return noise.uniform(noise.key(0, "images", torch.arange(batch)), 1, 4, 4)
+
+
+def agreement(predictions: Tokens, targets: Tensor) -> RewardOutput:
+    """How many tokens are those of the target, and a first one more than that: parts sum to the total."""
+    right = ((predictions.ids == targets) & predictions.mask).float()
+    parts = {"all": right.sum(1), "first": 0.5 * right[:, 0]}
+    return RewardOutput(parts["all"] + parts["first"], parts)
+
+
+@pytest.mark.parametrize("baseline", ["leave-one-out", "greedy", "moving-average", "none"])
+@pytest.mark.parametrize("end", [None, 0])
+def test_the_gradient_is_that_of_the_expected_reward(baseline: tuning.Baseline, end: int | None) -> None:
+    """All answers of two tokens out of three enumerated: Σ p(answer) R(answer), by autograd."""
+    model, image, target = small(end=end), images(1), torch.tensor([[1, 2]])
+    answers = torch.tensor(list(itertools.product(range(3), repeat=2)))
+    mask = torch.ones_like(answers, dtype=torch.bool)
+    if end is not None:
+        mask[:, 1] = answers[:, 0] != end
+        answers, mask = answers[mask[:, 1] | (answers[:, 1] == 0)], mask[mask[:, 1] | (answers[:, 1] == 0)]
+    whole = Tokens(answers, mask)
+    read = model(image, whole)
+    chances = (read.log_probs * mask).sum(1).exp()
+    assert chances.sum().item() == pytest.approx(1, abs=1e-5)
+    expected = (chances * agreement(whole, target.expand(len(answers), -1)).total).sum()
+    weights = [model.score.bias, model.decoder[0].project.bias]
+    exact = torch.cat([one.flatten() for one in torch.autograd.grad(expected, weights)])
+
+    settings, average = Tuning(samples=4, baseline=baseline), MovingAverage()
+    average.update(torch.tensor([0.7]))
+    found = []
+    for step in range(60):
+        keys = noise.key(step, "rows", torch.arange(64))
+        scored = score(model, agreement, image.expand(64, -1, -1, -1), target.expand(64, -1), keys, settings, average)
+        decisions = model(image.expand(64, -1, -1, -1), scored.actions)
+        loss, _ = reward_loss(decisions, scored, None, settings)
+        found.append(torch.cat([one.flatten() for one in torch.autograd.grad(-loss, weights)]))
+    samples = torch.stack(found)
+    error = samples.std(0) / len(found) ** 0.5
+    away = ((samples.mean(0) - exact) / error.clamp(min=1e-6)).abs()
+    assert away.max() < 4.5
+    assert exact.abs().max() > 5 * error.max(), "there is something to be measured"
+
+
+def run_in(folder: Path, steps: int) -> Run:
+    return Run(folder, system="test", config={}, steps=steps, device="cpu", quiet=True)
+
+
+def taught(model: EncoderDecoder, targets: Tensor, steps: int = 30) -> EncoderDecoder:
+    """Somewhat, by likelihood."""
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    answer = Tokens(targets, torch.ones_like(targets, dtype=torch.bool))
+    for _ in range(steps):
+        likelihood_loss(model(images(len(targets)), answer)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def tuned(folder: Path, steps: int, **settings: object) -> tuple[EncoderDecoder, list[dict[str, float]]]:
+    targets = noise.integers(noise.key(0, "targets", torch.arange(16)), 5, 4)
+    model = taught(small(4, 5), targets)
+    how = Tuning(learning_rate=3e-3, warmup=5, **settings)  # type: ignore[arg-type]
+    run = run_in(folder, steps)
+    reference, average = frozen(model), MovingAverage()
+    optimizer = torch.optim.Adam(model.parameters(), how.learning_rate)
+    run.track(policy=model, reference=reference, optimizer=optimizer, average=average)
+    batches = lambda step: (images(16), targets)  # noqa: E731
+    tune_on_reward(run, "reward", 1.0, model, agreement, batches, how, optimizer, average, reference)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return model, [row for row in rows if row["phase"] == "reward"]
+
+
+def test_it_learns_and_tells_what_happened(tmp_path: Path) -> None:
+    _, rows = tuned(tmp_path / "run", 120)
+    first, last = rows[0], rows[-1]
+    assert last["reward"] > first["reward"] + 1
+    assert last["part all"] + last["part first"] == pytest.approx(last["reward"], abs=1e-4)
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-6) for row in rows)
+    assert last["kl"] > first["kl"] >= 0
+    assert last["entropy"] < first["entropy"]
+    assert first["length"] == 4
+    assert 0 <= first["alike"] < last["alike"] <= 1, "answers that are all right leave nothing to learn"
+
+
+def test_the_anchor_holds_it_near_the_start(tmp_path: Path) -> None:
+    free, held = (tuned(tmp_path / name, 120, anchor=anchor)[1][-1] for name, anchor in (("a", 0.0), ("b", 2.0)))
+    assert held["kl"] < 0.5 * free["kl"]
+    assert held["reward"] < free["reward"]
+
+
+def test_several_epochs_leave_the_answers_policy_by_no_more_than_the_clip_lets_them(tmp_path: Path) -> None:
+    _, rows = tuned(tmp_path / "run", 60, epochs=4, clip=0.2)
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.5
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-6) for row in rows), "told of the first epoch"
+
+
+def test_dropout_stands_still_while_answering() -> None:
+    model = small()
+    model.train()
+    with answering(model):
+        assert not model.training
+    assert model.training
+    reference = frozen(model)
+    assert not any(weight.requires_grad for weight in reference.parameters())
+    assert reference.score.weight is not model.score.weight
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"samples": 1}, "samples"),
+        ({"samples": 0, "baseline": "none"}, "samples"),
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": 2}, "clip"),
+    ],
+)
+def test_settings_that_teach_nothing_are_refused(settings: dict[str, object], field: str) -> None:
+    with pytest.raises(InputError, match=f"^{field}: "):
+        Tuning(**settings)  # type: ignore[arg-type]
+
+
+def test_an_anchor_needs_its_reference(tmp_path: Path) -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = lambda step: (images(2), torch.zeros(2, 2).long())  # noqa: E731
+    settings, average = Tuning(anchor=1.0), MovingAverage()
+    with pytest.raises(InputError, match=r"^reference: "):
+        tune_on_reward(
+            run_in(tmp_path / "run", 1), "reward", 1.0, model, agreement, batches, settings, optimizer, average
+        )
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_call_tunes_a_model_and_keeps_what_answers_best_held_out(tmp_path: Path) -> None:
+    targets = noise.integers(noise.key(0, "targets", torch.arange(16)), 5, 4)
+    model = taught(small(4, 5), targets)
+    held_out = [(images(16), targets)]
+    before = agreement(model.sample(images(16), 1, True, torch.zeros(16).long()), targets).total.mean()
+
+    def plain(predictions: Tokens, wanted: Tensor) -> Tensor:
+        return agreement(predictions, wanted).total
+
+    found = foveate.tune(
+        model,
+        plain,
+        lambda step: (images(16), targets),
+        out=tmp_path / "run",
+        steps=60,
+        held_out=held_out,
+        every=20,
+        device="cpu",
+        learning_rate=3e-3,
+        warmup=5,
+    )
+    assert found is model
+    after = agreement(model.sample(images(16), 1, True, torch.zeros(16).long()), targets).total.mean()
+    seen = [row["held_out_reward"] for row in rows_of(tmp_path / "run") if "held_out_reward" in row]
+    assert len(seen) == 3
+    assert after == pytest.approx(max(seen), abs=1e-5)
+    assert after > before + 0.5
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.run.loop.CHECKPOINT_SECONDS", 0.0)
+    targets = noise.integers(noise.key(0, "targets", torch.arange(8)), 5, 4)
+
+    def go(folder: Path, stop: int | None = None, resume: bool = False) -> EncoderDecoder:
+        model, seen = taught(small(4, 5), targets, 5), [0]
+
+        def batches(step: int) -> tuple[Tensor, Tensor]:
+            seen[0] = step
+            if stop is not None and step == stop:
+                raise KeyboardInterrupt
+            return images(8), targets
+
+        settings = {"steps": None if resume else 8, "resume": resume, "learning_rate": 1e-2, "warmup": 1, "samples": 2}
+        return foveate.tune(model, agreement, batches, out=folder, device="cpu", **settings)  # type: ignore[arg-type]
+
+    whole = go(tmp_path / "whole").state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", stop=5)
+    assert list((tmp_path / "cut" / "checkpoints").glob("[0-9]*"))
+    again = go(tmp_path / "cut", resume=True).state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_reward_that_is_none_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    def constant(predictions: Tokens, targets: Tensor) -> Tensor:
+        return torch.ones(len(targets))
+
+    with pytest.raises(InputError, match=r"^reward constant: is 1 for all 16 examples"):
+        foveate.tune(small(), constant, lambda step: (images(2), torch.zeros(2, 2)), out=tmp_path / "run", steps=1)
+    assert not (tmp_path / "run").exists()
