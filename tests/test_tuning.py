@@ -222,3 +222,20 @@ def test_a_reward_that_is_none_is_named_before_anything_is_written(tmp_path: Pat
     with pytest.raises(InputError, match=r"^reward constant: is 1 for all 16 examples"):
         foveate.tune(small(), constant, lambda step: (images(2), torch.zeros(2, 2)), out=tmp_path / "run", steps=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_only_gets_worse_ends_as_it_began(tmp_path: Path) -> None:
+    """Trained to be wrong, judged by being right: the weights of the start are the best there are."""
+    targets = noise.integers(noise.key(0, "targets", torch.arange(16)), 5, 4)
+    model = taught(small(4, 5), targets, 60)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def reward(predictions: Tokens, wanted: Tensor) -> RewardOutput:
+        found = agreement(predictions, wanted).total
+        return RewardOutput(found if len(wanted) == 16 else -found)  # the held-out batch is told by its size
+
+    batches = lambda step: (images(8), targets[:8])  # noqa: E731
+    held_out = [(images(16), targets)]
+    how = {"steps": 20, "every": 10, "learning_rate": 3e-3, "warmup": 1, "samples": 4, "device": "cpu"}
+    foveate.tune(model, reward, batches, out=tmp_path / "run", held_out=held_out, **how)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -100,7 +100,7 @@ def tune(
 
     Before the first update the reward is checked on the first batch: one finite number an answer, and not the same one
     for all. The optimizer is Adafactor, as in the paper. With `held_out` the model is given the weights that answered
-    best there, greedily; the run keeps them as the part "best", those of the last step as "policy".
+    best there, greedily, those of the start among them; the run keeps them as the part "best", the last as "policy".
 
     Args:
         policy: what answers: a `foveate.types.Sampler`. It is moved to the device and changed.
@@ -167,6 +167,8 @@ def tune(
             best.load_state_dict(policy.state_dict())
         return {"held_out_reward": float(found)}
 
+    if held_out and not bool(record.weight):  # the start is the first to be beaten
+        run.say(f"held-out reward at the start: {validate()['held_out_reward']:.4g}")
     look = validate if held_out else None
     with_device = lambda step: ready(batches(step))  # noqa: E731
     tune_on_reward(run, "reward", 1.0, policy, checked, with_device, tuning, optimizer, average, reference, look, every)
