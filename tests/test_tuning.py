@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate import noise, tuning
+from foveate import noise
+from foveate.learn.answers import Baseline, Tuning, answering, frozen, likelihood_loss, reward_loss, score
 from foveate.learn.baselines import MovingAverage
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.run import Run
-from foveate.tuning import Tuning, answering, frozen, likelihood_loss, reward_loss, score, tune_on_reward
+from foveate.tuning import tune_on_reward
 from foveate.types import InputError, RewardOutput
 
 
@@ -37,7 +38,7 @@ def agreement(predictions: Tokens, targets: Tensor) -> RewardOutput:
 
 @pytest.mark.parametrize("baseline", ["leave-one-out", "greedy", "moving-average", "none"])
 @pytest.mark.parametrize("end", [None, 0])
-def test_the_gradient_is_that_of_the_expected_reward(baseline: tuning.Baseline, end: int | None) -> None:
+def test_the_gradient_is_that_of_the_expected_reward(baseline: Baseline, end: int | None) -> None:
     """All answers of two tokens out of three enumerated: Σ p(answer) R(answer), by autograd."""
     model, image, target = small(end=end), images(1), torch.tensor([[1, 2]])
     answers = torch.tensor(list(itertools.product(range(3), repeat=2)))

@@ -81,17 +81,17 @@ class Config:
     """patches in a glimpse, each wider than the one before; None: 1 up to 40 pixels, 3 up to 80, else 4"""
     factor: int = 2
     """how much wider"""
-    glimpse_network: Literal["mlp", "cnn"] = "mlp"
-    """what looks at a glimpse"""
+    glimpse_network: Literal["mlp", "cnn"] | None = None
+    """what looks at a glimpse; None: cnn up to 40 pixels, else mlp, which is quicker there"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of a cnn glimpse network; bf16 is faster on processors that compute in it, far slower on others"""
     core: Literal["rnn", "lstm"] = "rnn"
     """what remembers: a rectified recurrent layer or an LSTM"""
     hidden: int = 256
     """width of the core"""
-    std: float = 0.1
+    std: float = 0.05
     """standard deviation of the location; half the image is 1"""
-    explore: float = 1.0
+    explore: float = 3.0
     """how many times wider it is at the start of training; it falls evenly to 1"""
     first: Literal["random", "centre"] = "random"
     """the first location; random ones leave less to learn by heart"""
@@ -134,6 +134,7 @@ def resolve(config: Config) -> Config:
         "variant": variant,
         "glimpses": 8 if variant.startswith("cluttered") else 6,
         "patch": 8 if side <= 40 else 12,
+        "glimpse_network": "cnn" if side <= 40 and config.patch != 1 else "mlp",
         "scales": 1 if side <= 40 else 3 if side <= 80 else 4,
     }
     config = replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
@@ -164,10 +165,10 @@ def build(config: Config) -> GlimpsePolicy:
 
 
 def _policy(config: Config, looking: Literal["learned", "random", "centre"]) -> GlimpsePolicy:
-    patch, classes = _known(config.patch), len(_known(config.classes))
+    patch, eye = _known(config.patch), _known(config.glimpse_network)
     what = _known(config.channels) * _known(config.scales), patch, patch
-    shape = what, 2, classes, config.hidden, config.glimpse_network, config.core, config.std
-    return GlimpsePolicy(*shape, looking, precision=config.precision)
+    sizes = what, 2, len(_known(config.classes)), config.hidden
+    return GlimpsePolicy(*sizes, eye, config.core, config.std, looking, precision=config.precision)  # type: ignore[arg-type]
 
 
 def _env(config: Config, images: Images, copies: int, looking: str, device: torch.device) -> GlimpseEnv:
@@ -237,9 +238,8 @@ def _errors(env: GlimpseEnv, policy: nn.Module) -> dict[str, float]:
 
 
 def evaluate(config: Config, policy: GlimpsePolicy, run: Run, split: Split | None = None) -> Evaluation:
-    """Error in percent: the agent and its controls, each place drawn once; greedy beside it.
+    """Error in percent of the agent and its controls, on test if no split is given (val, if the data has no test).
 
-    On the split given, or else on test (val, if the data has none).
     `error` is that of single samples: no averaging over tries. `greedy_error` takes the mean of every location's
     distribution. The curve is the error of the answer after each glimpse.
     """
