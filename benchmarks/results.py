@@ -76,7 +76,10 @@ def update(runs: Sequence[Path], docs: Path) -> None:
     """
     new = [read_row(run) for run in runs]
     source, page = docs / "results.json", docs / "results.md"
-    rows = merge(json.loads(source.read_text()) if source.is_file() else [], new)
+    known = json.loads(source.read_text()) if source.is_file() else []
+    for row in known:  # a default may have changed since
+        row["settings"] = _settings(row["system"], row["run"]["config"])
+    rows = merge(known, new)
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
