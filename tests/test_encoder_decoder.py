@@ -46,7 +46,7 @@ def test_sampling_with_a_cache_is_sampling_from_the_parallel_pass(end: int | Non
 def test_cached_scores_agree_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = sampler(None), []
     distribution = model._distribution
-    monkeypatch.setattr(model, "_distribution", lambda state: seen.append(distribution(state)) or seen[-1])
+    monkeypatch.setattr(model, "_distribution", lambda *parts: seen.append(distribution(*parts)) or seen[-1])
     drawn = model.sample(images(), 2, False, keys())
     cached = torch.cat([one.logits for one in seen], 1)
     torch.testing.assert_close(model(images(), drawn).distribution.logits, cached, rtol=1e-5, atol=1e-5)

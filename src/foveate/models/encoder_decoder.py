@@ -46,6 +46,7 @@ class EncoderDecoder(Sampler):
         vocabulary: number of tokens.
         length: tokens in an answer at most.
         end: the token that ends an answer; None: all answers have the full length.
+        allowed: which tokens may stand at each place, [length, vocabulary]; None: all.
         width: of the vectors.
         depth: blocks of the encoder, and of the decoder.
         heads: of the attention.
@@ -59,6 +60,7 @@ class EncoderDecoder(Sampler):
         vocabulary: int,
         length: int,
         end: int | None = None,
+        allowed: Bool[Tensor, "length vocabulary"] | None = None,
         width: int = 192,
         depth: int = 4,
         heads: int = 4,
@@ -77,6 +79,8 @@ class EncoderDecoder(Sampler):
         self.decoder: Any = nn.ModuleList(_Block(width, heads, cross=True) for _ in range(depth))
         self.written = nn.LayerNorm(width)
         self.score = nn.Linear(width, vocabulary)
+        self.allowed: Tensor | None
+        self.register_buffer("allowed", allowed, persistent=False)
 
     def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch places features"]:
         """What is seen in each patch."""
@@ -106,7 +110,7 @@ class EncoderDecoder(Sampler):
             state = (self.embed(last) + self.when[step])[:, None]
             for block, memory, past in zip(self.decoder, memories, pasts, strict=True):
                 state = block.step(state, memory, past, step)
-            choice = self._distribution(state)
+            choice = self._distribution(state, slice(step, step + 1))
             last = choice.mode() if greedy else choice.sample(noise.fold(streams[:, None], "token", step))
             last = last.squeeze(1)
             ids.append(last)
@@ -130,7 +134,7 @@ class EncoderDecoder(Sampler):
         state = self.embed(before) + self.when[: before.shape[1]]
         for block in self.decoder:
             state = block(state, block.remember(seen))
-        distribution = self._distribution(state[:, steps])
+        distribution = self._distribution(state[:, steps], steps)
         log_probs = distribution.log_prob(actions.ids[:, steps])
         return Decisions(distribution, log_probs=log_probs, mask=actions.mask[:, steps])
 
@@ -138,8 +142,11 @@ class EncoderDecoder(Sampler):
         """The tokens themselves."""
         return actions
 
-    def _distribution(self, state: Tensor) -> Categorical:
-        return Categorical(self.score(self.written(state)).float() / self.temperature)
+    def _distribution(self, state: Tensor, steps: slice) -> Categorical:
+        logits = self.score(self.written(state)).float() / self.temperature
+        if self.allowed is not None:
+            logits = logits.masked_fill(~self.allowed[steps][: logits.shape[1]], -torch.inf)
+        return Categorical(logits)
 
 
 class _Past(NamedTuple):

@@ -1,0 +1,115 @@
+"""Sets of boxes as texts, six tokens a box: top, left, bottom, right, class, confidence; then an end.
+
+Chen et al. 2022, "Pix2seq: a language modeling framework for object detection"; with the confidence token of Pinto et
+al. 2023, "Tuning computer vision models with task rewards", section 4.2, which says whether the box before it is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foveate import noise
+from foveate.geometry import Boxes
+from foveate.models.encoder_decoder import Tokens
+from foveate.types import InputError
+
+END, WRONG, RIGHT = 0, 1, 2
+_FIRST_BIN = 3
+EACH = 6  # tokens a box
+
+
+@dataclass(frozen=True)
+class BoxTokens:
+    """How boxes in images of one size are written.
+
+    Tokens: the end, two confidences, then the bins of the coordinates, then the classes.
+
+    Attributes:
+        size: (height, width) of the images in pixels.
+        classes: how many there are.
+        most: boxes in an answer at most.
+        bins: into which a side of the image is divided.
+    """
+
+    size: tuple[int, int]
+    classes: int
+    most: int
+    bins: int = 1000
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return _FIRST_BIN + self.bins + self.classes
+
+    @property
+    def length(self) -> int:
+        """Tokens in an answer at most."""
+        return EACH * self.most + 1
+
+    def allowed(self) -> Bool[Tensor, "length vocabulary"]:
+        """Which tokens may stand at each place: a coordinate or the end, coordinates, a class, a confidence."""
+        token, place = torch.arange(self.vocabulary), torch.arange(self.length)[:, None] % EACH
+        is_class, is_confidence = token >= _FIRST_BIN + self.bins, (token == WRONG) | (token == RIGHT)
+        is_bin = (token >= _FIRST_BIN) & ~is_class
+        found = torch.where(place < 4, is_bin, torch.where(place == 4, is_class, is_confidence))
+        found = found | ((token == END) & (place == 0))
+        found[-1] = token == END
+        return found
+
+    def encode(self, boxes: Boxes, keys: Int[Tensor, " batch"] | None = None) -> Tokens:
+        """Write boxes, with the confidence "right": in the order of random draws of the keys, or row by row.
+
+        Raises:
+            InputError: an image with more than `most` boxes, or a class out of range.
+        """
+        counts = boxes.mask.sum(1)
+        if counts.numel() and int(counts.max()) > self.most:
+            row = int(counts.argmax())
+            raise InputError(f"boxes: image {row} has {int(counts[row])}, expected at most {self.most}: raise most")
+        labels = boxes.labels[boxes.mask]
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            raise InputError(
+                f"boxes: classes from {int(labels.min())} to {int(labels.max())}, expected 0 to {self.classes - 1}"
+            )
+        scale = self._scale(boxes.boxes)
+        bins = (boxes.boxes[..., [1, 0, 3, 2]] / scale * self.bins).floor().clamp(0, self.bins - 1).long()
+        if keys is None:
+            rank = (bins[..., 0] * self.bins + bins[..., 1]).float()
+        else:
+            rank = noise.uniform(keys, boxes.mask.shape[1])
+        order = rank.masked_fill(~boxes.mask, torch.inf).argsort(dim=1, stable=True)[:, : self.most]
+        bins = bins.gather(1, order[..., None].expand(-1, -1, 4))
+        label, there = boxes.labels.gather(1, order), boxes.mask.gather(1, order)
+        right = torch.full_like(label, RIGHT)
+        text = torch.cat((bins + _FIRST_BIN, (label + _FIRST_BIN + self.bins)[..., None], right[..., None]), 2)
+        ids = torch.full((len(counts), self.length), END, device=text.device)
+        written = torch.where(there[..., None], text, END).flatten(1)
+        ids[:, : written.shape[1]] = written
+        return Tokens(ids, torch.arange(self.length, device=ids.device) <= EACH * counts[:, None])
+
+    def decode(self, tokens: Tokens) -> Boxes:
+        """Read boxes: the middles of their bins; those up to the end, and a last one only if it is whole.
+
+        What stands where it may not (`allowed`) is read as the nearest that may. A box that ends before it begins is
+        turned round.
+        """
+        ids = tokens.ids[:, : EACH * self.most].unflatten(1, (self.most, EACH))
+        whole = tokens.mask[:, : EACH * self.most].unflatten(1, (self.most, EACH)).all(2)
+        there = whole & (ids[..., 0] != END)
+        bins = (ids[..., :4] - _FIRST_BIN).clamp(0, self.bins - 1)
+        corners = (bins + 0.5) / self.bins * self._scale(tokens.ids)
+        corners = corners.unflatten(2, (2, 2)).sort(dim=2).values.flatten(2)[..., [1, 0, 3, 2]]
+        labels = (ids[..., 4] - _FIRST_BIN - self.bins).clamp(0, self.classes - 1)
+        return Boxes(corners, labels, there)
+
+    def confidences(self, logits: Float[Tensor, "batch length vocabulary"]) -> Float[Tensor, "batch most"]:
+        """How sure the model is that each box is right: the share of "right" among the two confidences."""
+        places = logits[:, EACH - 1 :: EACH][:, : self.most]
+        return (places[..., RIGHT] - places[..., WRONG]).sigmoid()
+
+    def _scale(self, like: Tensor) -> Tensor:
+        return torch.tensor([*self.size, *self.size], dtype=torch.float32, device=like.device)

@@ -1,0 +1,103 @@
+"""Boxes written as tokens and read again."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from foveate import noise
+from foveate.data.scenes import SHAPES, describe, draw
+from foveate.geometry import Boxes, check_boxes, overlaps
+from foveate.models.box_tokens import EACH, END, RIGHT, WRONG, BoxTokens
+from foveate.models.encoder_decoder import EncoderDecoder, Tokens
+from foveate.types import InputError
+
+CODE = BoxTokens((48, 64), classes=len(SHAPES), most=6, bins=100)
+
+
+def boxes(batch: int = 8) -> Boxes:
+    found = draw(describe(noise.key(0, "scenes", torch.arange(batch))), 48).boxes
+    return replace(found, boxes=found.boxes * torch.tensor([64 / 48, 1, 64 / 48, 1]))
+
+
+def keys(batch: int = 8) -> torch.Tensor:
+    return noise.key(1, torch.arange(batch))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_what_is_written_is_read_again_to_half_a_bin(shuffled: bool) -> None:
+    there = boxes()
+    tokens = CODE.encode(there, keys() if shuffled else None)
+    assert tokens.ids.shape == (8, CODE.length)
+    assert torch.equal(tokens.mask.sum(1), EACH * there.mask.sum(1) + 1)
+    found = CODE.decode(tokens)
+    assert torch.equal(found.mask.sum(1), there.mask.sum(1))
+    alike = overlaps(found.boxes, there.boxes) * (found.labels[..., None] == there.labels[:, None])
+    alike = alike * (found.mask[..., None] & there.mask[:, None])
+    best, place = alike.max(2)
+    assert best[found.mask].min() > 0.8
+    for row in range(8):
+        assert len(set(place[row][found.mask[row]].tolist())) == int(there.mask[row].sum()), "each is read once"
+        mine = there.boxes[row][place[row]][found.mask[row]]
+        away = (found.boxes[row][found.mask[row]] - mine).abs() / torch.tensor([64, 48, 64, 48])
+        assert away.max() <= 0.5 / 100 + 1e-5
+    check_boxes(found, "read", (48, 64))
+
+
+def test_the_order_is_by_rows_or_drawn() -> None:
+    there = boxes()
+    tops = CODE.decode(CODE.encode(there)).boxes[..., 1]
+    inside = CODE.decode(CODE.encode(there)).mask
+    assert ((tops.diff(dim=1) >= 0) | ~inside[:, 1:]).all()
+    one, other = CODE.encode(there, keys()), CODE.encode(there, keys() + 1)
+    assert not torch.equal(one.ids, other.ids)
+    assert torch.equal(one.ids.sort(1).values, other.ids.sort(1).values)
+
+
+def test_texts_keep_to_what_is_allowed() -> None:
+    allowed = CODE.allowed()
+    assert allowed.shape == (CODE.length, CODE.vocabulary)
+    tokens = CODE.encode(boxes(64), keys(64))
+    assert allowed[torch.arange(CODE.length).expand(64, -1), tokens.ids][tokens.mask].all()
+    assert allowed[:, END].nonzero().flatten().tolist() == list(range(0, CODE.length, EACH))
+    assert allowed[5].nonzero().flatten().tolist() == [WRONG, RIGHT]
+    assert allowed[4].sum() == len(SHAPES)
+    assert allowed[1].sum() == 100
+
+
+def test_a_model_that_knows_nothing_writes_boxes_all_the_same() -> None:
+    torch.manual_seed(0)
+    model = EncoderDecoder(
+        (3, 16, 16), 8, CODE.vocabulary, CODE.length, END, CODE.allowed(), width=16, depth=1, heads=2
+    )
+    images = noise.uniform(keys(4), 3, 16, 16)
+    drawn = model.sample(images, 8, False, keys(4))
+    assert CODE.allowed()[torch.arange(CODE.length).expand(32, -1), drawn.ids][drawn.mask].all()
+    read = model(images, drawn)
+    assert read.log_probs[read.mask].isfinite().all()
+    found = CODE.decode(drawn)
+    assert torch.equal(EACH * found.mask.sum(1) + 1, drawn.mask.sum(1))
+    check_boxes(found, "read", (48, 64))
+    (-read.log_probs * read.mask).sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+    sure = CODE.confidences(read.distribution.logits)
+    assert sure.shape == (32, 6)
+    assert ((sure > 0) & (sure < 1)).all()
+
+
+def test_nonsense_is_read_as_the_nearest_sense() -> None:
+    ids = torch.full((1, CODE.length), CODE.vocabulary - 1)
+    ids[0, :6] = torch.tensor([90, 80, 10, 20, 3, 0])  # ends before it begins, a coordinate as class
+    found = CODE.decode(Tokens(ids, torch.arange(CODE.length)[None] < 8))
+    assert found.mask.tolist() == [[True] + [False] * 5], "the second is not whole"
+    check_boxes(found, "read", (48, 64))
+    assert found.labels[0, 0] == 0
+
+
+def test_too_many_boxes_and_unknown_classes_are_named() -> None:
+    there = boxes(64)
+    row = int(there.mask.sum(1).argmax())
+    with pytest.raises(InputError, match=rf"^boxes: image {row} has 6, expected at most 2"):
+        replace(CODE, most=2).encode(there)
+    with pytest.raises(InputError, match=r"^boxes: classes from 0 to 5, expected 0 to 1"):
+        replace(CODE, classes=2).encode(there)
