@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from torchmetrics.functional.segmentation import dice_score
 
 from foveate import noise
 from foveate.rewards.colors import HUES, VIVID, colorfulness, to_lab, vivid_and_varied
-from foveate.rewards.masks import boundary_reward, dice_reward, iou_reward
+from foveate.rewards.masks import boundary_reward, dice_effects, dice_reward, iou_effects, iou_reward
 from foveate.rewards.panoptic import Segments, matched_less_unmatched, panoptic_quality
 from foveate.types import InputError
 
@@ -55,6 +57,41 @@ def test_iou_and_dice_are_those_of_counts_and_of_torchmetrics(seed: int) -> None
             assert dices.parts[f"class{place}"][row] == pytest.approx(2 * expected / (1 + expected))
             assert dices.parts[f"class{place}"][row] == pytest.approx(float(official[row, place]), abs=1e-6)
         assert ious.total[row] == pytest.approx(sum(present) / len(present) if present else 1)
+
+
+@pytest.mark.parametrize(("reward", "effects"), [(iou_reward, iou_effects), (dice_reward, dice_effects)])
+def test_effects_are_those_of_flipping_each_pixel(reward: Any, effects: Any) -> None:
+    found, wanted = blobs(3, "found", 6, 2, 6), blobs(3, "wanted", 6, 2, 6)
+    found[0], wanted[0] = False, False
+    found[1, 0, 0, 0] = wanted[1, 0, 0, 0] = True
+    told = effects(found, wanted)
+    now = torch.stack(list(reward(found, wanted).parts.values()), 1)
+    for row, column in itertools.product(range(6), repeat=2):
+        other = found.clone()
+        other[:, :, row, column] ^= True
+        flipped = torch.stack(list(reward(other, wanted).parts.values()), 1)
+        torch.testing.assert_close(told[:, :, row, column], now - flipped, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("reward", "effects"), [(iou_reward, iou_effects), (dice_reward, dice_effects)])
+def test_credit_of_pixels_is_unbiased_and_varies_less(reward: Any, effects: Any) -> None:
+    """All 64 masks of 2x3 pixels: the expectation of the estimator is the exact gradient, to rounding."""
+    logits = torch.tensor([[0.3, -1.0, 0.8], [0.0, 2.0, -0.4]], dtype=torch.float64, requires_grad=True)
+    wanted = torch.tensor([[True, False, True], [True, False, False]])
+    masks = torch.tensor(list(itertools.product([False, True], repeat=6))).view(64, 1, 2, 3)
+    target = wanted.expand(64, 1, 2, 3)
+    log_probs = torch.nn.functional.logsigmoid(torch.where(masks[:, 0], logits, -logits))
+    chances = log_probs.sum((1, 2)).exp()
+    score = reward(masks, target).total.double()
+    (exact,) = torch.autograd.grad((chances * score).sum(), logits, retain_graph=True)
+    signs = torch.where(masks[:, 0], 1.0, -1.0) * (1 - log_probs.exp())  # ∇log π of each pixel's own logit
+    single = signs * (1 - log_probs.exp()) * effects(masks, target)[:, 0]
+    whole = signs * (score - (chances * score).sum())[:, None, None]
+    weights = chances[:, None, None]
+    torch.testing.assert_close((weights * single).sum(0), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((weights * whole).sum(0), exact, rtol=1e-5, atol=1e-6)
+    variances = [(weights * (one - exact).square()).sum() for one in (single, whole)]
+    assert variances[0] < 0.2 * variances[1]
 
 
 def davis_f(found: np.ndarray, wanted: np.ndarray, radius: int) -> float:

@@ -12,6 +12,7 @@ images; large objects weigh less in it. DAVIS' J and F are the means over frames
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,42 @@ def dice_reward(predictions: Masks, targets: Masks) -> RewardOutput:
     """2 TP / (2 TP + FP + FN) of the pixels: the F1 score; a rising function of IoU, kinder to half a match."""
     both, sizes = (predictions & targets).sum((2, 3)), predictions.sum((2, 3)) + targets.sum((2, 3))
     return _mean(torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0), sizes > 0)
+
+
+def iou_effects(predictions: Masks, targets: Masks) -> Float[Tensor, "batch classes height width"]:
+    """What the label of each pixel adds to the IoU of its class: IoU as it is, less IoU with that one pixel flipped.
+
+    A mask is thousands of decisions that share one score; this tells each its own part, in closed form. If the pixels
+    of a mask are drawn independently, each with its probability π, then the advantage of the drawn label a,
+
+        (1 - π(a)) · effect  =  R - E over that pixel's label of R, the others as they are,
+
+    has the largest baseline that does not look at the pixel's own label, so that Σ ∇log π(a) · advantage is unbiased
+    for ∇E[R] and has far less variance than with one advantage for the whole mask.
+    """
+    return _effects(predictions, targets, lambda right, wrong: _share(right, right + wrong))
+
+
+def dice_effects(predictions: Masks, targets: Masks) -> Float[Tensor, "batch classes height width"]:
+    """As `iou_effects`, for Dice (F1)."""
+    return _effects(predictions, targets, lambda right, wrong: _share(2 * right, 2 * right + wrong))
+
+
+def _effects(predictions: Masks, targets: Masks, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """By counts of right pixels (TP) and wrong ones (FP + FN), of which a flip changes each by one at most."""
+    right = (predictions & targets).sum((2, 3), keepdim=True).float()
+    wrong = (predictions ^ targets).sum((2, 3), keepdim=True).float()
+    now = score(right, wrong)
+    if_flipped = torch.where(
+        targets,
+        torch.where(predictions, score(right - 1, wrong + 1), score(right + 1, wrong - 1)),
+        torch.where(predictions, score(right, wrong - 1), score(right, wrong + 1)),
+    )
+    return now - if_flipped
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole.clamp(min=1), 1.0)
 
 
 def boundary_reward(predictions: Masks, targets: Masks, tolerance: int | None = None) -> RewardOutput:
