@@ -69,25 +69,44 @@ def write_tables(rows: Sequence[Row]) -> str:
 
 
 def update(runs: Sequence[Path], docs: Path) -> None:
-    """Add runs to results.json and results.md of a folder.
+    """Add runs to results.json and results.md of a folder, and to the pages of systems that have markers.
 
     Raises:
-        InputError: as `read_row`, or a page without markers; both files are then as they were.
+        InputError: as `read_row`, or a results.md without markers; all files are then as they were.
     """
     new = [read_row(run) for run in runs]
-    source, page = docs / "results.json", docs / "results.md"
+    source = docs / "results.json"
     known = json.loads(source.read_text()) if source.is_file() else []
     for row in known:  # a default may have changed since
         row["settings"] = _settings(row["system"], row["run"]["config"])
     rows = merge(known, new)
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
+    texts = {page: filled(page.read_text(), table) for page, table in tables(rows, docs).items()}
+    missing = [page for page, text in texts.items() if text is None]
+    if missing:
         raise InputError(
-            f"{page}: found no markers, expected {BEGIN} and {END}; put them around the place of the table"
+            f"{missing[0]}: found no markers, expected {BEGIN} and {END}; put them around the place of the table"
         )
     write_atomically(source, (json.dumps(rows, indent=1) + "\n").encode())
-    write_atomically(page, f"{before}{BEGIN}\n{write_tables(rows)}\n{END}{after}".encode())
+    for page, text in texts.items():
+        assert text is not None
+        write_atomically(page, text.encode())
+
+
+def tables(rows: Sequence[Row], docs: Path) -> dict[Path, str]:
+    """What belongs between the markers of results.md and of each system's page that has some."""
+    found = {docs / "results.md": write_tables(rows)}
+    for system in _distinct(rows, "system"):
+        page = docs / "systems" / f"{system}.md"
+        if page.is_file() and BEGIN in page.read_text():
+            found[page] = _table(system, [row for row in rows if row["system"] == system]).partition("\n\n")[2]
+    return found
+
+
+def filled(text: str, table: str) -> str | None:
+    """A page with a table between its markers; None if it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}" if begin and end else None
 
 
 def _settings(system: str, config: Row) -> str:
