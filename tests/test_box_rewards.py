@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.geometry import Boxes, areas, check_boxes, overlaps
-from foveate.rewards.boxes import THRESHOLDS, DetectionReward, average_precision, class_weights, iou_reward
+from foveate.rewards.boxes import THRESHOLDS, DetectionReward, average_precision, class_weights, iou_reward, matched_iou
 from foveate.types import InputError, map_tree
 
 CLASSES = 3
@@ -202,6 +202,25 @@ def test_iou_of_single_boxes_and_of_images_without_any() -> None:
     both = (predictions.mask & targets.mask)[:, 0]
     torch.testing.assert_close(found[both], overlaps(predictions.boxes, targets.boxes)[both, 0, 0])
     assert found[~both].tolist() == [float(not row) for row in (predictions.mask | targets.mask)[~both, 0]]
+
+
+def test_matched_iou_is_that_of_the_best_target_above_the_threshold() -> None:
+    targets = random_boxes(1, "targets", 20, 4)
+    predictions = shaken(targets, 1)
+    found = matched_iou(predictions, targets)
+    ious = overlaps(predictions.boxes, targets.boxes)
+    for row in range(20):
+        for box in range(8):
+            own = [
+                float(ious[row, box, place])
+                for place in range(4)
+                if predictions.mask[row, box]
+                and targets.mask[row, place]
+                and targets.labels[row, place] == predictions.labels[row, box]
+            ]
+            best = max(own, default=0.0)
+            assert found[row, box] == pytest.approx(best if best > 0.5 else 0.0)
+    assert (found > 0.5).sum() > 20
 
 
 def test_perfect_and_empty_answers() -> None:

@@ -101,3 +101,24 @@ def test_too_many_boxes_and_unknown_classes_are_named() -> None:
         replace(CODE, most=2).encode(there)
     with pytest.raises(InputError, match=r"^boxes: classes from 0 to 5, expected 0 to 1"):
         replace(CODE, classes=2).encode(there)
+
+
+def test_confidences_learn_the_iou_to_expect() -> None:
+    """Where a box is right in three draws of four, its confidence ends at the mean IoU; padding says nothing."""
+    there = boxes(4)
+    tokens = CODE.encode(there)
+    read = CODE.decode(tokens)
+    logits = torch.zeros(1, CODE.length, CODE.vocabulary, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.1)
+    draws = torch.tensor([0.8, 0.8, 0.0, 0.8])[:, None].expand(4, 6)
+    same = replace(read, mask=read.mask[:1].expand(4, -1))
+    for _ in range(200):
+        loss = CODE.confidence_loss(logits.expand(4, -1, -1), same, draws)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    sure = CODE.confidences(logits.detach())[0]
+    torch.testing.assert_close(sure[read.mask[0]], torch.full((int(read.mask[0].sum()),), 0.6), rtol=0, atol=0.02)
+    torch.testing.assert_close(sure[~read.mask[0]], torch.full((int((~read.mask[0]).sum()),), 0.5))
+    nothing = replace(same, mask=torch.zeros_like(same.mask))
+    assert CODE.confidence_loss(logits.expand(4, -1, -1), nothing, draws) == 0

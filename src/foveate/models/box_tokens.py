@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -110,6 +111,24 @@ class BoxTokens:
         """How sure the model is that each box is right: the share of "right" among the two confidences."""
         places = logits[:, EACH - 1 :: EACH][:, : self.most]
         return (places[..., RIGHT] - places[..., WRONG]).sigmoid()
+
+    def confidence_loss(
+        self,
+        logits: Float[Tensor, "batch length vocabulary"],
+        boxes: Boxes,
+        ious: Float[Tensor, "batch most"],
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy of the two confidences with the IoU of each sampled box: learns its expectation. To minimise.
+
+        Args:
+            logits: of the model on the texts of the boxes.
+            boxes: as read from these texts (`decode`).
+            ious: of each with its target, 0 where there is none (`foveate.rewards.boxes.matched_iou`).
+        """
+        places = logits[:, EACH - 1 :: EACH][:, : self.most]
+        sure = places[..., RIGHT] - places[..., WRONG]
+        each = F.binary_cross_entropy_with_logits(sure, ious, reduction="none")
+        return (each * boxes.mask).sum() / boxes.mask.sum().clamp(min=1)
 
     def _scale(self, like: Tensor) -> Tensor:
         return torch.tensor([*self.size, *self.size], dtype=torch.float32, device=like.device)

@@ -98,6 +98,16 @@ class DetectionReward:
         return weights[boxes.labels.clamp(0, len(weights) - 1)]
 
 
+def matched_iou(predictions: Boxes, targets: Boxes, threshold: float = 0.5) -> Float[Tensor, "batch boxes"]:
+    """IoU of each predicted box with the target of its class that it overlaps most; 0 at or below the threshold.
+
+    What the confidence of a box is to expect (Pinto et al. 2023, section 4.2): duplicates count like the best.
+    """
+    predictions, targets = _padded(predictions, targets)
+    best = _same_class(predictions, targets).amax(2)[:, :-1]
+    return torch.where(best > threshold, best, 0.0)
+
+
 def class_weights(counts: Int[Tensor, " classes"], smoothing: float = 0.05) -> Float[Tensor, " classes"]:
     """Weights inverse to smoothed frequency, with mean 1: w_c ∝ 1 / (n_c + smoothing · Σ n) (Pinto et al. 2023).
 
