@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 # Small glimpses of untouched digits: there learned places are far better than random ones within the three minutes.
-DEMO := --variant plain --glimpses 4 --patch 6 --scales 2 --batch 64 --learning-rate 3e-3
+DEMO := --variant plain --glimpses 4 --patch 6 --scales 2 --glimpse-network mlp --batch 64 --learning-rate 3e-3
 
 .PHONY: demo test bench docs clean
 .NOTPARALLEL: # two installations in one environment would break each other

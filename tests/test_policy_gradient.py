@@ -187,7 +187,7 @@ def test_several_epochs_over_one_trajectory_learn_more_of_it_and_the_clip_holds_
     farthest = (logits.log_softmax(-1) - behaviour).exp().max()
     if clip is None:
         assert not any(one.clipped for one in found)
-        assert found[-1].kl > 1
+        assert found[-1].kl > 0.7
         assert farthest > 5
     else:  # an arm that is cut is still moved by the others, through the softmax, but hardly
         assert found[-1].clipped > 0.5
