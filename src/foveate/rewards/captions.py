@@ -121,15 +121,15 @@ class Cider:
         if not grams.shape[-1] or not others.shape[-1]:
             return torch.zeros(others.shape[:2], dtype=torch.float64, device=grams.device)
         weights = self.table.weights(grams, n)
-        own, first = _counts(grams, there)
-        said = own * weights * first
-        theirs, their_first = _counts(others, present)
-        length = (theirs * self.table.weights(others, n) * their_first).square().sum(-1).sqrt()
-        same = (grams[:, None, :, None] == others[:, :, None]) & present[:, :, None]
-        shared = same.sum(-1) * (weights * first)[:, None]
-        said = said[:, None].expand_as(shared)
-        product = ((said if self.plain else torch.minimum(said, shared)) * shared).sum(-1)
-        norm = said.square().sum(-1).sqrt() * length
+        own, theirs = _counts(grams, there), _counts(others, present)
+        # a sum over different n-grams is one over places, each with its share of the n-gram that stands there
+        share = there / own.clamp(min=1)
+        said = own * weights
+        length = (theirs * self.table.weights(others, n).square()).sum(-1).sqrt()
+        shared = _matches(grams[:, None], others, present) * weights[:, None]
+        said_each = said[:, None].expand_as(shared)
+        product = ((said_each if self.plain else torch.minimum(said_each, shared)) * shared * share[:, None]).sum(-1)
+        norm = (said * weights).sum(-1).sqrt()[:, None] * length
         return torch.where(norm > 0, product / norm, 0.0)
 
 
@@ -148,9 +148,13 @@ def _grams(words: Words, n: int) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."
     return key, words.mask[..., n - 1 :][..., :length]
 
 
-def _counts(
-    grams: Int[Tensor, "*batch places"], there: Bool[Tensor, "*batch places"]
-) -> tuple[Int[Tensor, "*batch places"], Bool[Tensor, "*batch places"]]:
-    """How often the n-gram of each place occurs in its text, and whether the place is the first of its kind."""
-    same = (grams[..., :, None] == grams[..., None, :]) & there[..., None, :] & there[..., :, None]
-    return same.sum(-1), there & ~same.tril(-1).any(-1)
+def _counts(grams: Int[Tensor, "*batch places"], there: Bool[Tensor, "*batch places"]) -> Int[Tensor, "*batch places"]:
+    """How often the n-gram of each place occurs in its text; 0 where there is none."""
+    return _matches(grams, grams, there) * there
+
+
+def _matches(
+    grams: Int[Tensor, "*#batch places"], others: Int[Tensor, "*#batch more"], there: Bool[Tensor, "*#batch more"]
+) -> Int[Tensor, "*batch places"]:
+    """How often the n-gram of each place occurs in another text."""
+    return ((grams[..., :, None] == others[..., None, :]) & there[..., None, :]).sum(-1)
