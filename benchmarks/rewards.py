@@ -41,7 +41,7 @@ def cider() -> Rates:
             scorer += (text, spoken[1][place * REFERENCES : (place + 1) * REFERENCES])
         scorer.compute_score()
 
-    ours, peer = best_seconds(lambda: reward(found, wanted), official, rounds=2)
+    ours, peer = best_seconds(lambda: reward(found, wanted), official, rounds=3)
     return CAPTIONS / ours, CAPTIONS / peer, "captions/s"
 
 
@@ -114,7 +114,7 @@ def panoptic() -> Rates:
         for row in range(MAPS):
             quality_by_loops(*(part[row].numpy() for part in (found.ids, found.labels, wanted.ids, wanted.labels)))
 
-    ours, peer = best_seconds(lambda: panoptic_quality(found, wanted), loop, rounds=3)
+    ours, peer = best_seconds(lambda: panoptic_quality(found, wanted), loop, rounds=10)
     return MAPS / ours, MAPS / peer, "maps/s"
 
 

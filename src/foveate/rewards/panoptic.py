@@ -115,12 +115,13 @@ def _intersections(predictions: Segments, targets: Segments) -> Float[Tensor, "b
     """How many pixels each predicted segment shares with each true one; place 0 is void."""
     counts = [segments.labels.shape[1] + 1 for segments in (predictions, targets)]
     for name, segments, count in ("predictions", predictions, counts[0]), ("targets", targets, counts[1]):
-        if segments.ids.numel() and not 0 <= int(segments.ids.min()) <= int(segments.ids.max()) < count:
+        low, high = (int(end) for end in segments.ids.aminmax())
+        if not 0 <= low <= high < count:
             raise InputError(
-                f"{name}: found ids from {int(segments.ids.min())} to {int(segments.ids.max())}, but {count - 1} "
-                "labels: give every segment a label, number them from 1, and void pixels 0"
+                f"{name}: found ids from {low} to {high}, but {count - 1} labels: give every segment a label, number "
+                "them from 1, and void pixels 0"
             )
     batch = len(predictions.ids)
     image = torch.arange(batch, device=predictions.ids.device)[:, None, None]
-    place = (image * counts[0] + predictions.ids) * counts[1] + targets.ids
+    place = torch.add(targets.ids, predictions.ids, alpha=counts[1]) + image * (counts[0] * counts[1])
     return torch.bincount(place.flatten(), minlength=batch * counts[0] * counts[1]).view(batch, *counts).float()
