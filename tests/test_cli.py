@@ -320,7 +320,11 @@ def test_a_full_disk_while_scoring_keeps_the_scores_there_are(trained: Path, tmp
 def test_weights_of_another_run_survive_a_kill_before_the_first_checkpoint(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["train", "ram", "--steps", "1", "--controls", "--learning-rate", "0", *QUICK]
-    assert main([*words, "--from", str(trained), "--out", str(folder)]) == 0
+    source = shutil.copytree(trained, tmp_path / "source")
+    assert main([*words, "--from", str(source), "--out", str(folder)]) == 0
+    source.rename(tmp_path / "gone")
+    assert main(["resume", str(folder), "--device", "cpu"]) == 0, "a checkpoint needs no source"
+    (tmp_path / "gone").rename(source)
     shutil.rmtree(folder / "checkpoints")
     assert main(["resume", str(folder), "--device", "cpu"]) == 0
     there, here = (foveate.load(run, "cpu").policy.state_dict() for run in (trained, folder))

@@ -113,7 +113,7 @@ class Run:
                 self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
         else:
             run_folder.check_free(self.folder, overwrite)
-        if self._record.get("source"):
+        if self._record.get("source") and not self._resumed:  # a checkpoint has no more need of where it came from
             self._source = Run.open(Path(self._record["source"]))
         if self._record["steps"] is None and self._record["minutes"] is None:
             raise InputError("steps, minutes: found neither, expected a budget; give one, e.g. --minutes 3")
