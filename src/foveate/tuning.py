@@ -1,30 +1,47 @@
 """Tune a model on a score that has no gradient: REINFORCE on its own answers, by their reward.
 
-The second of the two steps of Pinto et al. 2023, "Tuning computer vision models with task rewards": the first, maximum
-likelihood, has taught the model to answer; here it answers `samples` times to each input, every answer is scored, and
-the log-probability of its decisions is weighed by how much better it was than the others (`foveate.learn.answers`).
+The two steps of Pinto et al. 2023, "Tuning computer vision models with task rewards". Maximum likelihood teaches the
+model to answer (`learn_likelihood`); then it answers `samples` times to each input, every answer is scored, and the
+log-probability of its decisions is weighed by how much better it was than the others (`tune_on_reward`,
+`foveate.learn.answers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.optim import Optimizer
 
 from foveate import noise
-from foveate.learn.answers import Reward, Scored, Tuning, answering, frozen, reward_loss, score
+from foveate.learn.answers import (
+    Precision,
+    Reward,
+    Scored,
+    Tuning,
+    answering,
+    distinct,
+    frozen,
+    likelihood_loss,
+    repeat,
+    reward_loss,
+    score,
+)
 from foveate.learn.baselines import MovingAverage
-from foveate.learn.schedule import set_learning_rate
+from foveate.learn.keeper import Keeper
+from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.rewards.combine import check_output
 from foveate.run import Run
-from foveate.types import InputError, RewardOutput, Sampler, Tree, map_tree
+from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, map_tree
 
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
+T = TypeVar("T")
+Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
 
 
 def tune(
@@ -49,7 +66,7 @@ def tune(
 
     Before the first update the reward is checked on the first batch: one finite number an answer, and not the same one
     for all. The optimizer is Adafactor, as in the paper. With `held_out` the model is given the weights that answered
-    best there, greedily, those of the start among them; the run keeps them as the part "best", the last as "policy".
+    best there, greedily, those of the start among them; the run keeps both: the parts "keeper" and "policy".
 
     Args:
         policy: what answers: a `foveate.types.Sampler`. It is moved to the device and changed.
@@ -85,10 +102,10 @@ def tune(
         resume=resume,
         overwrite=overwrite,
     )
-    reference, best, average = frozen(policy), frozen(policy), MovingAverage()
-    optimizer = torch.optim.Adafactor(policy.to(run.device).parameters(), tuning.learning_rate)
-    record = MovingAverage(decay=0.0)  # of the best answers so far: nothing, or their reward
-    run.track(policy=policy, reference=reference, best=best, optimizer=optimizer, average=average, best_reward=record)
+    policy.to(run.device)
+    reference, keeper, average = frozen(policy), Keeper(policy), MovingAverage()
+    optimizer = torch.optim.Adafactor(policy.parameters(), tuning.learning_rate)
+    run.track(policy=policy, reference=reference, keeper=keeper, optimizer=optimizer, average=average)
 
     def ready(tree: Tree) -> Tree:
         return map_tree(lambda leaf: leaf.to(run.device), tree)
@@ -99,31 +116,94 @@ def tune(
 
     inputs, targets = ready(batches(0))
     with torch.no_grad(), answering(policy):
-        keys = noise.key(seed, "check", torch.arange(_rows(inputs))).to(run.device)
+        keys = noise.key(seed, "check", torch.arange(rows_of(inputs))).to(run.device)
         answers = policy.decode(policy.sample(inputs, tuning.samples, False, keys))
-        repeated = map_tree(lambda leaf: leaf.repeat_interleave(tuning.samples, 0), targets)
-        check_output(reward(answers, repeated), _rows(inputs) * tuning.samples, getattr(reward, "__name__", "given"))
+        repeated = repeat(targets, tuning.samples)
+        check_output(reward(answers, repeated), rows_of(inputs) * tuning.samples, getattr(reward, "__name__", "given"))
 
-    def validate() -> dict[str, float]:
-        totals = []
-        with torch.no_grad(), answering(policy):
-            for some, wanted in map(ready, held_out):
-                keys = noise.key(seed, "held out", torch.arange(_rows(some))).to(run.device)
-                totals.append(checked(policy.decode(policy.sample(some, 1, True, keys)), wanted).total)
-        found = torch.cat(totals).mean()
-        if not bool(record.weight) or bool(found > record()):
-            record.update(found[None])
-            best.load_state_dict(policy.state_dict())
-        return {"held_out_reward": float(found)}
+    def look() -> dict[str, Tensor]:
+        return held_out_scores(policy, checked, map(ready, held_out), seed, tuning.precision)
 
-    if held_out and not bool(record.weight):  # the start is the first to be beaten
-        run.say(f"held-out reward at the start: {validate()['held_out_reward']:.4g}")
-    look = validate if held_out else None
-    with_device = lambda step: ready(batches(step))  # noqa: E731
-    tune_on_reward(run, "reward", 1.0, policy, checked, with_device, tuning, optimizer, average, reference, look, every)
-    if bool(record.weight):
-        policy.load_state_dict(best.state_dict())
+    tune_on_reward(
+        run,
+        "reward",
+        1.0,
+        policy,
+        checked,
+        lambda step: ready(batches(step)),
+        tuning,
+        optimizer,
+        average,
+        reference,
+        keeper=keeper if held_out else None,
+        validate=look if held_out else None,
+        every=every,
+    )
     return policy
+
+
+def held_out_scores(
+    policy: Sampler, reward: Reward, batches: Iterable[tuple[Tree, Tree]], seed: int, precision: Precision = "fp32"
+) -> dict[str, Tensor]:
+    """Mean reward of greedy answers and its parts, "held_out_reward" and "held_out part ..."."""
+    outputs = []
+    with torch.no_grad(), answering(policy, precision):
+        for inputs, targets in batches:
+            keys = noise.key(seed, "held out", torch.arange(rows_of(inputs))).to(next(policy.parameters()).device)
+            outputs.append(reward(policy.decode(policy.sample(inputs, 1, True, keys)), targets))
+    found = {"held_out_reward": torch.cat([output.total for output in outputs]).mean()}
+    names = outputs[0].parts
+    return found | {
+        f"held_out part {name}": torch.cat([output.parts[name] for output in outputs]).mean() for name in names
+    }
+
+
+def learn_likelihood(
+    run: Run,
+    phase: str,
+    share: float,
+    policy: Sampler,
+    batches: Batches,
+    optimizer: Optimizer,
+    learning_rate: float,
+    *,
+    start: Sampler | None = None,
+    beside: Callable[[Tree, Tree, Int[Tensor, " batch"]], Losses] | None = None,
+    validate: Callable[[], dict[str, Any]] | None = None,
+    every: int = 200,
+    precision: Precision = "fp32",
+) -> None:
+    """Teach a sampler the answers that people gave, for one phase of a run: the first step, and its control later.
+
+    Args:
+        run: owns the loop.
+        phase: its name in the logs.
+        share: of the run's budget.
+        policy: as `run.track` returned it.
+        batches: step → inputs and their answers, trees whose tensors begin with this process's part of the batch.
+        optimizer: as `run.track` returned it.
+        learning_rate: peak of the one-cycle schedule.
+        start: whose weights the policy takes at the first step of the phase; None: it keeps its own.
+        beside: further losses of a batch, from its inputs, answers and keys.
+        validate: scores on held-out inputs, logged every `every` steps.
+        every: steps between validations.
+        precision: "bf16" runs the model in mixed precision.
+    """
+    for step in run.steps(phase, share):
+        if step == 0 and start is not None:
+            policy.load_state_dict(start.state_dict())
+        inputs, answers = batches(step)
+        policy.train()
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = likelihood_loss(policy(inputs, answers))
+        losses = {"negative_log_likelihood": loss}
+        if beside is not None:
+            losses |= beside(inputs, answers, _keys(run, phase, step, rows_of(inputs)))
+        set_learning_rate(optimizer, one_cycle(run.progress, learning_rate))
+        run.optimise(torch.stack(list(losses.values())).sum(), optimizer, clip=1.0)
+        run.log(**{name: value.detach() for name, value in losses.items()})
+        if validate is not None and (step + 1) % every == 0:
+            run.log(**validate())
 
 
 def tune_on_reward(
@@ -137,14 +217,17 @@ def tune_on_reward(
     optimizer: Optimizer,
     average: MovingAverage,
     reference: Sampler | None = None,
-    validate: Callable[[], dict[str, float]] | None = None,
+    *,
+    beside: Callable[[Decisions, Scored, Tree], Losses] | None = None,
+    keeper: Keeper | None = None,
+    validate: Callable[[], dict[str, Any]] | None = None,
     every: int = 100,
 ) -> None:
-    """Tune a sampler for one phase of a run.
+    """Tune a sampler for one phase of a run; with a reference it begins with the weights of that.
 
     Logged: the reward and its parts; "kl" to the reference and "entropy", of whole answers in nats; "length", decisions
-    an answer; "alike", the share of inputs whose answers all scored the same, from which nothing is learned; "ratio",
-    which is 1 at the first epoch.
+    an answer; "distinct", the share of different answers to an input; "alike", the share of inputs whose answers all
+    scored the same, from which nothing is learned; "ratio", which is 1 at the first epoch.
 
     Args:
         run: owns the loop.
@@ -157,7 +240,10 @@ def tune_on_reward(
         optimizer: as `run.track` returned it.
         average: the moving-average baseline, tracked.
         reference: the model at the start, frozen and tracked; needed by an anchor, and for logging the KL.
-        validate: scores on held-out inputs, logged every `every` steps.
+        beside: further losses of the decisions on the answers, from their targets (repeated, one for each answer).
+        keeper: keeps the weights of the best `validate()["held_out_reward"]`, those of the start among them, goes back
+            to them after a collapse, and gives them to the policy in the end. It needs `validate`.
+        validate: scores on held-out inputs, logged at the start and every `every` steps.
         every: steps between validations.
 
     Raises:
@@ -166,35 +252,97 @@ def tune_on_reward(
     if tuning.anchor and reference is None:
         raise InputError(f"reference: not given, but the anchor is {tuning.anchor:g}; pass a frozen copy of the model")
     for step in run.steps(phase, share):
+        if step == 0:
+            if reference is not None:
+                policy.load_state_dict(reference.state_dict())
+            _offer(run, policy, keeper, validate)  # the start is the first to be beaten
         inputs, targets = batches(step)
-        rows = _rows(inputs)
-        place = torch.arange(rows) + run.rank * rows
-        keys = noise.key(run.seed, phase, step, place).to(run.device)
-        scored = score(policy, reward, inputs, targets, keys, tuning, average)
+        scored = score(policy, reward, inputs, targets, _keys(run, phase, step, rows_of(inputs)), tuning, average)
+        rate = tuning.learning_rate * min(1.0, (step + 1) / max(1, tuning.warmup))
+        set_learning_rate(optimizer, rate * (1.0 if keeper is None else float(keeper.rate)))
+        for epoch in range(tuning.epochs):
+            told = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside)
+            if epoch == 0:
+                told |= _told(scored, tuning.samples)
+                run.log(**told)
+        average.update(run.mean(scored.output.total.mean())[None])
+        if (step + 1) % every == 0:
+            _offer(run, policy, keeper, validate)
+        if keeper is not None:
+            reward_now, length, various = (run.mean(told[name]) for name in ("reward", "length", "distinct"))
+            if collapsed := keeper.notice(reward_now, length, various, tuning.samples):
+                keeper.go_back(policy, optimizer)
+                run.say(f"{phase}, step {step + 1}: {collapsed}, and the reward is lower: back to the best weights")
+    if keeper is not None:
+        policy.load_state_dict(keeper.best.state_dict())
+        run.save()
+
+
+def _offer(run: Run, policy: Sampler, keeper: Keeper | None, validate: Callable[[], dict[str, Any]] | None) -> None:
+    if validate is not None:
+        found = validate()
+        if keeper is not None:
+            keeper.offer(policy, found["held_out_reward"])
+        run.log(**found)
+
+
+def _update(
+    run: Run,
+    policy: Sampler,
+    reference: Sampler | None,
+    inputs: Tree,
+    targets: Tree,
+    scored: Scored,
+    tuning: Tuning,
+    optimizer: Optimizer,
+    beside: Callable[[Decisions, Scored, Tree], Losses] | None,
+) -> dict[str, Tensor]:
+    """One step of the optimizer on scored answers, in chunks if asked; what to log of it."""
+    rows, samples = rows_of(inputs), tuning.samples
+    size = tuning.chunk or rows
+    logged: dict[str, Tensor] = {}
+    for first in range(0, rows, size):
+        last = min(first + size, rows)
+        some, part = _part(inputs, first, last), _part(scored, first * samples, last * samples)
         anchor = None
         if reference is not None:
-            with torch.no_grad(), answering(reference):
-                anchor = reference(inputs, scored.actions).distribution
-        set_learning_rate(optimizer, tuning.learning_rate * min(1.0, (step + 1) / max(1, tuning.warmup)))
-        for epoch in range(tuning.epochs):
-            with answering(policy):
-                decisions = policy(inputs, scored.actions)
-            loss, parts = reward_loss(decisions, scored, anchor, tuning, run.mean)
-            run.optimise(loss, optimizer)
-            if epoch == 0:
-                run.log(**parts, **_told(scored, tuning.samples))
-        average.update(run.mean(scored.output.total.mean())[None])
-        if validate is not None and (step + 1) % every == 0:
-            run.log(**validate())
+            with torch.no_grad(), answering(reference, tuning.precision):
+                anchor = reference(some, part.actions).distribution
+        with answering(policy, tuning.precision):
+            decisions = policy(some, part.actions)
+        loss, told = reward_loss(decisions, part, anchor, tuning, rows * samples)
+        if beside is not None:
+            wanted = repeat(_part(targets, first, last), samples)
+            losses = {name: value * (last - first) / rows for name, value in beside(decisions, part, wanted).items()}
+            loss = torch.stack([loss, *losses.values()]).sum()
+            told |= {name: value.detach() for name, value in losses.items()}
+        for name, value in told.items():
+            whole = name in ("entropy", "kl", "value_loss") or (beside is not None and name in losses)
+            logged[name] = logged.get(name, 0.0) + value * (1.0 if whole else (last - first) / rows)
+        if last < rows:
+            loss.backward()
+    run.optimise(loss, optimizer)
+    return logged
 
 
 def _told(scored: Scored, samples: int) -> dict[str, Tensor]:
     groups = scored.output.total.view(-1, samples)
     alike = (groups == groups[:, :1]).all(1).float().mean()
-    return {"alike": alike} if samples > 1 else {}
+    found = {"distinct": distinct(scored.actions, samples)}
+    return found | ({"alike": alike} if samples > 1 else {})
 
 
-def _rows(tree: Tree) -> int:
+def _keys(run: Run, phase: str, step: int, rows: int) -> Int[Tensor, " batch"]:
+    """Of this process's rows of a batch."""
+    return noise.key(run.seed, phase, step, torch.arange(rows) + run.rank * rows).to(run.device)
+
+
+def _part(tree: T, first: int, last: int) -> T:
+    return map_tree(lambda leaf: leaf[first:last], tree)
+
+
+def rows_of(tree: Tree) -> int:
+    """How many rows the tensors of a tree have."""
     sizes: list[int] = []
 
     def note(leaf: Tensor) -> Tensor:

