@@ -23,7 +23,6 @@ from beartype.door import is_bearable
 from torch import Tensor, nn
 
 from foveate import pictures, report
-from foveate.data.classification import evaluation_split
 from foveate.run import Run
 from foveate.run import folder as run_folder
 from foveate.run.checkpoints import write_atomically
@@ -212,7 +211,7 @@ def evaluate(
         evaluation = module.evaluate(config, policy, run)
         _save_evaluation(run.folder, evaluation)
         return evaluation
-    return module.evaluate(there, policy, run, evaluation_split(there.data, there.root))
+    return module.evaluate(there, policy, run, elsewhere=True)
 
 
 def show(folder: Path | str, images: Path | str | None = None, device: str = "auto") -> list[Path]:

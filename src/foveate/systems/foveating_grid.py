@@ -181,14 +181,14 @@ def _anytime(config: Config, policy: Policy, device: torch.device) -> dict[str, 
     return {f"accuracy_{budget}": 100 - answers.error(budget) for budget in range(1, MOST + 1)}
 
 
-def evaluate(config: Config, policy: GlimpsePolicy, run: Run, split: str = "test") -> Evaluation:
+def evaluate(config: Config, policy: GlimpsePolicy, run: Run, elsewhere: bool = False) -> Evaluation:
     """Accuracy in percent at each budget from 1 to 12, each place drawn once, on grids of the test set.
 
     Every row plays the same episodes, with the same first glimpse, which is nobody's choice. Baselines: `random`, the
     same network trained on random places; `tiling`, tiles that do not overlap, in the best order found; `tiling by
     rows`; `belief`, looking at a cell drawn from the exact posterior; `greedy belief`, looking where the nine cells
     seen hold most of it. All but the first guess the most probable quadrant by the exact posterior of what they saw,
-    cues included.
+    cues included. There is no data `elsewhere`.
     """
     resolve(config)
     control = _policy(config, "random").to(run.device)

@@ -35,6 +35,7 @@ from foveate.data.classification import (
     Split,
     check_images,
     check_kind,
+    evaluation_split,
     held_out_split,
     load_images,
     read_pictures,
@@ -237,13 +238,13 @@ def _errors(env: GlimpseEnv, policy: nn.Module) -> dict[str, float]:
     return {name: attention.answer(env, policy, 0, len(env.images), greedy).error() for name, greedy in tries}
 
 
-def evaluate(config: Config, policy: GlimpsePolicy, run: Run, split: Split | None = None) -> Evaluation:
-    """Error in percent of the agent and its controls, on test if no split is given (val, if the data has no test).
+def evaluate(config: Config, policy: GlimpsePolicy, run: Run, elsewhere: bool = False) -> Evaluation:
+    """Error in percent of the agent and its controls on held-out data; `elsewhere`: on other data than it trained on.
 
     `error` is that of single samples: no averaging over tries. `greedy_error` takes the mean of every location's
     distribution. The curve is the error of the answer after each glimpse.
     """
-    images = _images(config, split or held_out_split(config.data, config.root))
+    images = _images(config, (evaluation_split if elsewhere else held_out_split)(config.data, config.root))
     metrics, curves = _score(config, policy, "learned", images, run)
     baselines: dict[str, dict[str, float]] = {}
     series = {"learned places": curves}
