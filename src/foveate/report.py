@@ -30,7 +30,6 @@ HIGHER_IS_BETTER = frozenset(
         "fps",
         "iou",
         "map",
-        "map50",
         "pq",
         "precision",
         "recall",

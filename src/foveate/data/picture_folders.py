@@ -52,6 +52,20 @@ def read_pictures(path: Path, channels: int, image_size: int | None) -> Float[Te
     return _decode(paths, size, channels, image_size).float().div_(255)
 
 
+def read_stretched(path: Path, side: int) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], tuple[int, int]]:
+    """A picture in RGB, stretched to a square of `side` pixels, uint8 [3, side, side]; and its (width, height) before.
+
+    Raises:
+        InputError: the file is missing or no picture.
+    """
+    from PIL import Image
+
+    with _reading(path):
+        whole = Image.fromarray(_picture(path, "RGB", None))
+        size = whole.size
+        return np.asarray(whole.resize((side, side), Image.Resampling.BILINEAR)).transpose(2, 0, 1), size
+
+
 def read_folder(
     root: Path, split: Split, image_size: int | None
 ) -> tuple[UInt8[Tensor, "size channels height width"], Int[Tensor, " size"], tuple[str, ...]]:
