@@ -16,7 +16,15 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.geometry import Boxes, areas, check_boxes, overlaps
-from foveate.rewards.boxes import THRESHOLDS, DetectionReward, average_precision, class_weights, iou_reward, matched_iou
+from foveate.rewards.boxes import (
+    THRESHOLDS,
+    DetectionReward,
+    average_precision,
+    class_weights,
+    corpus_average_precision,
+    iou_reward,
+    matched_iou,
+)
 from foveate.types import InputError, map_tree
 
 CLASSES = 3
@@ -277,3 +285,54 @@ def test_average_precision_needs_scores() -> None:
     targets = replace(random_boxes(0, "targets", 1, 2), scores=None)
     with pytest.raises(InputError, match="without scores"):
         average_precision(targets, targets)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_corpus_metric_is_that_of_pycocotools(seed: int) -> None:
+    """Fractions of a pixel, so that no overlap lies at a threshold, where the two round differently."""
+    targets = replace(random_boxes(seed, "targets", 12, 6, side=40, crowds=seed % 2 == 0), scores=None)
+    predictions = shaken(targets, seed)
+    moved = predictions.boxes + noise.uniform(noise.key(seed, "moved", torch.arange(12)), 12, 4)
+    predictions = replace(predictions, boxes=torch.cat((moved[..., :2].minimum(moved[..., 2:]), moved[..., 2:]), -1))
+    images = [{"id": row} for row in range(12)]
+    entries, found = [], []
+    for boxes, into in ((targets, entries), (predictions, found)):
+        for row, place in boxes.mask.nonzero().tolist():
+            left, top, right, bottom = boxes.boxes[row, place].tolist()
+            entry = {
+                "id": len(into) + 1,
+                "image_id": row,
+                "category_id": int(boxes.labels[row, place]),
+                "bbox": [left, top, right - left, bottom - top],
+                "area": (right - left) * (bottom - top),
+                "iscrowd": int(boxes.crowd is not None and bool(boxes.crowd[row, place])),
+            }
+            into.append(entry if boxes is targets else entry | {"score": float(boxes.scores[row, place])})
+    truth = COCO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.dataset = {
+            "images": images,
+            "annotations": entries,
+            "categories": [{"id": label, "name": str(label)} for label in range(CLASSES)],
+        }
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(found), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    ours = corpus_average_precision(predictions, targets, CLASSES)
+    assert ours["map"] == pytest.approx(judge.stats[0], abs=1e-6)
+    assert ours["map50"] == pytest.approx(judge.stats[1], abs=1e-6)
+    assert ours["ar1"] == pytest.approx(judge.stats[6], abs=1e-6)
+    assert ours["ar100"] == pytest.approx(judge.stats[8], abs=1e-6)
+    assert 0.05 < ours["map"] < 0.95
+
+
+def test_the_corpus_metric_of_nothing_found_is_nought_and_of_nothing_wanted_an_error() -> None:
+    targets = random_boxes(0, "targets", 4, 3)
+    nothing = replace(targets, mask=torch.zeros_like(targets.mask))
+    assert corpus_average_precision(nothing, targets, CLASSES)["map"] == 0
+    with pytest.raises(InputError, match=r"^targets: found no box"):
+        corpus_average_precision(targets, nothing, CLASSES)
+    with pytest.raises(InputError, match=r"^predictions: found boxes without scores"):
+        corpus_average_precision(replace(targets, scores=None), targets, CLASSES)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 import foveate
 from foveate import noise
+from foveate.distributions import Categorical
 from foveate.learn.answers import Baseline, Tuning, answering, frozen, likelihood_loss, reward_loss, score
 from foveate.learn.baselines import MovingAverage
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.run import Run
 from foveate.tuning import tune_on_reward
-from foveate.types import InputError, RewardOutput
+from foveate.types import Decisions, InputError, RewardOutput, Sampler
 
 
 def small(length: int = 2, vocabulary: int = 3, end: int | None = None) -> EncoderDecoder:
@@ -36,7 +37,7 @@ def agreement(predictions: Tokens, targets: Tensor) -> RewardOutput:
     return RewardOutput(parts["all"] + parts["first"], parts)
 
 
-@pytest.mark.parametrize("baseline", ["leave-one-out", "greedy", "moving-average", "none"])
+@pytest.mark.parametrize("baseline", ["leave-one-out", "greedy", "moving-average", "learned", "none"])
 @pytest.mark.parametrize("end", [None, 0])
 def test_the_gradient_is_that_of_the_expected_reward(baseline: Baseline, end: int | None) -> None:
     """All answers of two tokens out of three enumerated: Σ p(answer) R(answer), by autograd."""
@@ -61,7 +62,8 @@ def test_the_gradient_is_that_of_the_expected_reward(baseline: Baseline, end: in
         keys = noise.key(step, "rows", torch.arange(64))
         scored = score(model, agreement, image.expand(64, -1, -1, -1), target.expand(64, -1), keys, settings, average)
         decisions = model(image.expand(64, -1, -1, -1), scored.actions)
-        loss, _ = reward_loss(decisions, scored, None, settings)
+        loss, parts = reward_loss(decisions, scored, None, settings)
+        loss = loss - parts.get("value_loss", 0.0)  # it does not reach these weights
         found.append(torch.cat([one.flatten() for one in torch.autograd.grad(-loss, weights)]))
     samples = torch.stack(found)
     error = samples.std(0) / len(found) ** 0.5
@@ -85,13 +87,15 @@ def taught(model: EncoderDecoder, targets: Tensor, steps: int = 30) -> EncoderDe
     return model
 
 
-def tuned(folder: Path, steps: int, **settings: object) -> tuple[EncoderDecoder, list[dict[str, float]]]:
+def tuned(
+    folder: Path, steps: int, kind: type = torch.optim.Adam, **settings: object
+) -> tuple[EncoderDecoder, list[dict[str, float]]]:
     targets = noise.integers(noise.key(0, "targets", torch.arange(16)), 5, 4)
     model = taught(small(4, 5), targets)
     how = Tuning(learning_rate=3e-3, warmup=5, **settings)  # type: ignore[arg-type]
     run = run_in(folder, steps)
     reference, average = frozen(model), MovingAverage()
-    optimizer = torch.optim.Adam(model.parameters(), how.learning_rate)
+    optimizer = kind(model.parameters(), how.learning_rate)
     run.track(policy=model, reference=reference, optimizer=optimizer, average=average)
     batches = lambda step: (images(16), targets)  # noqa: E731
     tune_on_reward(run, "reward", 1.0, model, agreement, batches, how, optimizer, average, reference)
@@ -239,4 +243,108 @@ def test_what_only_gets_worse_ends_as_it_began(tmp_path: Path) -> None:
     held_out = [(images(16), targets)]
     how = {"steps": 20, "every": 10, "learning_rate": 3e-3, "warmup": 1, "samples": 4, "device": "cpu"}
     foveate.tune(model, reward, batches, out=tmp_path / "run", held_out=held_out, **how)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Coins(Sampler):
+    """Independent decisions, one of three each: what credit is for."""
+
+    def __init__(self, count: int = 3, choices: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scores = torch.nn.Parameter(torch.randn(count, choices))
+
+    def sample(self, inputs: Tensor, num_samples: int, greedy: bool, keys: Tensor) -> Tensor:
+        rows = len(inputs) * num_samples
+        streams = noise.fold(keys[:, None], "sample", torch.arange(num_samples)).flatten()
+        choice = Categorical(self.scores.expand(rows, -1, -1))
+        return choice.mode() if greedy else choice.sample(noise.fold(streams[:, None], torch.arange(len(self.scores))))
+
+    def forward(self, inputs: Tensor, actions: Tensor, steps: slice = slice(None)) -> Decisions:
+        choice = Categorical(self.scores.expand(len(actions), -1, -1))
+        return Decisions(choice, log_probs=choice.log_prob(actions), mask=torch.ones_like(actions, dtype=torch.bool))
+
+    def decode(self, actions: Tensor) -> Tensor:
+        return actions
+
+
+WORTH = torch.tensor([[0.0, 1.0, -2.0], [0.0, 3.0, 0.5], [0.0, 0.2, 4.0]])
+
+
+def together(answers: Tensor) -> Tensor:
+    """A score in which the decisions interact; choice 0 adds nothing."""
+    each = WORTH[torch.arange(3), answers]
+    return each.sum(1) + 0.5 * each[:, 0] * each[:, 1] - 0.3 * each[:, 1] * each[:, 2]
+
+
+def with_difference(answers: Tensor, targets: Tensor) -> RewardOutput:
+    """The credit of a decision: the score less that with choice 0 in its place."""
+    without = [together(answers * (torch.arange(3) != place)) for place in range(3)]
+    return RewardOutput(together(answers), credit=together(answers)[:, None] - torch.stack(without, 1))
+
+
+def test_credit_of_single_decisions_leaves_the_gradient_and_takes_its_noise() -> None:
+    model = Coins()
+    answers = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    chances = model(answers, answers).log_probs.sum(1).exp()
+    exact = torch.autograd.grad((chances * together(answers)).sum(), model.scores)[0]
+    spread = {}
+    for credit in ("answer", "difference"):
+        settings, found = Tuning(samples=4, credit=credit), []  # type: ignore[arg-type]
+        for step in range(400):
+            keys = noise.key(step, "rows", torch.arange(8))
+            scored = score(model, with_difference, torch.zeros(8), torch.zeros(8), keys, settings, MovingAverage())
+            loss, _ = reward_loss(model(torch.zeros(8), scored.actions), scored, None, settings)
+            found.append(torch.autograd.grad(-loss, model.scores)[0])
+        samples = torch.stack(found)
+        error = samples.std(0) / len(found) ** 0.5
+        assert ((samples.mean(0) - exact) / error.clamp(min=1e-6)).abs().max() < 4
+        spread[credit] = float(samples.var(0).sum())
+    assert spread["difference"] < 0.7 * spread["answer"]
+
+
+def test_credit_that_is_not_given_is_asked_for() -> None:
+    settings = Tuning(samples=2, credit="difference")
+    plain = lambda answers, targets: RewardOutput(together(answers))  # noqa: E731
+    with pytest.raises(InputError, match=r"^credit: 'difference' asks the reward for one of \[4, 3\], found none"):
+        score(Coins(), plain, torch.zeros(2), torch.zeros(2), torch.arange(2), settings, MovingAverage())
+    how = Tuning(baseline="learned")
+    with pytest.raises(InputError, match=r"^baseline: found 'learned', but the model has no values"):
+        score(Coins(), with_difference, torch.zeros(2), torch.zeros(2), torch.arange(2), how, MovingAverage())
+
+
+def test_a_batch_in_chunks_is_the_batch(tmp_path: Path) -> None:
+    settings = {"kind": torch.optim.SGD, "samples": 4, "anchor": 0.3, "entropy": 0.1, "baseline": "learned"}
+    whole, rows = tuned(tmp_path / "whole", 3, **settings)
+    parts, others = tuned(tmp_path / "parts", 3, chunk=5, **settings)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    for name in ("reward", "part all", "kl", "entropy", "length", "value_loss", "ratio"):
+        assert others[-1][name] == pytest.approx(rows[-1][name], rel=1e-3, abs=1e-4), name
+
+
+def test_half_precision_tunes_too_and_leaves_the_ratio_at_one(tmp_path: Path) -> None:
+    _, rows = tuned(tmp_path / "run", 60, precision="bf16")
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.4
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-6) for row in rows)
+
+
+def test_a_collapse_is_undone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reward that praises short answers, but falls whatever is done, and is of the other sign on what is held out."""
+    model = small(12, 5, end=0)
+    with torch.no_grad():
+        model.score.bias[0] -= 3
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calls = [0]
+
+    def fading(predictions: Tokens, wanted: Tensor) -> RewardOutput:
+        calls[0] += 1
+        length = predictions.mask.sum(1).float() + 0.01 * torch.arange(len(wanted))
+        return RewardOutput(length if len(wanted) == 16 else -length - calls[0])
+
+    batches = lambda step: (images(8), torch.zeros(8))  # noqa: E731
+    held_out = [(images(16), torch.zeros(16))]
+    how = {"steps": 60, "every": 1000, "learning_rate": 0.02, "warmup": 1, "samples": 4, "device": "cpu"}
+    foveate.tune(model, fading, batches, out=tmp_path / "run", held_out=held_out, **how)  # type: ignore[arg-type]
+    assert "back to the best weights" in capsys.readouterr().err
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

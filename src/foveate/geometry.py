@@ -6,13 +6,15 @@ A location is (x, y) in [-1, 1]: -1 is the outer edge of the first pixel, +1 the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from foveate.types import InputError
+from foveate.types import InputError, concatenate, map_tree
 
 
 def to_pixels(locations: Float[Tensor, "*batch 2"], size: tuple[int, int]) -> Float[Tensor, "*batch 2"]:
@@ -42,6 +44,17 @@ class Boxes:
     mask: Bool[Tensor, "batch count"]
     scores: Float[Tensor, "batch count"] | None = None
     crowd: Bool[Tensor, "batch count"] | None = None
+
+
+def joined(sets: Sequence[Boxes]) -> Boxes:
+    """Sets of several batches as one, padded to the longest."""
+    most = max(boxes.mask.shape[1] for boxes in sets)
+
+    def pad(leaf: Tensor) -> Tensor:
+        after = (0, most - leaf.shape[1])
+        return F.pad(leaf, (0, 0, *after) if leaf.ndim == 3 else after)
+
+    return concatenate([map_tree(pad, boxes) for boxes in sets], 0)
 
 
 def areas(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:

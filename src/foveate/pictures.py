@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate import geometry
+from foveate.geometry import Boxes
 from foveate.types import InputError
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 PATH = ((255, 236, 153), (253, 141, 60), (214, 22, 82))  # light to strong, the order of the glimpses
 MARGIN = 10  # around an enlarged image, so that a glimpse at its edge can be drawn whole
 DARK, QUIET, RIGHT, WRONG, UNSEEN = "#141619", "#6e7681", "#00694a", "#b3261e", (222, 226, 232)
+PANELS = 24  # curves on a page at most; TensorBoard has all
 SHARPER = 4  # drawn this many times larger, then reduced: smooth lines
 
 Points = Sequence[tuple[int | float, int | float]]
@@ -74,6 +76,32 @@ def image_grid(
     pictures = [_enlarge(image, SHARPER * cell) for image in images]
     tiles = [ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER) for picture in pictures]
     return _grid(tiles, captions, columns)
+
+
+def box_grid(
+    images: Float[Tensor, "batch channels height width"],
+    sets: Mapping[str, Boxes],
+    classes: Sequence[str],
+    columns: int | None = None,
+    cell: int = 224,
+    least: float = 0.1,
+) -> Image.Image:
+    """Draw sets of boxes over images: a row an image and a column a set, or `columns` tiles in a row.
+
+    Args:
+        images: in [0, 1].
+        sets: name → boxes in pixels of the images.
+        classes: names of the labels; each has its colour.
+        columns: tiles in a row.
+        cell: longer side of an image as drawn.
+        least: boxes with a lower score are not drawn.
+    """
+    tiles, captions = [], []
+    for row, image in enumerate(images):
+        for name, boxes in sets.items():
+            tiles.append(_box_tile(image, boxes, row, classes, cell, least))
+            captions.append(name)
+    return _grid(tiles, captions, columns or len(sets))
 
 
 def glimpse_frames(
@@ -183,6 +211,8 @@ def _panels(panels: Mapping[str, Mapping[str, Points]]) -> Image.Image | None:
     """Small multiples: panel → line → points, each line smoothed over its raw values."""
     if not panels:
         return None
+    # what stands at one of many thresholds comes last: a page that shows all shows nothing
+    panels = {name: panels[name] for name in sorted(panels, key=lambda name: "@" in name)[:PANELS]}
     columns, names = min(3, len(panels)), list(dict.fromkeys(name for curves in panels.values() for name in curves))
     lines = -(-len(panels) // columns)
     figure = _figure(max(4.2, 3.4 * columns), 2.4 * lines + 0.5)
@@ -260,6 +290,25 @@ def _path_tile(image: Tensor, path: Tensor, patch: int, scales: int, factor: int
         draw.ellipse((*(point - radius), *(point + radius)), colour, DARK, round(0.9 * unit))
         draw.text(tuple(point), str(step + 1), DARK if sum(colour) > 380 else "white", font, anchor="mm")
     return tile.reduce(SHARPER)
+
+
+def _box_tile(image: Tensor, boxes: Boxes, row: int, classes: Sequence[str], cell: int, least: float) -> Image.Image:
+    picture = _enlarge(image, SHARPER * cell)
+    zoom, unit = SHARPER * cell / max(image.shape[-2:]), SHARPER * cell / 192
+    draw, font = ImageDraw.Draw(picture), _font(round(9 * unit), True)
+    for place in boxes.mask[row].nonzero().flatten().tolist():
+        score = None if boxes.scores is None else float(boxes.scores[row, place])
+        if score is not None and score < least:
+            continue
+        label = int(boxes.labels[row, place])
+        colour = PALETTE[label % len(PALETTE)]
+        left, top, right, bottom = (boxes.boxes[row, place] * zoom).tolist()
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), None, colour, round(1.6 * unit))
+        text = classes[label] + ("" if score is None else f" {score:.2f}")
+        under = draw.textbbox((left, max(top, 10 * unit)), text, font, anchor="lb")
+        draw.rectangle(under, colour)
+        draw.text((left, max(top, 10 * unit)), text, "white", font, anchor="lb")
+    return ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER)
 
 
 def _seen(image: Tensor, locations: Tensor, patch: int, scales: int, factor: int, side: int) -> list[Tensor]:

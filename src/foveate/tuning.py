@@ -37,7 +37,7 @@ from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.rewards.combine import check_output
 from foveate.run import Run
-from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, map_tree
+from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, map_tree, rows_of
 
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
 T = TypeVar("T")
@@ -339,15 +339,3 @@ def _keys(run: Run, phase: str, step: int, rows: int) -> Int[Tensor, " batch"]:
 
 def _part(tree: T, first: int, last: int) -> T:
     return map_tree(lambda leaf: leaf[first:last], tree)
-
-
-def rows_of(tree: Tree) -> int:
-    """How many rows the tensors of a tree have."""
-    sizes: list[int] = []
-
-    def note(leaf: Tensor) -> Tensor:
-        sizes.append(len(leaf))
-        return leaf
-
-    map_tree(note, tree)
-    return sizes[0]

@@ -64,6 +64,27 @@ def concatenate(trees: list[T], dim: int) -> T:
     return map_tree(lambda *leaves: torch.cat(leaves, dim), *trees)
 
 
+def rows_of(tree: Tree) -> int:
+    """How many rows the tensors of a tree have."""
+    sizes: list[int] = []
+
+    def note(leaf: Tensor) -> Tensor:
+        sizes.append(len(leaf))
+        return leaf
+
+    map_tree(note, tree)
+    return sizes[0]
+
+
+def split(tree: T, size: int) -> list[T]:
+    """A tree in pieces of `size` rows each, the last one maybe shorter: what `concatenate` joins along the first."""
+
+    def piece(first: int) -> T:
+        return map_tree(lambda leaf: leaf[first : first + size], tree)
+
+    return [piece(first) for first in range(0, rows_of(tree), size)]
+
+
 @runtime_checkable
 class Distribution(Protocol):
     """A distribution over actions with a batch of shape [batch, time]; a dataclass of tensors, so that it is a tree."""

@@ -28,7 +28,7 @@ DATASETS: dict[str, str] = {
     "voc": "ROOT/Annotations/*.xml, ROOT/JPEGImages, ROOT/ImageSets/Main (or ROOT/VOCdevkit/VOC*/...)",
     "coco": "ROOT/annotations/instances_*.json and the pictures in ROOT/*/",
 }
-SCENES = {"val": 500, "test": 1000}
+SCENES = {"val": 250, "test": 500}
 _AT_ONCE = 64  # scenes drawn together: their layers then stay in the processor's cache
 
 
@@ -68,7 +68,7 @@ def load_detections(
 ) -> Detections:
     """Read one split of a data set into memory.
 
-    - scenes: `scenes` of them to train on, `SCENES` others to choose by and to test on; classes are shapes.
+    - scenes: `scenes` of them to train on, up to `SCENES` others to choose by and to test on; classes are shapes.
     - voc: the lists of ImageSets/Main (train.txt, val.txt, test.txt); what is missing is held out of train by the
       pictures' names. Numbers are taken as they stand.
     - coco: instances_train*.json, instances_val*.json, instances_test*.json. Without a test file that of val is the
@@ -94,7 +94,7 @@ def load_detections(
     if image_size < 8:
         raise InputError(f"image_size: found {image_size}, expected at least 8 pixels")
     if name == "scenes":
-        count = scenes if split == "train" else SCENES[split]
+        count = scenes if split == "train" else min(SCENES[split], scenes)
         check_memory("scenes", (count, 3, image_size, image_size))
         return _rendered(split, count, image_size, most, say)
     if root is None:

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-CALM = 50  # answers' statistics are averaged over so many steps, and nothing is said before
+EARLY = 5  # steps whose answers are those of the start
+CALM = 20  # steps over which answers are averaged; nothing is said before
 FAR = 4.0  # times longer or shorter than at the start
 
 
@@ -63,10 +64,10 @@ class Keeper(nn.Module):
         """
         values = torch.stack((reward, length, distinct)).to(self.now)
         self.seen += 1
-        early = float(self.seen) <= CALM
         self.now.lerp_(values, 1 / float(self.seen.clamp(max=CALM)))
-        if early:
+        if float(self.seen) <= EARLY:
             self.start.copy_(self.now)
+        if float(self.seen) <= CALM:
             return None
         reward_then, length_then, distinct_then = self.start.tolist()
         reward_now, length_now, distinct_now = self.now.tolist()
@@ -74,7 +75,7 @@ class Keeper(nn.Module):
             return None
         if not length_then / FAR <= length_now <= length_then * FAR:
             return f"answers have {length_now:.3g} decisions, {length_then:.3g} at the start"
-        if samples > 1 and distinct_now < 1.05 / samples < distinct_then / 2:
+        if distinct_now < 1.05 / samples < 1.5 / samples < distinct_then:
             return "all answers to an input are the same"
         return None
 

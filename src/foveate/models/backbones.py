@@ -36,6 +36,11 @@ def convolutions(channels: int, width: int, patch: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(widths[-1], width, 1))
 
 
+def stem(name: str, width: int, patch: int) -> nn.Module:
+    """What turns RGB images into [batch, width, height / patch, width / patch]: "convolutions", or a `Pretrained`."""
+    return convolutions(3, width, patch) if name == "convolutions" else Pretrained(name, patch, width)
+
+
 class Pretrained(nn.Module):
     """An image network of timm by its name, up to the map that is `stride` times smaller than the image.
 
@@ -93,7 +98,11 @@ class Pretrained(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features rows columns"]:
         """The feature map of images in [0, 1]."""
-        return self.join(self.network((images - self.mean) / self.std)[-1])
+        return self.join(self.maps(images)[-1])
+
+    def maps(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
+        """The network's own maps of images in [0, 1], from the finest to that of `stride`."""
+        return self.network((images - self.mean) / self.std)
 
 
 def _load_embedded(network: nn.Module) -> None:

@@ -6,16 +6,18 @@ al. 2023, "Tuning computer vision models with task rewards", section 4.2, which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate import noise
 from foveate.geometry import Boxes
-from foveate.models.encoder_decoder import Tokens
+from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.types import InputError
 
 END, WRONG, RIGHT = 0, 1, 2
@@ -96,10 +98,11 @@ class BoxTokens:
         """Read boxes: the middles of their bins; those up to the end, and a last one only if it is whole.
 
         What stands where it may not (`allowed`) is read as the nearest that may. A box that ends before it begins is
-        turned round.
+        turned round. There are as many places as the texts have room for.
         """
-        ids = tokens.ids[:, : EACH * self.most].unflatten(1, (self.most, EACH))
-        whole = tokens.mask[:, : EACH * self.most].unflatten(1, (self.most, EACH)).all(2)
+        count = tokens.ids.shape[1] // EACH
+        ids = tokens.ids[:, : EACH * count].unflatten(1, (count, EACH))
+        whole = tokens.mask[:, : EACH * count].unflatten(1, (count, EACH)).all(2)
         there = whole & (ids[..., 0] != END)
         bins = (ids[..., :4] - _FIRST_BIN).clamp(0, self.bins - 1)
         corners = (bins + 0.5) / self.bins * self._scale(tokens.ids)
@@ -107,16 +110,24 @@ class BoxTokens:
         labels = (ids[..., 4] - _FIRST_BIN - self.bins).clamp(0, self.classes - 1)
         return Boxes(corners, labels, there)
 
-    def confidences(self, logits: Float[Tensor, "batch length vocabulary"]) -> Float[Tensor, "batch most"]:
+    def given(self) -> Int[Tensor, " length"]:
+        """The token "right" where a confidence stands: it is learned, but not drawn, and nothing depends on it."""
+        place = torch.arange(self.length)
+        return torch.where(place % EACH == EACH - 1, RIGHT, -1)
+
+    def confidences(self, logits: Float[Tensor, "batch length vocabulary"]) -> Float[Tensor, "batch count"]:
         """How sure the model is that each box is right: the share of "right" among the two confidences."""
-        places = logits[:, EACH - 1 :: EACH][:, : self.most]
-        return (places[..., RIGHT] - places[..., WRONG]).sigmoid()
+        return self._sureness(logits).sigmoid()
+
+    def _sureness(self, logits: Tensor) -> Tensor:
+        places = logits[:, EACH - 1 :: EACH]
+        return places[..., RIGHT] - places[..., WRONG]
 
     def confidence_loss(
         self,
         logits: Float[Tensor, "batch length vocabulary"],
         boxes: Boxes,
-        ious: Float[Tensor, "batch most"],
+        ious: Float[Tensor, "batch count"],
     ) -> Float[Tensor, ""]:
         """Cross-entropy of the two confidences with the IoU of each sampled box: learns its expectation. To minimise.
 
@@ -125,10 +136,80 @@ class BoxTokens:
             boxes: as read from these texts (`decode`).
             ious: of each with its target, 0 where there is none (`foveate.rewards.boxes.matched_iou`).
         """
-        places = logits[:, EACH - 1 :: EACH][:, : self.most]
-        sure = places[..., RIGHT] - places[..., WRONG]
-        each = F.binary_cross_entropy_with_logits(sure, ious, reduction="none")
+        each = F.binary_cross_entropy_with_logits(self._sureness(logits), ious, reduction="none")
         return (each * boxes.mask).sum() / boxes.mask.sum().clamp(min=1)
 
     def _scale(self, like: Tensor) -> Tensor:
         return torch.tensor([*self.size, *self.size], dtype=torch.float32, device=like.device)
+
+
+class BoxWriter(EncoderDecoder):
+    """Reads images and writes their boxes.
+
+    Args:
+        code: how boxes are written; it has the images' size.
+        patch: side of the patches in which an image is read.
+        stem: what sees the image first (see `EncoderDecoder`).
+        width: of the vectors.
+        depth: blocks of the encoder, and of the decoder.
+        heads: of the attention.
+    """
+
+    def __init__(
+        self,
+        code: BoxTokens,
+        patch: int,
+        stem: nn.Module | None = None,
+        width: int = 128,
+        depth: int = 3,
+        heads: int = 4,
+    ) -> None:
+        super().__init__(
+            (3, *code.size),
+            patch,
+            code.vocabulary,
+            code.length,
+            END,
+            code.allowed(),
+            code.given(),
+            width=width,
+            depth=depth,
+            heads=heads,
+            stem=stem,
+        )
+        self.code = code
+
+    def decode(self, actions: Tokens) -> Boxes:  # type: ignore[override]
+        """The boxes of texts, without scores."""
+        return self.code.decode(actions)
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        keys: Int[Tensor, " batch"],
+        score: Literal["confidence", "class"] = "confidence",
+        greedy: bool = True,
+    ) -> Boxes:
+        """The boxes of the likeliest text of each image, or of one that is drawn, with scores in [0, 1].
+
+        Args:
+            images: in [0, 1].
+            keys: of the draws.
+            score: the learned confidence of each box, or the probability of its class.
+            greedy: take the likeliest token at each place.
+        """
+        texts = self.sample(images, 1, greedy, keys)
+        read = self(images, texts)
+        if score == "class":
+            scores = read.log_probs[:, 4::EACH].exp()[:, : texts.ids.shape[1] // EACH]
+        else:
+            scores = self.code.confidences(read.distribution.logits)
+        return replace(self.decode(texts), scores=scores)
+
+    def unending(self) -> BoxWriter:
+        """A copy that may not end before all its places are filled."""
+        other = copy.deepcopy(self)
+        assert other.allowed is not None
+        other.allowed[:-1, END] = False
+        return other

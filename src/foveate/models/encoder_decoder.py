@@ -105,7 +105,10 @@ class EncoderDecoder(Sampler):
         greedy: bool,
         keys: Int[Tensor, " batch"],
     ) -> Tokens:
-        """Write `num_samples` answers to each image, a token a step, with the keys and values of the steps before."""
+        """Write `num_samples` answers to each image, a token a step, with the keys and values of the steps before.
+
+        They are as long as the longest of them.
+        """
         seen = self.encode(inputs)
         memories = [block.remember(seen) for block in self.decoder]
         rows = len(inputs) * num_samples
@@ -131,8 +134,7 @@ class EncoderDecoder(Sampler):
                 ended = ended | (last == self.end)
                 if bool(ended.all()):
                     break
-        missing = self.length - len(ids)
-        return Tokens(F.pad(torch.stack(ids, 1), (0, missing)), F.pad(torch.stack(mask, 1), (0, missing)))
+        return Tokens(torch.stack(ids, 1), torch.stack(mask, 1))
 
     def forward(
         self,

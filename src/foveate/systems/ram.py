@@ -316,7 +316,7 @@ def picture(
         images = render(shown.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
         labels = shown.labels[ids]
     found = {name: value.cpu() for name, value in predict(config, policy, images.to(run.device)).items()}
-    sure = found["scores"].softmax(-1).max(-1).values
+    sure = found["scores"].softmax(-1).amax(-1)
     guesses = [_known(config.classes)[guess] for guess in found["classes"].tolist()]
     captions = [f"{guess} ({share:.2f})" for guess, share in zip(guesses, sure.tolist(), strict=True)]
     correct = None
@@ -326,15 +326,14 @@ def picture(
             for label, caption in zip(labels.tolist(), captions, strict=True)
         ]
         correct = (labels == found["classes"]).tolist()
-    images = images.cpu()
     retina = {"patch": _known(config.patch), "scales": _known(config.scales), "factor": config.factor}
     steps = [f"glimpse {step + 1}" for step in range(found["locations"].shape[1])]
     steps[-1] += f": {captions[0]}"
     return {
         "glimpse paths": pictures.glimpse_paths(
-            images, found["locations"], **retina, captions=captions, correct=correct
+            images.cpu(), found["locations"], **retina, captions=captions, correct=correct
         ),
-        "glimpses": pictures.glimpse_frames(images[0], found["locations"][0], **retina, captions=steps),
+        "glimpses": pictures.glimpse_frames(images[0].cpu(), found["locations"][0], **retina, captions=steps),
     }
 
 

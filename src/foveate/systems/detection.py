@@ -1,0 +1,349 @@
+"""Detection by writing: boxes as a text, first learned from people's boxes, then tuned on what detection is scored by.
+
+| | |
+|---|---|
+| state | the image, and the tokens written so far |
+| action | the next token: top, left, bottom, right, class, or the end |
+| reward | at the end: boxes matched less duplicates, the mean over ten thresholds of the IoU |
+| horizon | five decisions a box, at most `most` boxes |
+| learner | likelihood, then REINFORCE with the other answers' mean as baseline; cross-entropy for the confidence |
+| corner | policy |
+
+Pinto et al. 2023, "Tuning computer vision models with task rewards" (ICML; arXiv 2302.08242), on the texts of Chen et
+al. 2022, "Pix2seq". What differs here and why, and the numbers: docs/systems/detection.md and docs/results.md.
+
+    foveate train detection --minutes 10                                        rendered scenes
+    foveate train detection --data voc --root FOLDER --image-size 128 --minutes 30
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate import noise, pictures
+from foveate.data.classification import check_images
+from foveate.data.detection import Detections, chosen, load_detections, mirrored
+from foveate.data.picture_folders import read_pictures
+from foveate.geometry import Boxes, joined
+from foveate.learn.answers import Precision, Tuning
+from foveate.learn.baselines import MovingAverage
+from foveate.learn.keeper import Keeper
+from foveate.models.backbones import stem
+from foveate.models.box_tokens import BoxTokens, BoxWriter
+from foveate.models.encoder_decoder import Tokens
+from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
+from foveate.run import Run
+from foveate.tuning import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.types import Decisions, Evaluation, InputError, Tree, map_tree, split
+
+Control = Literal["likelihood", "confidence"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `foveate train detection`. What defaults to None is chosen by the data and printed."""
+
+    data: str = "scenes"
+    """scenes (rendered), voc, or coco"""
+    root: Path | None = None
+    """folder of the data; not needed for scenes"""
+    image_size: int = 48
+    """side in pixels to which pictures are stretched"""
+    skip_bad: bool = False
+    """leave out pictures whose boxes are wrong, and count them, instead of stopping"""
+    scenes: int = 6000
+    """how many scenes are rendered to train on"""
+    objects: int = 4
+    """in a scene at most"""
+    seed: int = 0
+    """of the weights, the order of the data and every draw"""
+    steps: int | None = None
+    """updates of all phases together"""
+    minutes: float | None = None
+    """wall-clock budget of all phases together"""
+    likelihood_share: float = 0.5
+    """part of the budget for maximum likelihood; the rest is shared evenly by the reward and the controls"""
+    controls: tuple[Control, ...] = ("likelihood", "confidence")
+    """trained beside the reward from the same start: more likelihood, or that with the confidence but no reward"""
+    reward: Literal["map", "recall"] = "map"
+    """matches weighed by rare classes, as mAP does, or all alike"""
+    duplicate: float = 0.3
+    """cost of a second box at a target"""
+    false_positive: float = 0.0
+    """cost of a box at no target"""
+    confidence: float = 0.3
+    """weight of the loss that learns the expected IoU of a box"""
+    most: int | None = None
+    """boxes in an answer at most; None: 25, or a quarter more than any image has"""
+    bins: int | None = None
+    """into which a side is divided; None: two a pixel, at most 1,000"""
+    order: Literal["random", "raster"] = "random"
+    """of the boxes in likelihood: drawn anew each time, or by rows"""
+    backbone: str = "convolutions"
+    """what sees the image first: convolutions, efficientnet-lite0 (ImageNet, no download), or a name of timm"""
+    patch: int = 8
+    """pixels of the image, a side, to a vector that is read"""
+    width: int = 96
+    """of the vectors"""
+    depth: int = 2
+    """blocks of the encoder, and of the decoder"""
+    heads: int = 4
+    """of the attention"""
+    batch: int = 32
+    """images in an update of likelihood"""
+    learning_rate: float = 1e-3
+    """peak of its one-cycle schedule"""
+    tuning_batch: int = 16
+    """images in an update on the reward"""
+    samples: int = 8
+    """answers to each of them"""
+    tuning_rate: float = 1e-4
+    """learning rate of the reward, constant after a warm-up"""
+    anchor: float = 0.0
+    """weight of the KL to the start"""
+    precision: Precision = "fp32"
+    """bf16 is faster on processors that compute in it"""
+    classes: tuple[str, ...] | None = None
+    """names of the classes; taken from the data"""
+
+
+PART = "policy"  # the tracked part that holds the policy
+PARTS: dict[Control, str] = {"likelihood": "control", "confidence": "confidence"}  # control → its tracked part
+ROWS = {"mle": "likelihood", "control": "control", "confidence": "confidence"}  # baseline → its tracked part
+HELD_OUT = 100  # images on which weights are chosen
+_load = lru_cache(maxsize=6)(load_detections)
+
+
+def resolve(config: Config) -> Config:
+    """Check the fields, and fill in what the data decides.
+
+    Raises:
+        InputError: a field is out of its range, or the data cannot be read.
+    """
+    if not 0 < config.likelihood_share < 1:
+        raise InputError(f"likelihood_share: found {config.likelihood_share}, expected more than 0 and less than 1")
+    if config.image_size % config.patch:
+        raise InputError(f"image_size: {config.image_size} is no multiple of the patch of {config.patch} pixels")
+    if config.width % config.heads:
+        raise InputError(f"width: {config.width} is no multiple of the {config.heads} heads")
+    _tuning(config)
+    data = _data(config, "train")
+    counts = [int(_data(config, split).boxes.mask.sum(1).max()) for split in ("train", "val", "test")]
+    most = config.most or max(25, max(counts) * 5 // 4)
+    if most < counts[0]:
+        raise InputError(f"most: found {most}, but an image has {counts[0]} boxes; raise it")
+    return replace(config, most=most, bins=config.bins or min(1000, 2 * config.image_size), classes=data.classes)
+
+
+def _data(config: Config, split: Literal["train", "val", "test"]) -> Detections:
+    return _load(config.data, config.root, split, config.image_size, config.skip_bad, config.scenes, config.objects)
+
+
+def _code(config: Config) -> BoxTokens:
+    assert config.classes is not None
+    assert config.most is not None
+    assert config.bins is not None
+    return BoxTokens((config.image_size, config.image_size), len(config.classes), config.most, config.bins)
+
+
+def build(config: Config) -> BoxWriter:
+    """The policy of a resolved config, untrained."""
+    seen = stem(config.backbone, config.width, config.patch)
+    return BoxWriter(_code(config), config.patch, seen, config.width, config.depth, config.heads)
+
+
+def _tuning(config: Config) -> Tuning:
+    how = {"samples": config.samples, "anchor": config.anchor, "learning_rate": config.tuning_rate}
+    return Tuning(**how, precision=config.precision)  # type: ignore[arg-type]
+
+
+def _reward(config: Config, data: Detections) -> DetectionReward:
+    weights = None
+    if config.reward == "map":
+        wanted = data.boxes.labels[_wanted(data.boxes)]
+        weights = class_weights(wanted.bincount(minlength=len(data.classes)))
+    return DetectionReward(duplicate=config.duplicate, false_positive=config.false_positive, class_weights=weights)
+
+
+def _wanted(boxes: Boxes) -> Tensor:
+    return boxes.mask if boxes.crowd is None else boxes.mask & ~boxes.crowd
+
+
+def train(config: Config, run: Run) -> None:
+    """Learn by likelihood, then by the reward; then every control from the same start, for as long as the reward."""
+    data, val = _data(config, "train"), _data(config, "val")
+    names = ["likelihood", PART, *(PARTS[control] for control in config.controls)]
+    parts: dict[str, Any] = {}
+    for name in names:
+        torch.manual_seed(config.seed)
+        policy = build(config).to(run.device)
+        kind = torch.optim.Adafactor if name == PART else torch.optim.Adam
+        parts[name] = run.track(**{name: policy, f"{name}_optimizer": kind(policy.parameters(), config.tuning_rate)})
+    keeper, average = Keeper(parts[PART][0]), MovingAverage()
+    run.track(keeper=keeper, average=average)
+    reward, share = _reward(config, data), (1 - config.likelihood_share) / (1 + len(config.controls))
+    held_out = chosen(val, torch.arange(min(HELD_OUT, len(val))).to(run.device))
+    answers = _answers(config, data, run)
+
+    def look(policy: BoxWriter) -> Callable[[], dict[str, Any]]:
+        return lambda: held_out_scores(policy, reward, split(held_out, 50), config.seed, config.precision)
+
+    start, optimizer = parts["likelihood"]
+    likelihood: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
+    learn_likelihood(
+        run, "likelihood", config.likelihood_share, start, answers, optimizer, validate=look(start), **likelihood
+    )
+    policy, optimizer = parts[PART]
+    tune_on_reward(
+        run,
+        "reward",
+        share,
+        policy,
+        reward,
+        lambda step: _batch(config, data, run, "reward", step, config.tuning_batch),
+        _tuning(config),
+        optimizer,
+        average,
+        start,
+        beside=lambda decisions, scored, targets: _confidence(config, policy, decisions, scored.actions, targets),
+        keeper=keeper,
+        validate=look(policy),
+    )
+    for control in config.controls:
+        learner, optimizer = parts[PARTS[control]]
+        beside = None
+        if control == "confidence":
+
+            def beside(inputs: Tree, answers: Tree, keys: Tensor, learner: BoxWriter = learner) -> dict[str, Tensor]:
+                few = slice(0, config.tuning_batch)
+                written = learner.sample(inputs[few], 1, False, keys[few])
+                targets = map_tree(lambda leaf: leaf[few], learner.decode(answers))
+                return _confidence(config, learner, learner(inputs[few], written), written, targets)
+
+        learn_likelihood(
+            run, PARTS[control], share, learner, answers, optimizer, start=start, beside=beside, **likelihood
+        )
+
+
+def _batch(config: Config, data: Detections, run: Run, phase: str, step: int, size: int) -> tuple[Tensor, Boxes]:
+    """Images of a step, half of them mirrored, and their boxes."""
+    here = run.rows(size)
+    rows = noise.examples(config.seed, step, size, len(data))[here].to(run.device)
+    images, boxes = chosen(data, rows)
+    flip = noise.uniform(noise.key(config.seed, phase, "flip", step, torch.arange(size)[here]), 1)[:, 0] < 0.5
+    return mirrored(images, boxes, flip.to(run.device))
+
+
+def _answers(config: Config, data: Detections, run: Run) -> Callable[[int], tuple[Tensor, Tokens]]:
+    """Images of a step and the texts of their boxes, cut to the longest."""
+    code = _code(config)
+
+    def batch(step: int) -> tuple[Tensor, Tokens]:
+        images, boxes = _batch(config, data, run, "likelihood", step, config.batch)
+        keys = noise.key(config.seed, "order", step, torch.arange(config.batch)[run.rows(config.batch)]).to(run.device)
+        texts = code.encode(replace(boxes, mask=_wanted(boxes)), keys if config.order == "random" else None)
+        longest = int(texts.mask.sum(1).max())
+        return images, Tokens(texts.ids[:, :longest], texts.mask[:, :longest])
+
+    return batch
+
+
+def _confidence(
+    config: Config, policy: BoxWriter, decisions: Decisions, actions: Tokens, targets: Boxes
+) -> dict[str, Tensor]:
+    """The confidences of written boxes learn how much each overlaps its target."""
+    written = policy.decode(actions)
+    loss = policy.code.confidence_loss(decisions.distribution.logits, written, matched_iou(written, targets))
+    return {"confidence_loss": config.confidence * loss}
+
+
+def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = False) -> Evaluation:
+    """COCO's metrics of greedy answers on the test split, in [0, 1].
+
+    Baselines: `mle`, the start; `mle unending`, the start made to fill all its places; `control`, the start with more
+    likelihood; `confidence` and `confidence unending`, that with the confidence learned on its own answers, without a
+    reward. Boxes of models that learned no confidence are scored by the probability of their class.
+    """
+    data = _data(config, "test")
+    if elsewhere and data.classes != config.classes:
+        raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
+    metrics = _score(config, policy, data, run, "confidence")
+    baselines = {}
+    for name, part in ROWS.items():
+        other = build(config).to(run.device)
+        if run.restore(part, other):
+            score: Literal["confidence", "class"] = "confidence" if name == "confidence" else "class"
+            baselines[name] = _score(config, other.eval(), data, run, score)
+            if name != "control":
+                baselines[f"{name} unending"] = _score(config, other.unending().eval(), data, run, score)
+    return Evaluation(metrics, baselines)
+
+
+def _score(config: Config, policy: BoxWriter, data: Detections, run: Run, score: Any) -> dict[str, float]:
+    rows = torch.arange(len(data), device=run.device).split(100)
+    found = [_found(policy, chosen(data, some)[0], score) for some in rows]
+    boxes = map_tree(lambda leaf: leaf.cpu(), joined(found))
+    return corpus_average_precision(boxes, data.boxes, len(data.classes))
+
+
+def _found(policy: BoxWriter, images: Tensor, score: Any = "confidence") -> Boxes:
+    keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)  # greedy: nothing is drawn
+    return policy.detect(images, keys, score)
+
+
+def predict(
+    config: Config, policy: BoxWriter, images: Float[Tensor, "batch channels height width"]
+) -> dict[str, Tensor]:
+    """Find boxes: `boxes` [batch, count, 4] in pixels of the images, `labels`, `scores` and `mask` [batch, count].
+
+    Raises:
+        InputError: the images break the convention, or are not RGB.
+    """
+    check_images(images, "images")
+    if images.shape[1] != 3:
+        raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    height, width = images.shape[2:]
+    side = config.image_size
+    seen = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    found = _found(policy, seen.to(next(policy.parameters()).device))
+    assert found.scores is not None
+    scale = found.boxes.new_tensor([width, height, width, height]) / side
+    return {"boxes": found.boxes * scale, "labels": found.labels, "scores": found.scores, "mask": found.mask}
+
+
+def picture(
+    config: Config, policy: BoxWriter, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
+) -> dict[str, Any]:
+    """Boxes on test pictures beside the true ones and those of the start; or on pictures of the user."""
+    assert config.classes is not None
+    shown: dict[str, Boxes] = {}
+    if images is None:
+        data = _data(config, "test")
+        images, shown["truth"] = chosen(data, torch.linspace(0, len(data) - 1, min(6, len(data))).long().to(run.device))
+        start = build(config).to(run.device)
+        if run.restore("likelihood", start):
+            shown["likelihood"] = _found(start.eval(), images, "class")
+    found = predict(config, policy, images)
+    shown["tuned"] = Boxes(found["boxes"], found["labels"], found["mask"], found["scores"])
+    return {"boxes": pictures.box_grid(images, shown, config.classes)}
+
+
+def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
+    """The user's picture, or the pictures of a folder."""
+    return read_pictures(path, 3, None if path.is_file() else 4 * config.image_size)
+
+
+def check(config: Config) -> dict[str, Any]:
+    """The first pictures with their boxes."""
+    data = _data(config, "train")
+    images, boxes = chosen(data, torch.linspace(0, len(data) - 1, min(8, len(data))).long())
+    return {"data": pictures.box_grid(images, {"truth": boxes}, data.classes, columns=4)}
