@@ -17,7 +17,9 @@ from foveate.systems import SYSTEMS
 
 QUICK = {
     "ram": {"batch": 16, "variant": "plain", "glimpses": 3},
+    "detection": {"image_size": 16, "scenes": 64, "width": 16, "depth": 1, "batch": 4, "tuning_batch": 2, "most": 5},
     "foveating-grid": {"batch": 16, "episodes": 200},
+    "tune-segmenter": {"batch": 4, "looks": 4, "image_size": 24, "width": 8},
 }
 NAMES = ("Config", "PART", "resolve", "build", "train", "evaluate", "predict", "picture", "read", "check")
 

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from foveate import noise
 
@@ -46,6 +47,34 @@ class Categorical:
         """Σ p (log p - log q)."""
         logs, others = self.logits.log_softmax(-1), other.logits.log_softmax(-1)
         return (logs.exp() * (logs - others).masked_fill(logs.isneginf(), 0.0)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Yes or no, from the finite logit of yes [...]; actions are bool."""
+
+    logits: Float[Tensor, "*batch"]
+
+    def sample(self, keys: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
+        """Draw with one number of 23 bits."""
+        return noise.uniform(keys) < self.logits.detach().sigmoid()
+
+    def mode(self) -> Bool[Tensor, "*batch"]:
+        """Yes where its probability is above 1/2."""
+        return self.logits.detach() > 0
+
+    def log_prob(self, actions: Bool[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """Log-probability in nats: minus the binary cross-entropy."""
+        return functional.logsigmoid(torch.where(actions, self.logits, -self.logits))
+
+    def entropy(self) -> Float[Tensor, "*batch"]:
+        """-p log p - (1 - p) log(1 - p)."""
+        return functional.softplus(self.logits) - self.logits * self.logits.sigmoid()
+
+    def kl(self, other: Bernoulli) -> Float[Tensor, "*batch"]:
+        """p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q))."""
+        further = functional.softplus(other.logits) - functional.softplus(self.logits)
+        return self.logits.sigmoid() * (self.logits - other.logits) + further
 
 
 @dataclass(frozen=True)

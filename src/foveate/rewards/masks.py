@@ -55,6 +55,32 @@ def dice_effects(predictions: Masks, targets: Masks) -> Float[Tensor, "batch cla
     return _effects(predictions, targets, lambda right, wrong: _share(2 * right, 2 * right + wrong))
 
 
+def effects_on_total(
+    output: RewardOutput, effects: Float[Tensor, "batch classes height width"], predictions: Masks, targets: Masks
+) -> Float[Tensor, "batch classes height width"]:
+    """What the label of each pixel adds to `total`, the mean of the classes, given what it adds to its own class.
+
+    Exact also where a flip makes a class appear or vanish: a single pixel of a class that is not in the target counts
+    as a class that was missed.
+
+    Args:
+        output: of the reward whose effects are given.
+        effects: of `iou_effects` or `dice_effects`.
+        predictions: masks.
+        targets: masks.
+    """
+    each = torch.stack(list(output.parts.values()), 1)[:, :, None, None]
+    wanted, found = targets.sum((2, 3), keepdim=True), predictions.sum((2, 3), keepdim=True)
+    there = wanted + found > 0
+    stays = wanted + found + torch.where(predictions, -1, 1) > 0
+    number = there.sum(1, keepdim=True)
+    others, left = (each * there).sum(1, keepdim=True) - each * there, number - there.int()
+    flipped = (others + (each - effects) * stays) / (left + stays.int()).clamp(min=1)
+    flipped = torch.where(left + stays.int() > 0, flipped, 1.0)
+    # where no class comes or goes there is no need to subtract numbers that are nearly equal
+    return torch.where(stays == there, effects / number.clamp(min=1), output.total[:, None, None, None] - flipped)
+
+
 def _effects(predictions: Masks, targets: Masks, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """By counts of right pixels (TP) and wrong ones (FP + FN), of which a flip changes each by one at most."""
     right = (predictions & targets).sum((2, 3), keepdim=True).float()
