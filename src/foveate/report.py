@@ -26,7 +26,7 @@ HIGHER_IS_BETTER = frozenset(
         "cider",
         "colorfulness",
         "dice",
-        "f1",
+        "f",  # of f1
         "fps",
         "iou",
         "map",

@@ -7,7 +7,7 @@ box of a class counts for targets of that class only. Crowds are neither to be f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,7 +46,8 @@ class DetectionReward:
         total = mean over thresholds of  Σ_matches w - duplicate · Σ_duplicates w - false_positive · Σ_false positives w
 
     `parts` are these sums and that of the misses, "matches@0.5" and so on, before the mean and without the signs.
-    `credit` is each predicted box's share: it sums to the total.
+    `credit` is each predicted box's share, which sums to the total; or how much more the set is worth than without the
+    box: the weight where it is alone at its target, the cost of a duplicate where it is not, whichever is the best.
 
     To corpus metrics: at one threshold, without weights and penalties, the sum over images divided by the number of
     targets is the recall; the default, with class weights, stands for mAP, which does not add up over images: weights
@@ -58,12 +59,14 @@ class DetectionReward:
         duplicate: cost of a duplicate.
         false_positive: cost of a box at no target; the paper's reward has none, and lets boxes multiply.
         class_weights: a weight for each class (`class_weights`); None: 1.
+        credited: what `credit` is.
     """
 
     thresholds: tuple[float, ...] = THRESHOLDS
     duplicate: float = 0.3
     false_positive: float = 0.0
     class_weights: Float[Tensor, " classes"] | None = None
+    credited: Literal["share", "difference"] = "share"
 
     def __call__(self, predictions: Boxes, targets: Boxes) -> RewardOutput:
         """Score each image."""
@@ -75,7 +78,7 @@ class DetectionReward:
         is_first = torch.zeros_like(ious, dtype=torch.bool).scatter(1, at_target.argmax(1, keepdim=True), True)
         in_crowd = _in_crowd(predictions, targets)
         parts: dict[str, Tensor] = {}
-        credit = torch.zeros_like(own)
+        total, credit = torch.zeros_like(own[:, 0]), torch.zeros_like(own)
         for threshold in self.thresholds:
             above = at_target > threshold
             match = (above & is_first).any(2)
@@ -88,9 +91,14 @@ class DetectionReward:
                 "misses": (wanted & ~above.any(1)).mul(there).sum(1),
             }
             parts |= {f"{name}@{threshold:g}": value for name, value in sums.items()}
-            credit = credit + own * (match.to(own) - self.duplicate * duplicate - self.false_positive * wrong)
-        credit = credit / len(self.thresholds)
-        return RewardOutput(credit.sum(1), parts, credit[:, :-1])
+            share = own * (match.to(own) - self.duplicate * duplicate - self.false_positive * wrong)
+            total = total + share.sum(1)
+            if self.credited == "difference":
+                doubled = (above & (above.sum(1, keepdim=True) > 1)).any(2)
+                share = torch.where(doubled, -self.duplicate * own, share)
+            credit = credit + share
+        number = len(self.thresholds)
+        return RewardOutput(total / number, parts, credit[:, :-1] / number)
 
     def _weights(self, boxes: Boxes) -> Tensor:
         if self.class_weights is None:

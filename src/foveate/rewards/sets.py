@@ -1,0 +1,82 @@
+"""Sets of boxes whatever their reward: what each box is worth to its set, and how good sets are at one threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from foveate.geometry import Boxes
+from foveate.rewards.boxes import DetectionReward
+from foveate.types import RewardOutput, map_tree
+
+
+def without_each(
+    reward: Callable[[Boxes, Boxes], RewardOutput], at_once: int = 4096
+) -> Callable[[Boxes, Boxes], RewardOutput]:
+    """The same reward, with `credit` [batch, boxes]: its total less that of the set without the box; 0 for padding.
+
+    The difference rewards of Wolpert and Tumer 2002, "Optimal payoff functions for members of collectives". Where a set
+    is made of independent decisions, box or none, each weighed by its own difference, the expected gradient is that of
+    the reward: what the set is worth without a decision does not depend on it.
+
+    The reward is asked once more for every box, for sets of all images in one batch.
+
+    Args:
+        reward: of (predictions, targets).
+        at_once: sets in a batch at most.
+    """
+
+    def credited(predictions: Boxes, targets: Boxes) -> RewardOutput:
+        output = reward(predictions, targets)
+        small, places = _together(predictions)
+        credit = torch.zeros_like(small.mask, dtype=output.total.dtype)
+        for row, box in zip(*(part.split(at_once) for part in small.mask.nonzero(as_tuple=True)), strict=True):
+            rest, wanted = (map_tree(lambda leaf, row=row: leaf[row], tree) for tree in (small, targets))
+            rest = replace(rest, mask=rest.mask.scatter(1, box[:, None], False))
+            credit[row, box] = output.total[row] - reward(rest, wanted).total
+        own = torch.zeros_like(predictions.mask, dtype=credit.dtype).scatter(1, places, credit)
+        return replace(output, credit=own)
+
+    return credited
+
+
+def _together(boxes: Boxes) -> tuple[Boxes, Int[Tensor, "batch few"]]:
+    """The sets with as little padding as fits all, and where each of their places was."""
+    most = int(boxes.mask.sum(1).max()) if boxes.mask.numel() else 0
+    places = boxes.mask.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
+
+    def take(leaf: Tensor) -> Tensor:
+        index = places.view(*places.shape, *(1,) * (leaf.ndim - 2))
+        return leaf.gather(1, index.expand(-1, -1, *leaf.shape[2:]))
+
+    return map_tree(take, boxes), places
+
+
+def set_scores(boxes: Boxes, targets: Boxes, threshold: float = 0.5) -> dict[str, float]:
+    """Precision, recall and F1 of sets over all images together, in [0, 1]; scores of boxes are not looked at.
+
+    A match is the best of the boxes whose IoU with a target of their class is above the threshold; the others at that
+    target count against precision, as those at no target do. Without any box and any target all are 1.
+    """
+    parts = DetectionReward(thresholds=(threshold,))(boxes, targets).parts
+    names = ("matches", "duplicates", "false_positives", "misses")
+    right, double, wrong, missed = (float(parts[f"{name}@{threshold:g}"].sum()) for name in names)
+
+    def share(good: float, bad: float) -> float:
+        return good / (good + bad) if good + bad else 1.0
+
+    return {
+        "f1": share(2 * right, double + wrong + missed),
+        "precision": share(right, double + wrong),
+        "recall": share(right, missed),
+    }
+
+
+def above(boxes: Boxes, level: float) -> Boxes:
+    """The boxes that have at least this score."""
+    assert boxes.scores is not None
+    return replace(boxes, mask=boxes.mask & (boxes.scores >= level))
