@@ -72,7 +72,7 @@ def image_grid(
     columns: int = 4,
     cell: int = 192,
 ) -> Image.Image:
-    """Lay images out in rows, each with a caption below; laid out as `glimpse_paths` does, without the paths."""
+    """Lay images out in rows, each with a caption below, of one line or several; as `glimpse_paths`, without paths."""
     pictures = [_enlarge(image, SHARPER * cell) for image in images]
     tiles = [ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER) for picture in pictures]
     return _grid(tiles, captions, columns)
@@ -361,18 +361,21 @@ def _grid(
     columns = min(columns, len(tiles))
     width, height = tiles[0].size
     font = _font(min(max(10, width // 13), 18))
-    line = round(font.size * 1.5) if captions else 0
-    page = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * (height + line)), "white")
+    line = round(font.size * 1.5)
+    below = line * max((len(caption.splitlines()) or 1 for caption in captions or ()), default=0)
+    page = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * (height + below)), "white")
     draw = ImageDraw.Draw(page)
     for index, tile in enumerate(tiles):
-        page.paste(tile, (x := index % columns * width, y := index // columns * (height + line)))
+        page.paste(tile, (x := index % columns * width, y := index // columns * (height + below)))
         if captions:
             right = None if correct is None else bool(correct[index])
             mark, ink = ("", DARK) if right is None else ("✓ ", RIGHT) if right else ("✗ ", WRONG)
-            text = mark + " ".join(captions[index].split())
-            while len(text) > 1 and font.getlength(text) > width - MARGIN:
-                text = text[:-2] + "…"
-            draw.text((x + width / 2, y + height - MARGIN / 2 + 1), text, ink, font, anchor="ma")
+            for place, told in enumerate((mark + captions[index]).splitlines()):
+                text = " ".join(told.split())
+                while len(text) > 1 and font.getlength(text) > width - MARGIN:
+                    text = text[:-2] + "…"
+                top = y + height - MARGIN / 2 + 1 + place * line
+                draw.text((x + width / 2, top), text, ink, font, anchor="ma")
     return page
 
 

@@ -169,6 +169,7 @@ def learn_likelihood(
     *,
     start: Sampler | None = None,
     beside: Callable[[Tree, Tree, Int[Tensor, " batch"]], Losses] | None = None,
+    keeper: Keeper | None = None,
     validate: Callable[[], dict[str, Any]] | None = None,
     every: int = 200,
     precision: Precision = "fp32",
@@ -185,13 +186,19 @@ def learn_likelihood(
         learning_rate: peak of the one-cycle schedule.
         start: whose weights the policy takes at the first step of the phase; None: it keeps its own.
         beside: further losses of a batch, from its inputs, answers and keys.
+        keeper: keeps the weights of the best `validate()["held_out_reward"]`, those of the start and of the end among
+            them, and gives them to the policy in the end. It needs `validate`.
         validate: scores on held-out inputs, logged every `every` steps.
         every: steps between validations.
         precision: "bf16" runs the model in mixed precision.
     """
     for step in run.steps(phase, share):
-        if step == 0 and start is not None:
-            policy.load_state_dict(start.state_dict())
+        if step == 0:
+            if start is not None:
+                policy.load_state_dict(start.state_dict())
+            if keeper is not None:
+                keeper.begin()
+                _offer(run, policy, keeper, validate)
         inputs, answers = batches(step)
         policy.train()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -202,8 +209,12 @@ def learn_likelihood(
         set_learning_rate(optimizer, one_cycle(run.progress, learning_rate))
         run.optimise(torch.stack(list(losses.values())).sum(), optimizer, clip=1.0)
         run.log(**{name: value.detach() for name, value in losses.items()})
-        if validate is not None and (step + 1) % every == 0:
-            run.log(**validate())
+        if (step + 1) % every == 0:
+            _offer(run, policy, keeper, validate)
+    if keeper is not None and validate is not None:
+        keeper.offer(policy, validate()["held_out_reward"])
+        policy.load_state_dict(keeper.best.state_dict())
+        run.save()
 
 
 def tune_on_reward(
@@ -255,6 +266,8 @@ def tune_on_reward(
         if step == 0:
             if reference is not None:
                 policy.load_state_dict(reference.state_dict())
+            if keeper is not None:
+                keeper.begin()
             _offer(run, policy, keeper, validate)  # the start is the first to be beaten
         inputs, targets = batches(step)
         scored = score(policy, reward, inputs, targets, _keys(run, phase, step, rows_of(inputs)), tuning, average)

@@ -42,6 +42,12 @@ class Keeper(nn.Module):
         self.register_buffer("now", torch.zeros(3))
         self.register_buffer("seen", torch.zeros(()))
 
+    def begin(self) -> None:
+        """Forget every score: those of a run that this one begins from say nothing of this one's held-out inputs."""
+        self.score.fill_(-math.inf)
+        self.rate.fill_(1.0)
+        self.seen.zero_()
+
     def offer(self, policy: nn.Module, score: Tensor | float) -> bool:
         """Keep the policy's weights if their held-out score is the best so far."""
         better = bool(torch.as_tensor(score) > self.score.cpu())

@@ -1,0 +1,349 @@
+"""Captioning: a sentence on an image, first learned from people's sentences, then tuned on CIDEr-D.
+
+| | |
+|---|---|
+| state | the image, and the words written so far |
+| action | the next word, or the end |
+| reward | at the end: CIDEr-D against all references of the image |
+| horizon | the words of a sentence, at most `length` |
+| learner | likelihood, then REINFORCE with the mean of the other sentences on the image as baseline |
+| corner | policy |
+
+Pinto et al. 2023, "Tuning computer vision models with task rewards" (ICML; arXiv 2302.08242); the reward is that of
+Rennie et al. 2017, "Self-critical sequence training for image captioning". What differs here and why, and the numbers:
+docs/systems/captioning.md and docs/results.md.
+
+    foveate train captioning --minutes 10                                    rendered scenes
+    foveate train captioning --data coco --root FOLDER --minutes 30          pictures through an ImageNet network
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate import noise, pictures
+from foveate.data.captions import END, LONGEST, RESERVED, Captioned, Part, answers, load_captions, numbered, vocabulary
+from foveate.data.classification import check_images
+from foveate.data.picture_folders import check_memory, read_pictures
+from foveate.learn.answers import Precision, Tuning
+from foveate.learn.baselines import MovingAverage
+from foveate.learn.keeper import Keeper
+from foveate.models.backbones import EMBEDDED
+from foveate.models.captioner import Captioner
+from foveate.models.encoder_decoder import Tokens
+from foveate.rewards.captions import Cider, Words, document_frequency
+from foveate.run import Run
+from foveate.tuning import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.types import Evaluation, InputError, RewardOutput, map_tree, split
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `foveate train captioning`. What defaults to None is chosen by the data and printed."""
+
+    data: str = "scenes"
+    """scenes (rendered), or coco (its captions)"""
+    root: Path | None = None
+    """folder of the data; not needed for scenes"""
+    image_size: int | None = None
+    """side in pixels to which pictures are stretched; None: 48 for scenes, 128 for coco"""
+    skip_bad: bool = False
+    """leave out pictures and captions with which something is wrong, and count them, instead of stopping"""
+    scenes: int = 8000
+    """how many scenes are rendered to train on"""
+    least_count: int | None = None
+    """a word is learned if the training captions have it so often; None: 1 for scenes, 5 for coco"""
+    length: int | None = None
+    """words of a caption at most, its end being one; None: as the longest of training"""
+    seed: int = 0
+    """of the weights, the order of the data and every draw"""
+    steps: int | None = None
+    """updates of all phases together"""
+    minutes: float | None = None
+    """wall-clock budget of all phases together"""
+    likelihood_share: float = 0.5
+    """part of the budget for maximum likelihood; the rest is shared evenly by the reward and its control"""
+    backbone: str | None = None
+    """convolutions, efficientnet-lite0 (ImageNet, no download), or a name of timm; None: the first for scenes"""
+    tune_backbone: bool = False
+    """let a pretrained backbone learn too; else what it sees is computed once for each picture"""
+    patch: int | None = None
+    """pixels of the image, a side, to a vector that is read; None: 8 with convolutions, else 16"""
+    width: int = 128
+    """of the vectors"""
+    depth: int = 2
+    """blocks of the encoder, and of the decoder"""
+    heads: int = 4
+    """of the attention"""
+    batch: int = 32
+    """images in an update of likelihood, each with all its captions"""
+    learning_rate: float = 1e-3
+    """peak of its one-cycle schedule"""
+    tuning_batch: int = 32
+    """images in an update on the reward"""
+    samples: int = 5
+    """captions of each of them"""
+    tuning_rate: float = 1e-4
+    """learning rate of the reward, constant after a warm-up"""
+    anchor: float = 0.0
+    """weight of the KL to the start"""
+    every: int = 200
+    """updates between looks at the validation split"""
+    precision: Precision = "fp32"
+    """bf16 is faster on processors that compute in it"""
+    vocabulary: int | None = None
+    """words that can be written, with the end and the unknown word; taken from the data"""
+
+
+T = TypeVar("T")
+Reward: TypeAlias = Callable[[Tokens, Words], RewardOutput]
+PART = "policy"  # the tracked part that holds the policy
+BASELINES = {"mle": "likelihood", "control": "control"}  # name → its tracked part
+AT_ONCE = 100  # images looked at together where nothing is learned
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+_load = lru_cache(maxsize=6)(load_captions)
+
+
+def resolve(config: Config) -> Config:
+    """Check the fields, and fill in what the data decides.
+
+    Raises:
+        InputError: a field is out of its range, or the data cannot be read.
+    """
+    backbone = config.backbone or ("convolutions" if config.data == "scenes" else EMBEDDED)
+    found: dict[str, Any] = {"backbone": backbone, "patch": 8 if backbone == "convolutions" else 16}
+    found |= {"image_size": 48, "least_count": 1} if config.data == "scenes" else {"image_size": 128, "least_count": 5}
+    config = replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
+    if not 0 < config.likelihood_share < 1:
+        raise InputError(f"likelihood_share: found {config.likelihood_share}, expected more than 0 and less than 1")
+    least = {"batch": 1, "tuning_batch": 1, "every": 1, "scenes": 1, "least_count": 1, "patch": 1, "length": 2}
+    for name, low in least.items():
+        if (value := getattr(config, name)) is not None and value < low:
+            raise InputError(f"{name}: found {value}, expected at least {low}")
+    if _known(config.image_size) % _known(config.patch):
+        raise InputError(f"image_size: {config.image_size} is no multiple of the patch of {config.patch} pixels")
+    if config.width % config.heads:
+        raise InputError(f"width: {config.width} is no multiple of the {config.heads} heads")
+    if config.tune_backbone and backbone == "convolutions":
+        raise InputError("tune_backbone: convolutions are not pretrained and learn anyway; leave it out")
+    _tuning(config)
+    data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours
+    _, count = vocabulary(data.sentences, _known(config.least_count))
+    if count == len(RESERVED):
+        raise InputError(f"least_count: no word occurs {config.least_count} times in training; lower it")
+    longest = 1 + max(len(sentence) for sentences in data.sentences for sentence in sentences)
+    return replace(config, vocabulary=count, length=config.length or longest)
+
+
+def _known(value: T | None) -> T:
+    """A field that `resolve` has filled in."""
+    assert value is not None
+    return value
+
+
+def _data(config: Config, part: Part) -> Captioned:
+    return _load(config.data, config.root, part, _known(config.image_size), config.skip_bad, config.scenes, _say)
+
+
+def _tuning(config: Config) -> Tuning:
+    how = {"samples": config.samples, "anchor": config.anchor, "learning_rate": config.tuning_rate}
+    return Tuning(**how, precision=config.precision)  # type: ignore[arg-type]
+
+
+def build(config: Config) -> Captioner:
+    """The policy of a resolved config, untrained."""
+    side, patch, words, length, backbone = map(
+        _known, (config.image_size, config.patch, config.vocabulary, config.length, config.backbone)
+    )
+    sizes = {"width": config.width, "depth": config.depth, "heads": config.heads}
+    return Captioner(side, patch, words, length, END, LONGEST, backbone, config.tune_backbone, **sizes)
+
+
+def _seen(policy: Captioner, data: Captioned) -> Tensor:
+    """Pixels on the policy's device, or what a backbone that stands still sees of them."""
+    pixels = data.pixels.to(policy.letters.device)
+    if policy.backbone is None:
+        return pixels
+    check_memory(data.name, (len(pixels), *policy.look(pixels[:1]).shape[1:]), 4)
+    return torch.cat([policy.look(some) for some in pixels.split(AT_ONCE)])
+
+
+def _inputs(policy: Captioner, seen: Tensor) -> Tensor:
+    return policy.look(seen) if seen.dtype == torch.uint8 else seen
+
+
+def _references(data: Captioned, words: tuple[str, ...], device: torch.device) -> Words:
+    return Words(*(tensor.to(device) for tensor in numbered(data.sentences, words)))
+
+
+def _reward(references: Words) -> Reward:
+    cider = Cider(document_frequency(references))
+    return lambda written, targets: cider(Words(written.ids, written.mask & (written.ids != END)), targets)
+
+
+def train(config: Config, run: Run) -> None:
+    """Learn by likelihood, then by the reward; then by more likelihood from the same start, for as long as the reward.
+
+    Each phase ends with those of its weights that wrote the best captions of the validation split.
+    """
+    data, val = _data(config, "train"), _data(config, "val")
+    every_word, count = vocabulary(data.sentences, _known(config.least_count))
+    parts: dict[str, tuple[Any, ...]] = {}
+    for name in ("likelihood", PART, "control"):
+        torch.manual_seed(config.seed)
+        policy = build(config).to(run.device)
+        policy.spell(every_word[:count])
+        optimizer = torch.optim.Adam([each for each in policy.parameters() if each.requires_grad], fused=True)
+        keeper = "keeper" if name == PART else f"{name}_keeper"
+        parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, keeper: Keeper(policy)})
+    average, (start, *_) = MovingAverage(), parts["likelihood"]
+    run.track(average=average)
+    if start.words != every_word[:count]:
+        raise InputError("from: that run writes other words than this data has; train from the beginning")
+    seen, references = _seen(start, data), _references(data, every_word, run.device)
+    learned = answers(references.ids, references.mask, count, _known(config.length))
+    _tell(run, (data, val), references.mask, learned[1])
+    reward = _reward(references)
+    held_out = _seen(start, val), _references(val, every_word, run.device)
+
+    def look(policy: Captioner) -> dict[str, Any]:
+        some = ((_inputs(policy, seen), references) for seen, references in split(held_out, AT_ONCE))
+        return held_out_scores(policy, reward, some, config.seed, config.precision)
+
+    def rows(step: int, batch: int) -> Tensor:
+        return noise.examples(config.seed, step, batch, len(data))[run.rows(batch)].to(run.device)
+
+    def learn(name: str, share: float, start: Captioner | None = None) -> None:
+        policy, optimizer, keeper = parts[name]
+
+        def batches(step: int) -> tuple[Tensor, Tokens]:
+            here = rows(step, config.batch)
+            ids, mask = (each[here].flatten(0, 1) for each in learned)
+            longest = int(mask.sum(1).max())
+            return _inputs(policy, seen[here]), Tokens(ids[:, :longest], mask[:, :longest])
+
+        how: dict[str, Any] = {"every": config.every, "precision": config.precision, "keeper": keeper, "start": start}
+        rate = config.learning_rate
+        learn_likelihood(run, name, share, policy, batches, optimizer, rate, validate=lambda: look(policy), **how)
+
+    def batches(step: int) -> tuple[Tensor, Words]:
+        here = rows(step, config.tuning_batch)
+        return _inputs(policy, seen[here]), map_tree(lambda leaf: leaf[here], references)
+
+    share = (1 - config.likelihood_share) / 2
+    learn("likelihood", config.likelihood_share)
+    policy, optimizer, keeper = parts[PART]
+    how = {"keeper": keeper, "validate": lambda: look(policy), "every": config.every}
+    tune_on_reward(run, "reward", share, policy, reward, batches, _tuning(config), optimizer, average, start, **how)
+    learn("control", share, start)
+
+
+def _tell(run: Run, splits: tuple[Captioned, ...], references: Tensor, learned: Tensor) -> None:
+    """Say what of the data is not learned from."""
+    skipped = [line for data in splits for line in data.skipped]
+    if skipped:
+        run.say(f"{len(skipped)} items of the data are left out, the first: {skipped[0]}")
+    exists = references.any(2)
+    if (too_long := int((exists & ~learned.any(2)).sum())) > 0:
+        run.say(f"{too_long:,} of {int(exists.sum()):,} captions are longer than length: references, but not learned")
+
+
+def evaluate(config: Config, policy: Captioner, run: Run, elsewhere: bool = False) -> Evaluation:
+    """CIDEr-D, from 0 to 10, on the test split; `elsewhere`: on every picture of other data.
+
+    `cider` is that of greedy captions, `sampled_cider` that of one drawn for each image. Document frequencies are those
+    of the references that are scored against, as in pycocoevalcap; a word that the policy does not know matches
+    nothing. Baselines: `mle`, the start; `control`, the start with more likelihood instead of the reward. With
+    `skip_bad`, `skipped` counts what of the split was left out.
+    """
+    data = _data(config, "all" if elsewhere else "test")
+    shown = _seen(policy, data), _references(data, policy.words, run.device)
+    reward = _reward(shown[1])
+    metrics, baselines = _score(config, policy, shown, reward), {}
+    if config.skip_bad:
+        metrics["skipped"] = float(len(data.skipped))
+    for name, part in BASELINES.items():
+        other = build(config).to(run.device)
+        if run.restore(part, other):
+            baselines[name] = _score(config, other.eval(), shown, reward)
+    return Evaluation(metrics, baselines)
+
+
+def _score(config: Config, policy: Captioner, shown: tuple[Tensor, Words], reward: Reward) -> dict[str, float]:
+    found: dict[str, list[Tensor]] = {"cider": [], "sampled_cider": []}
+    keys = noise.key(config.seed, "evaluation", torch.arange(len(shown[0]))).to(shown[0].device)
+    for seen, references, some in split((*shown, keys), AT_ONCE):
+        for name, greedy in (("cider", True), ("sampled_cider", False)):
+            found[name].append(reward(policy.sample(_inputs(policy, seen), 1, greedy, some), references).total)
+    return {name: float(torch.cat(scores).mean()) for name, scores in found.items()}
+
+
+def predict(config: Config, policy: Captioner, images: Float[Tensor, "batch channels height width"]) -> dict[str, Any]:
+    """Say what is in images in [0, 1]: `captions`, a list of texts, and `ids` [batch, words], 0 after the last word.
+
+    Raises:
+        InputError: the images break the convention, or are not RGB.
+    """
+    check_images(images, "images")
+    if images.shape[1] != 3:
+        raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    side, device = _known(config.image_size), policy.letters.device
+    stretched = F.interpolate(images.to(device), (side, side), mode="bilinear", antialias=True)
+    keys = torch.zeros(len(images), dtype=torch.int64, device=device)  # greedy: nothing is drawn
+    written = policy.sample(policy.look((stretched * 255).round().byte()), 1, True, keys)
+    return {"captions": policy.sentences(written.ids), "ids": written.ids}
+
+
+def picture(
+    config: Config, policy: Captioner, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
+) -> dict[str, Any]:
+    """Test pictures with the captions of the start and of the tuned model and a person's; or pictures of the user."""
+    said: dict[str, list[str]] = {}
+    if images is None:
+        data = _data(config, "test")
+        rows = torch.linspace(0, len(data) - 1, min(9, len(data))).long()
+        images = data.pixels[rows].float() / 255
+        said["reference"] = [" ".join(data.sentences[row][0]) for row in rows.tolist()]
+    start = build(config).to(run.device)
+    if run.restore("likelihood", start):
+        said = {"mle": predict(config, start.eval(), images)["captions"], **said}
+    said = {"tuned": predict(config, policy, images)["captions"], **said}
+    told = [
+        [f"{name}: {each}" for name, each in zip(said, row, strict=True)] for row in zip(*said.values(), strict=True)
+    ]
+    return {"captions": _page(images.cpu(), told)}
+
+
+def _page(images: Tensor, told: list[list[str]]) -> Any:
+    lines = ["\n".join(line for one in sentences for line in textwrap.wrap(one, 36)) for sentences in told]
+    return pictures.image_grid(images, lines, columns=3, cell=320)
+
+
+def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
+    """The user's picture, or the pictures of a folder."""
+    return read_pictures(path, 3, None if path.is_file() else 4 * _known(config.image_size))
+
+
+def check(config: Config) -> dict[str, Any]:
+    """The first pictures, each with its captions."""
+    data = _data(config, "train")
+    rows = torch.linspace(0, len(data) - 1, min(9, len(data))).long().tolist()
+    return {
+        "data": _page(data.pixels[rows].float() / 255, [[" ".join(one) for one in data.sentences[k]] for k in rows])
+    }
