@@ -8,7 +8,7 @@ from scipy import stats
 from torch import distributions as theirs
 
 from foveate import noise
-from foveate.distributions import Categorical, Gaussian, Uniform
+from foveate.distributions import Bernoulli, Categorical, Gaussian, Uniform
 from foveate.types import concatenate, map_tree
 
 INF = float("inf")
@@ -150,6 +150,41 @@ def test_the_mean_log_density_of_samples_is_minus_the_entropy(ours, other):
         (ours.log_prob(drawn) - other.log_prob(drawn), ours.kl(other)[0]),
     ):
         assert abs(values.mean() - expected) < 4 * values.std() * len(KEYS) ** -0.5 + 1e-5
+
+
+def test_yes_or_no_is_that_of_torch():
+    first, second = (3 * noise.normal(noise.key(seed, "logits"), 4, 5) for seed in range(2))
+    first[0, 0], first[1, 1] = 40.0, -40.0
+    ours, other, yes = with_graph(Bernoulli(first)), with_graph(Bernoulli(second)), first > torch.randn(4, 5)
+    mine, peers = (ours, other), [theirs.Bernoulli(logits=one.logits) for one in (ours, other)]
+    for found, expected in (
+        (mine[0].log_prob(yes), peers[0].log_prob(yes.float())),
+        (mine[0].entropy(), peers[0].entropy()),
+        (mine[0].kl(mine[1]), theirs.kl_divergence(*peers)),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        inputs = [ours.logits, other.logits]
+        pairs = (
+            torch.autograd.grad(value.sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for value in (found, expected)
+        )
+        for gradient, peer_gradient in zip(*pairs, strict=True):
+            torch.testing.assert_close(gradient, peer_gradient, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.kl(ours), torch.zeros(4, 5), rtol=0, atol=1e-6)
+    assert torch.equal(ours.mode(), first > 0)
+    assert not ours.mode().requires_grad
+
+
+def test_frequencies_of_yes():
+    ours = Bernoulli(torch.tensor([0.0, -4.0, 2.0]).expand(len(KEYS), 3))
+    keys = noise.fold(KEYS[:, None], torch.arange(3))
+    drawn = ours.sample(keys)
+    assert drawn.dtype == torch.bool
+    assert torch.equal(drawn[:10], Bernoulli(ours.logits[:10]).sample(keys[:10]))
+    chances = ours.logits[0].sigmoid()
+    error = (chances * (1 - chances) / len(KEYS)).sqrt()
+    assert ((drawn.float().mean(0) - chances).abs() < 4 * error).all()
+    assert torch.corrcoef(drawn.float().T).triu(1).abs().max() < 4.5 * len(KEYS) ** -0.5
 
 
 # Samples against the density

@@ -22,11 +22,12 @@ from foveate.learn.answers import Tuning, answering, likelihood_loss, reward_los
 from foveate.learn.baselines import MovingAverage
 from foveate.models.dense import UNet, dense_network
 from foveate.models.segmenter import Labels, Segmenter, tiled_logits
-from foveate.rewards.masks import dice_reward, effects_on_total, iou_effects, iou_reward
+from foveate.rewards.masks import credited, dice_reward, effects_on_total, iou_effects, iou_reward
 from foveate.run import Run
 from foveate.systems import tune_segmenter
 from foveate.systems.tune_segmenter import Config
-from foveate.types import InputError, RewardOutput
+from foveate.tuning import tune_on_reward
+from foveate.types import InputError
 
 
 class Fixed(nn.Module):
@@ -175,7 +176,7 @@ def test_windows_cover_a_large_image() -> None:
 
 def reward_of(config: Config) -> Any:
     found = tune_segmenter._reward(config)
-    return lambda predictions, targets: found(predictions, {"masks": targets, "known": torch.ones_like(targets[:, :1])})
+    return lambda predictions, targets: found(predictions, (targets, torch.ones_like(targets[:, :1])))
 
 
 def expected_of(model: Segmenter, actions: Tensor, advantages: Any) -> tuple[Tensor, Tensor]:
@@ -261,16 +262,30 @@ def test_a_reward_tunes_a_segmenter_of_the_users_own(tmp_path: Path) -> None:
     model = Segmenter(UNet(3, 1, 8, 2), 1)
     shown = images(4) * 0.5 + 0.5 * wanted
 
-    def dice(predictions: Tensor, targets: Tensor) -> RewardOutput:
-        return reward_of(Config())(predictions, targets)
-
     with answering(model):
         before = dice_reward(model.decode(model.sample(shown, 1, True, keys_of(4))), wanted).total.mean()
     batches = lambda step: (shown, wanted)  # noqa: E731
-    foveate.tune(model, dice, batches, out=tmp_path / "run", steps=60, credit="flip", samples=2, learning_rate=3e-2)
+    foveate.tune(
+        model, credited("dice"), batches, out=tmp_path / "run", steps=60, credit="flip", samples=2, learning_rate=3e-2
+    )
     with answering(model):
         after = dice_reward(model.decode(model.sample(shown, 1, True, keys_of(4))), wanted).total.mean()
     assert after > before + 0.2
+
+
+def test_the_learning_rate_of_a_reward_may_fall_to_nothing(tmp_path: Path) -> None:
+    model, shown = small(1), images(2)
+    optimizer, rates = torch.optim.Adam(model.parameters()), []
+    run = Run(tmp_path / "run", system="test", config={}, steps=10, device="cpu", quiet=True)
+    tuning = Tuning(samples=2, credit="flip", learning_rate=1.0, warmup=1, anneal=True)
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        rates.append(optimizer.param_groups[0]["lr"])
+        return shown * 0, torch.ones(2, 1, 16, 16, dtype=torch.bool)
+
+    tune_on_reward(run, "reward", 1.0, model, credited("dice"), batches, tuning, optimizer, MovingAverage())
+    rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[1:] == pytest.approx([1 - step / 10 for step in range(10)])
 
 
 QUICK = {"batch": 4, "looks": 4, "image_size": 24, "width": 8, "every": 2, "device": "cpu"}
@@ -308,7 +323,7 @@ def test_the_other_settings_train_on_pairs(tmp_path: Path, settings: dict[str, A
 
 
 def test_the_start_of_another_run_is_taken(tmp_path: Path) -> None:
-    foveate.train("tune-segmenter", steps=4, out=tmp_path / "first", **QUICK)
+    foveate.train("tune-segmenter", steps=2, out=tmp_path / "first", **QUICK)
     foveate.train(
         "tune-segmenter", steps=1, out=tmp_path / "second", source=tmp_path / "first", learning_rate=0.0, **QUICK
     )
@@ -335,7 +350,7 @@ def test_unusable_items_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_a_reward_that_is_the_same_for_all_is_told_before_training(tmp_path: Path) -> None:
     root = folder_of_pairs(tmp_path / "data", [np.zeros((20, 20), np.uint8)] * 8)
     settings = QUICK | {"image_size": None}
-    with pytest.raises(InputError, match=r"^reward dice: is 0 for all 16 examples"):
+    with pytest.raises(InputError, match=r"^reward dice: is 0 for all 8 examples"):
         foveate.train("tune-segmenter", data="pairs", root=root, steps=4, out=tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
 

@@ -252,8 +252,8 @@ def tune_on_reward(
         average: the moving-average baseline, tracked.
         reference: the model at the start, frozen and tracked; needed by an anchor, and for logging the KL.
         beside: further losses of the decisions on the answers, from their targets (repeated, one for each answer).
-        keeper: keeps the weights of the best `validate()["held_out_reward"]`, those of the start among them, goes back
-            to them after a collapse, and gives them to the policy in the end. It needs `validate`.
+        keeper: keeps the weights of the best `validate()["held_out_reward"]`, those of the start and of the end among
+            them, goes back to them after a collapse, and gives them to the policy in the end. It needs `validate`.
         validate: scores on held-out inputs, logged at the start and every `every` steps.
         every: steps between validations.
 
@@ -272,6 +272,7 @@ def tune_on_reward(
         inputs, targets = batches(step)
         scored = score(policy, reward, inputs, targets, _keys(run, phase, step, rows_of(inputs)), tuning, average)
         rate = tuning.learning_rate * min(1.0, (step + 1) / max(1, tuning.warmup))
+        rate *= 1 - run.progress if tuning.anneal else 1.0
         set_learning_rate(optimizer, rate * (1.0 if keeper is None else float(keeper.rate)))
         for epoch in range(tuning.epochs):
             told = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside)
@@ -287,6 +288,8 @@ def tune_on_reward(
                 keeper.go_back(policy, optimizer)
                 run.say(f"{phase}, step {step + 1}: {collapsed}, and the reward is lower: back to the best weights")
     if keeper is not None:
+        if validate is not None:
+            keeper.offer(policy, validate()["held_out_reward"])
         policy.load_state_dict(keeper.best.state_dict())
         run.save()
 

@@ -128,9 +128,12 @@ def masks_of(
 
 
 def crops(
-    data: Segmented, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"], side: int, flip: bool
+    data: Segmented, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"], side: int, flip: bool, jitter: float = 0.0
 ) -> tuple[Float[Tensor, "batch 3 rows columns"], UInt8[Tensor, "batch rows columns"]]:
-    """Windows of at most `side` pixels at random places of images, half of them mirrored if `flip`: in [0, 1]."""
+    """Windows of at most `side` pixels at random places of images: in [0, 1].
+
+    With `flip` half of them are mirrored; with `jitter` contrast and brightness of each channel change by that share.
+    """
     height, width = data.labels.shape[1:]
     draws = noise.uniform(noise.fold(keys, "crop"), 3)
     rows = _window(draws[:, 0], height, side)
@@ -139,8 +142,11 @@ def crops(
         columns = torch.where(draws[:, 2:] < 0.5, columns.flip(1), columns)
     rows, columns = rows[:, :, None], columns[:, None]
     channels = torch.arange(3, device=ids.device)[:, None, None]
-    pixels = data.pixels[ids[:, None, None, None], channels, rows[:, None], columns[:, None]]
-    return pixels.float() / 255, data.labels[ids[:, None, None], rows, columns]
+    pixels = data.pixels[ids[:, None, None, None], channels, rows[:, None], columns[:, None]].float() / 255
+    if jitter:
+        contrast, brightness = (jitter * (2 * noise.uniform(noise.fold(keys, "jitter"), 2, 3, 1, 1) - 1)).unbind(1)
+        pixels = ((pixels - 0.5) * (1 + contrast) + 0.5 + brightness / 2).clamp(0, 1)
+    return pixels, data.labels[ids[:, None, None], rows, columns]
 
 
 def _window(draw: Tensor, length: int, side: int) -> Tensor:
@@ -163,18 +169,20 @@ def _scenes(split: Split, side: int, classes: tuple[str, ...]) -> Segmented:
         return Segmented(pixels, labels, classes, tuple(name for part in parts for name in part.names))
     place = torch.zeros(len(SHAPES) + 5, dtype=torch.uint8)  # of the label of a segment among the classes; stuff is 0
     place[[SHAPES.index(each) for each in classes]] = torch.arange(1, len(classes) + 1, dtype=torch.uint8)
-    images, labels, drawn, size = [], [], 0, SCENES[split]
-    while sum(map(len, labels)) < size:
+    shown_here: list[Tensor] = []
+    marks_here: list[Tensor] = []
+    drawn, size = 0, SCENES[split]
+    while sum(map(len, marks_here)) < size:
         keys = noise.key("segmentation", split, torch.arange(drawn, drawn + 250))
         shown = draw(describe(keys), side)
         marks = place[shown.labels.gather(1, shown.ids.flatten(1) - 1)].view(shown.ids.shape)
         there = (marks > 0).flatten(1).any(1)
         grain = GRAIN * noise.normal(noise.fold(keys, "heavy grain"), 1, side, side)
-        images.append(((shown.images + grain).clamp(0, 1)[there] * 255).round().byte())
-        labels.append(marks[there])
+        shown_here.append(((shown.images + grain).clamp(0, 1)[there] * 255).round().byte())
+        marks_here.append(marks[there])
         drawn += len(keys)
     names = tuple(f"{split} {row}" for row in range(size))
-    return Segmented(torch.cat(images)[:size], torch.cat(labels)[:size], classes, names)
+    return Segmented(torch.cat(shown_here)[:size], torch.cat(marks_here)[:size], classes, names)
 
 
 # Which files belong together
@@ -213,6 +221,8 @@ def _choose(pairs: list[Pair], split: Split) -> list[Pair]:
     groups = sorted(
         {group for _, group, *_ in pairs}, key=lambda group: (int(noise.key("test", zlib.crc32(group.encode()))), group)
     )
+    if len(groups) < 3 and split != "all":
+        raise InputError(f"pairs: {len(groups)} items are too few for train, val and test: add some, three are enough")
     tests, vals = (max(1, round(len(groups) * share)) for share in (_TEST, _VAL))
     parts = {"test": groups[:tests], "val": groups[tests : tests + vals], "train": groups[tests + vals :]}
     return [pair for pair in pairs if split == "all" or pair[1] in parts[split]]
@@ -236,16 +246,15 @@ def _voc(root: Path, split: Split) -> list[Pair]:
             sorted({n for part in ("train", "val", "test") for n in listed(part)}) if split == "all" else listed(split)
         )
     else:
-        train = [(name, name, None, None) for name in listed("train")]
-        kept, held = (_choose(train, part) for part in ("train", "val"))
-        rest = [name for name, *_ in _choose(train, "test")]
-        parts = {"train": [name for name, *_ in kept] + rest, "val": [name for name, *_ in held], "test": listed("val")}
+        train: list[Pair] = [(name, name, None, None) for name in listed("train")]
+        held = {name for name, *_ in _choose(train, "val")}
+        kept = [name for name in listed("train") if name not in held]
+        parts = {"train": kept, "val": sorted(held), "test": listed("val")}
         names = [*listed("train"), *listed("val")] if split == "all" else parts[split]
-    found_files = [(year / "JPEGImages" / f"{name}.jpg", year / "SegmentationClass" / f"{name}.png") for name in names]
-    return [
-        (name, name, *(path if path.is_file() else None for path in paths))
-        for name, paths in zip(names, found_files, strict=True)
-    ]
+    pictures = [year / "JPEGImages" / f"{name}.jpg" for name in names]
+    masks = [year / "SegmentationClass" / f"{name}.png" for name in names]
+    there = [[path if path.is_file() else None for path in paths] for paths in (pictures, masks)]
+    return list(zip(names, names, *there, strict=True))
 
 
 # Pixels
@@ -282,8 +291,8 @@ def _read(
         items[name] = pixels, labels
     if not items:
         raise InputError(f"{root}: none of {len(pairs)} items of the split can be used: add or repair some")
-    pixels, labels = (torch.from_numpy(np.stack([item[place] for item in items.values()])) for place in (0, 1))
-    return Segmented(pixels.permute(0, 3, 1, 2).contiguous(), labels, classes, tuple(items), len(pairs) - len(items))
+    shown, marks = (torch.from_numpy(np.stack([item[place] for item in items.values()])) for place in (0, 1))
+    return Segmented(shown.permute(0, 3, 1, 2).contiguous(), marks, classes, tuple(items), len(pairs) - len(items))
 
 
 def _item(name: str, picture: Path | None, mask: Path | None, values: dict[int, int]) -> tuple[Array, Array]:

@@ -51,6 +51,7 @@ class Tuning:
         clip: of the importance ratio in later epochs (PPO).
         learning_rate: constant after the warm-up.
         warmup: steps over which it rises from 0.
+        anneal: the learning rate falls evenly to 0 at the end of the phase, which leaves less noise in the weights.
         chunk: inputs to a backward pass, if a batch is too large for the memory; the gradient is the same.
         precision: "bf16" runs the model in mixed precision; rewards and losses stay in fp32.
     """
@@ -63,6 +64,7 @@ class Tuning:
     clip: float | None = None
     learning_rate: float = 1e-5
     warmup: int = 20
+    anneal: bool = False
     credit: Credit = "answer"
     chunk: int | None = None
     precision: Precision = "fp32"

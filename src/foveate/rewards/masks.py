@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,24 @@ def effects_on_total(
     flipped = torch.where(left + stays.int() > 0, flipped, 1.0)
     # where no class comes or goes there is no need to subtract numbers that are nearly equal
     return torch.where(stays == there, effects / number.clamp(min=1), output.total[:, None, None, None] - flipped)
+
+
+def credited(name: Literal["dice", "iou"], exclusive: bool = False) -> Callable[[Masks, Masks], RewardOutput]:
+    """The reward of this name with the credit of every pixel, to be tuned on: `foveate.tune(..., credit="flip")`.
+
+    `credit` is [batch, classes · height · width], what each label adds to `total`. Of `exclusive` classes it is
+    [batch, height · width], what a pixel adds to leaving it to the background, for `credit="difference"`.
+    """
+    score, effects = {"dice": (dice_reward, dice_effects), "iou": (iou_reward, iou_effects)}[name]
+
+    def reward(predictions: Masks, targets: Masks) -> RewardOutput:
+        output = score(predictions, targets)
+        credit = effects_on_total(output, effects(predictions, targets), predictions, targets)
+        if exclusive:
+            credit = (credit * predictions).sum(1)
+        return replace(output, credit=credit.flatten(1))
+
+    return reward
 
 
 def _effects(predictions: Masks, targets: Masks, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

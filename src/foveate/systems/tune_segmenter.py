@@ -24,13 +24,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from PIL import ImageColor
 from torch import Tensor
 
 from foveate import noise, pictures
@@ -43,11 +42,12 @@ from foveate.learn.keeper import Keeper
 from foveate.models.dense import dense_network
 from foveate.models.segmenter import Labels, Segmenter, tiled_logits
 from foveate.rewards.combine import check_output, load_reward
-from foveate.rewards.masks import dice_effects, dice_reward, effects_on_total, iou_effects, iou_reward
+from foveate.rewards.masks import credited, dice_reward, iou_reward
 from foveate.run import Run
-from foveate.tuning import Batches, held_out_scores, learn_likelihood, tune_on_reward
+from foveate.tuning import held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput
 
+PIXELS = 2**19  # of images that are scored in one pass
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 
 
@@ -81,27 +81,31 @@ class Config:
     """features of the unet at full size"""
     exclusive: bool = False
     """a pixel has one class or none (softmax), instead of a yes or no for each class"""
-    crop: int = 128
+    crop: int = 256
     """side in pixels of the windows it trains on; larger images are scored in such windows"""
     flip: bool = True
     """mirror half of them"""
-    batch: int = 8
-    """windows in an update"""
+    jitter: float = 0.2
+    """change contrast and brightness of each colour by up to this share"""
+    batch: int | None = None
+    """windows in an update; None: 2 of 256 pixels, 8 of 128, 16 of less than 96"""
     learning_rate: float = 5e-3
     """peak of the one-cycle schedule of cross-entropy"""
     reward: str = "dice"
     """dice, iou, or package.module:function of masks and true masks"""
     credit: Literal["flip", "answer"] = "flip"
     """weigh a pixel by its own effect on the reward, or by the reward of the whole mask"""
-    samples: int = 4
+    samples: int = 2
     """masks drawn for each window"""
-    tuning_rate: float = 1e-3
-    """constant learning rate of the reward"""
+    tuning_rate: float = 5e-4
+    """learning rate of the reward, which falls evenly to 0"""
+    control_rate: float = 2e-3
+    """peak of the one-cycle schedule of the further cross-entropy, its control"""
     anchor: float = 0.0
     """weight of the KL to the start"""
     every: int = 25
     """updates between looks at the val split"""
-    looks: int = 64
+    looks: int = 32
     """windows of it that are looked at"""
     names: tuple[str, ...] | None = None
     """of the classes; taken from the data"""
@@ -119,9 +123,9 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: a field is out of its range, the data cannot be read, no such model or reward.
     """
-    for name in ("batch", "crop", "every", "looks", "samples", "width"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    for name in ("batch", "crop", "every", "looks", "width"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise InputError(f"{name}: found {value}, expected at least 1")
     if not 0 < config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share:g}, expected more than 0, less than 1")
     if config.width % 8:
@@ -129,8 +133,10 @@ def resolve(config: Config) -> Config:
     _tuning(config)
     _reward(config)
     parts = [_data(config, split) for split in ("train", "val", "test")]
-    found = replace(config, names=parts[0].classes, left_out=sum(part.left_out for part in parts))
-    _network(found, pretrained=False)
+    side = min(config.crop, max(parts[0].labels.shape[1:]))
+    batch = config.batch or max(2, min(16, 2**17 // side**2))
+    found = replace(config, batch=batch, names=parts[0].classes, left_out=sum(part.left_out for part in parts))
+    build(found)
     return found
 
 
@@ -138,12 +144,8 @@ def _data(config: Config, split: Split) -> Segmented:
     return _load(config.data, config.root, split, config.image_size, config.classes, config.skip_bad)
 
 
-def build(config: Config) -> Segmenter:
-    """The segmenter of a resolved config, untrained."""
-    return _network(config, pretrained=False)
-
-
-def _network(config: Config, pretrained: bool) -> Segmenter:
+def build(config: Config, pretrained: bool = False) -> Segmenter:
+    """The segmenter of a resolved config, untrained but for an ImageNet backbone."""
     assert config.names is not None
     outputs = len(config.names) + config.exclusive
     network = dense_network(config.model, outputs, config.width, pretrained)
@@ -152,129 +154,84 @@ def _network(config: Config, pretrained: bool) -> Segmenter:
 
 def _tuning(config: Config) -> Tuning:
     credit: Any = "difference" if config.exclusive and config.credit == "flip" else config.credit
-    return Tuning(config.samples, anchor=config.anchor, learning_rate=config.tuning_rate, credit=credit)
+    return Tuning(config.samples, anchor=config.anchor, learning_rate=config.tuning_rate, anneal=True, credit=credit)
 
 
 def _reward(config: Config) -> Reward:
-    """Of masks, (predictions, {"masks", "known"}); pixels that nobody labelled count for nothing."""
-    named: dict[str, tuple[Callable[..., RewardOutput], Callable[..., Tensor]]] = {
-        "dice": (dice_reward, dice_effects),
-        "iou": (iou_reward, iou_effects),
-    }
-    score, effects = named.get(config.reward) or (load_reward(config.reward), None)
+    """Of masks, given the true ones and which pixels are known; the others count for nothing."""
+    named = {name: credited(name, config.exclusive) for name in ("dice", "iou")}
+    score: Callable[..., Any] = named.get(config.reward) or load_reward(config.reward)
 
-    def reward(predictions: Bool[Tensor, "rows classes height width"], targets: dict[str, Tensor]) -> RewardOutput:
-        predictions, masks = predictions & targets["known"], targets["masks"]
-        output = score(predictions, masks)
-        if effects is None:
+    def reward(predictions: Bool[Tensor, "rows classes height width"], targets: tuple[Tensor, Tensor]) -> RewardOutput:
+        masks, known = targets
+        output = score(predictions & known, masks)
+        if isinstance(output, Tensor) or output.credit is None:
             return output if isinstance(output, RewardOutput) else RewardOutput(output)
-        credit = effects_on_total(output, effects(predictions, masks), predictions, masks) * targets["known"]
-        if config.exclusive:  # what a pixel adds to leaving it to the background
-            credit = (credit * predictions).sum(1)
-        return replace(output, credit=credit.flatten(1))
+        pixels = known.flatten(2)
+        return replace(output, credit=(output.credit.unflatten(1, (-1, pixels.shape[2])) * pixels).flatten(1))
 
     return reward
 
 
 def train(config: Config, run: Run) -> None:
     """Cross-entropy; from there the reward, and for as long further cross-entropy, its control."""
-    train_set, val_set = (_data(config, split).to(run.device) for split in ("train", "val"))
+    size = config.batch or 1
+    data, val = (_data(config, split).to(run.device) for split in ("train", "val"))
+    index = torch.arange(size)[run.rows(size)]
     torch.manual_seed(config.seed)
-    start = _network(config, config.pretrained)
+    start = build(config, config.pretrained)
     learners = {"likelihood": start, PART: copy.deepcopy(start), "control": copy.deepcopy(start)}
-    keepers = {"keeper": Keeper(learners[PART]), "control_keeper": Keeper(learners["control"])}
-    average = MovingAverage()
-    run.track(**learners, **keepers, average=average)
+    keepers = {"keeper": Keeper(start), "control_keeper": Keeper(start)}
+    run.track(**learners, **keepers)
     optimizers = {name: torch.optim.Adam(learner.parameters()) for name, learner in learners.items()}
-    run.track(**{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()})
-    reward, tuning, rest = _reward(config), _tuning(config), (1 - config.likelihood_share) / 2
-    looks = _looks(config, val_set)
+    average, reward, looks = MovingAverage(), _reward(config), _looks(config, val)
+    run.track(**{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}, average=average)
 
-    def batch(phase: str, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        rows = run.rows(config.batch)
-        ids = noise.examples(config.seed, step, config.batch, len(train_set))[rows].to(run.device)
-        keys = noise.key(config.seed, phase, step, torch.arange(config.batch)[rows]).to(run.device)
-        images, labels = crops(train_set, ids, keys, config.crop, config.flip)
-        return images, *masks_of(labels, start.classes)
+    def windows(step: int, phase: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        ids = noise.examples(config.seed, step, size, len(data))[index].to(run.device)
+        keys = noise.key(config.seed, phase, step, index).to(run.device)
+        images, labels = crops(data, ids, keys, config.crop, config.flip, config.jitter)
+        return images, masks_of(labels, len(data.classes))
 
-    def true_labels(phase: str) -> Batches:
-        def found(step: int) -> tuple[Tensor, Labels]:
-            images, masks, known = batch(phase, step)
-            return images, start.labels(masks, known)
+    def answers(step: int, phase: str) -> tuple[Tensor, Labels]:
+        images, targets = windows(step, phase)
+        return images, start.labels(*targets)
 
-        return found
+    def arguments(name: str, phase: str, share: float, batches: Callable[..., Any]) -> dict[str, Any]:
+        return {
+            **{"run": run, "phase": phase, "share": share, "every": config.every},
+            "policy": learners[name],
+            "optimizer": optimizers[name],
+            "batches": partial(batches, phase=phase),
+            "validate": partial(held_out_scores, learners[name], reward, looks, config.seed),
+        }
 
-    def targets(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        images, masks, known = batch("reward", step)
-        return images, {"masks": masks, "known": known}
-
-    def look(name: str) -> dict[str, Tensor]:
-        return held_out_scores(learners[name], reward, looks, config.seed)
-
-    def look_and_keep() -> dict[str, Tensor]:
-        found = look("control")
-        keepers["control_keeper"].offer(learners["control"], found["held_out_reward"])
-        return found
-
-    _check_reward(config, start, reward, targets(0))
-    arguments: dict[str, Any] = {"learning_rate": config.learning_rate, "every": config.every}
-    learn_likelihood(
-        run,
-        "likelihood",
-        config.likelihood_share,
-        start,
-        true_labels("likelihood"),
-        optimizers["likelihood"],
-        validate=lambda: look("likelihood"),
-        **arguments,
-    )
+    _check_reward(config, start, reward, *windows(0, "reward"))  # now, not after the first phase
+    rest = (1 - config.likelihood_share) / 2
+    first = arguments("likelihood", "likelihood", config.likelihood_share, answers)
+    learn_likelihood(**first, learning_rate=config.learning_rate)
     tune_on_reward(
-        run,
-        "reward",
-        rest,
-        learners[PART],
-        reward,
-        targets,
-        tuning,
-        optimizers[PART],
-        average,
-        start,
+        **arguments(PART, "reward", rest, windows),
+        reward=reward,
+        tuning=_tuning(config),
+        average=average,
+        reference=start,
         keeper=keepers["keeper"],
-        validate=lambda: look(PART),
-        every=config.every,
     )
-    kept = keepers["control_keeper"]
-    if bool(kept.score.isneginf()):
-        kept.offer(start, look("likelihood")["held_out_reward"])  # as for the reward, the start is the first
-    learn_likelihood(
-        run,
-        "control",
-        rest,
-        learners["control"],
-        true_labels("control"),
-        optimizers["control"],
-        start=start,
-        validate=look_and_keep,
-        **arguments,
-    )
-    learners["control"].load_state_dict(kept.best.state_dict())
-    run.save()
+    further = arguments("control", "control", rest, answers)
+    learn_likelihood(**further, learning_rate=config.control_rate, start=start, keeper=keepers["control_keeper"])
 
 
-def _looks(config: Config, data: Segmented) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def _looks(config: Config, data: Segmented) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
     """Fixed windows of held-out images, in batches."""
     ids = torch.arange(config.looks)
     keys = noise.key("looks", ids).to(data.labels.device)
     images, labels = crops(data, (ids % len(data)).to(keys), keys, config.crop, flip=False)
-    parts = zip(images.split(config.batch), labels.split(config.batch), strict=True)
-    return [
-        (some, dict(zip(("masks", "known"), masks_of(marks, len(data.classes)), strict=True))) for some, marks in parts
-    ]
+    parts = zip(images.split(size := max(1, PIXELS // labels[0].numel())), labels.split(size), strict=True)
+    return [(some, masks_of(marks, len(data.classes))) for some, marks in parts]
 
 
-def _check_reward(config: Config, segmenter: Segmenter, reward: Reward, batch: tuple[Tensor, Any]) -> None:
-    """Now, not after the first phase."""
-    images, targets = batch
+def _check_reward(config: Config, segmenter: Segmenter, reward: Reward, images: Tensor, targets: Any) -> None:
     with torch.no_grad(), answering(segmenter):
         keys = noise.key(config.seed, "check", torch.arange(len(images))).to(images.device)
         answers = segmenter.decode(segmenter.sample(images, config.samples, False, keys))
@@ -322,7 +279,7 @@ def _scores(config: Config, segmenter: Segmenter, data: Segmented) -> dict[float
     """Threshold → metrics; of exclusive classes those of the likeliest class, as threshold 0.5."""
     device = next(segmenter.parameters()).device
     sums: dict[float, dict[str, float]] = {}
-    for ids in torch.arange(len(data)).split(config.batch):
+    for ids in torch.arange(len(data)).split(max(1, PIXELS // data.labels[0].numel())):
         images = data.pixels[ids].to(device).float() / 255
         masks, known = masks_of(data.labels[ids].to(device), len(data.classes))
         logits = tiled_logits(segmenter, images, config.crop)
@@ -361,42 +318,19 @@ def picture(
     config: Config, policy: Segmenter, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
 ) -> dict[str, Any]:
     """Image, truth, start and tuned side by side, of test images or images of the user: name → a picture."""
-    truth = known = None
+    columns: dict[str, Tensor] = {}
     if images is None:
         data = _data(config, "test")
         ids = torch.linspace(0, len(data) - 1, min(5, len(data))).long()
-        part = tuple(
-            slice((length - size) // 2, (length + size) // 2)
-            for length in data.labels.shape[1:]
-            for size in (min(length, 3 * config.crop),)
-        )
-        images = data.pixels[ids][:, :, *part].float() / 255
-        truth, known = masks_of(data.labels[ids][:, *part], len(data.classes))
+        images, labels = crops(data, ids, noise.key("picture", ids), 3 * config.crop, flip=False)
+        columns["truth"] = masks_of(labels, len(data.classes))[0]
     start = build(config).to(run.device)
-    shown = {"start": start.eval()} if run.restore("likelihood", start) else {}
-    columns, captions = [images.cpu()], [[""] * len(images)]
-    if truth is not None:
-        columns.append(_painted(images, truth))
-        captions.append(["truth"] * len(images))
-    for name, segmenter in (shown | {"tuned": policy}).items():
-        masks = predict(config, segmenter, images)["masks"].cpu()
-        columns.append(_painted(images.cpu(), masks))
-        dice = None if truth is None else dice_reward(masks & known, truth).total.tolist()
-        captions.append([name] * len(images) if dice is None else [f"{name}: dice {value:.3f}" for value in dice])
-    tiles = torch.stack(columns, 1).flatten(0, 1)
-    lines = [line for row in zip(*captions, strict=True) for line in row]
-    return {"masks": pictures.image_grid(tiles, lines, len(columns), cell=256)}
-
-
-def _painted(
-    images: Tensor, masks: Bool[Tensor, "batch classes height width"]
-) -> Float[Tensor, "batch 3 height width"]:
-    """Images darkened, with each class in its colour."""
-    shown = 0.4 * images.expand(-1, 3, -1, -1)
-    for place in range(masks.shape[1]):
-        colour = torch.tensor(ImageColor.getrgb(pictures.PALETTE[(place + 4) % len(pictures.PALETTE)])) / 255
-        shown = torch.where(masks[:, place, None], 0.3 * shown + 0.7 * colour[:, None, None], shown)
-    return shown
+    if run.restore("likelihood", start):
+        columns["start"] = predict(config, start.eval(), images)["masks"].cpu()
+    columns["tuned"] = predict(config, policy, images)["masks"].cpu()
+    tiles = torch.stack([images.cpu(), *(pictures.painted(images.cpu(), masks) for masks in columns.values())], 1)
+    captions = ["image", *columns] * len(images)
+    return {"masks": pictures.image_grid(tiles.flatten(0, 1), captions, tiles.shape[1], cell=256)}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch 3 height width"]:
@@ -410,5 +344,5 @@ def check(config: Config) -> dict[str, Any]:
     ids = torch.linspace(0, len(data) - 1, min(8, len(data))).long()
     images = data.pixels[ids].float() / 255
     masks, _ = masks_of(data.labels[ids], len(data.classes))
-    tiles = torch.stack((images, _painted(images, masks)), 1).flatten(0, 1)
+    tiles = torch.stack((images, pictures.painted(images, masks)), 1).flatten(0, 1)
     return {"data": pictures.image_grid(tiles, [text for row in ids.tolist() for text in (data.names[row], "")])}
