@@ -13,10 +13,11 @@ from torchvision.models.detection import FasterRCNN, RetinaNet, ssdlite320_mobil
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+import foveate
 from foveate import noise
 from foveate.data.zoom import LEFT, zoomed
 from foveate.geometry import Boxes, overlaps
-from foveate.learn.answers import Tuning, reward_loss, score
+from foveate.learn.answers import Tuning, repeat, reward_loss, score
 from foveate.learn.baselines import MovingAverage
 from foveate.models.adapters import Adapter, adapted, load_weights, named, take_coco
 from foveate.models.candidates import Candidates, ClassAndBox, Detector, Proposals, likeliest, to_boxes, to_numbers
@@ -299,10 +300,10 @@ class _Fixed(Detector):
 def test_credit_by_difference_has_the_same_gradient_and_a_tenth_of_the_variance() -> None:
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    own = _gradients("difference", 300)
+    own = _gradients("difference", 150)
     torch.set_rng_state(state)
-    whole = _gradients("answer", 300)
-    error = (own.var(0) + whole.var(0)).div(300).sqrt()
+    whole = _gradients("answer", 150)
+    error = (own.var(0) + whole.var(0)).div(150).sqrt()
     assert ((own.mean(0) - whole.mean(0)).abs() < 4.5 * error).all()
     assert own.var(0).sum() < whole.var(0).sum() / 10
 
@@ -319,27 +320,51 @@ def test_cells_are_taught_the_object_in_whose_middle_they_lie() -> None:
     assert counted.view(4, 4).logical_not().nonzero().tolist() == [[3, 3]]
 
 
-@pytest.mark.parametrize("backbone", ["convolutions", "efficientnet-lite0"])
-def test_cells_learn_to_find_a_square(backbone: str) -> None:
-    pytest.importorskip("timm")
-    torch.manual_seed(0)
+def _squares(step: int) -> tuple[Tensor, Boxes]:
+    """A white square in each image, and a grey one that is nothing."""
+    corners = noise.integers(noise.key("squares", step, torch.arange(16)).view(8, 2), 32, 2).float()
+    place = torch.arange(48).float()
+    inside = (place >= corners[..., None]) & (place < corners[..., None] + 16)
+    squares = (inside[:, :, 1, :, None] & inside[:, :, 0, None]).float()
+    images = torch.maximum(squares[:, 0], 0.7 * squares[:, 1])[:, None].expand(-1, 3, -1, -1)
+    boxes = torch.cat((corners[:, :1], corners[:, :1] + 16), -1)
+    return images, Boxes(boxes, torch.zeros(8, 1).long(), torch.ones(8, 1).bool())
+
+
+def _learned(backbone: str, steps: int) -> Candidates:
     policy = Candidates(Cells(1, backbone, width=32), 1)
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
-    for _ in range(40):
-        corner = torch.randint(0, 32, (8, 2)).float()
-        targets = Boxes(
-            torch.cat((corner, corner + 16), -1)[:, None], torch.zeros(8, 1).long(), torch.ones(8, 1).bool()
-        )
-        place = torch.arange(48).float()
-        column, row = ((place >= part) & (place < part + 16) for part in corner.T[..., None])
-        images = (row[:, :, None] & column[:, None]).float()[:, None].expand(-1, 3, -1, -1)
-        loss = torch.stack(list(policy.detector.loss(images, targets).values())).sum()
+    for step in range(steps):
+        loss = torch.stack(list(policy.detector.loss(*_squares(step)).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    best = policy.eval().ranked(images)
+    return policy.eval()
+
+
+@pytest.mark.parametrize("backbone", ["convolutions", "efficientnet-lite0"])
+def test_cells_learn_to_find_a_square(backbone: str) -> None:
+    pytest.importorskip("timm")
+    images, targets = _squares(-1)
+    best = _learned(backbone, 30).ranked(images)
+    assert best.scores is not None
     first = torch.take_along_dim(best.boxes, best.scores.argmax(1)[:, None, None], 1)
     assert overlaps(first, targets.boxes).mean() > 0.5
+
+
+@pytest.mark.parametrize("credit", ["difference", "answer"])
+def test_a_detector_is_tuned_on_its_reward(credit: str, tmp_path: Path) -> None:
+    policy, reward = _learned("convolutions", 10), DetectionReward(false_positive=0.3, credited="difference")
+    images, targets = _squares(-1)
+
+    def drawn() -> float:
+        sets = policy.decode(policy.sample(images, 50, False, torch.arange(8)))
+        return float(reward(sets, repeat(targets, 50)).total.mean())
+
+    before = drawn()
+    settings = {"credit": credit, "learning_rate": 1e-3, "warmup": 5, "samples": 8}
+    foveate.tune(policy, reward, _squares, out=tmp_path / "run", steps=25, device="cpu", **settings)
+    assert drawn() > before + 0.05
 
 
 def test_set_scores() -> None:
@@ -368,6 +393,23 @@ def test_zooming_moves_the_boxes_with_the_picture() -> None:
     sizes = (moved.boxes[:, 0, 2:] - moved.boxes[:, 0, :2]).prod(-1)
     assert sizes.std() > 100
     assert LEFT < 1
+
+
+def test_a_detector_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    eye = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 6, "num_labels": CLASSES}
+    config = transformers.DetrConfig(use_timm_backbone=False, backbone=None, backbone_config=eye, **sizes, **heads)
+    detector = adapted(transformers.DetrForObjectDetection(config))
+    detector.least = 0.0
+    policy, images = Candidates(detector, CLASSES), torch.rand(2, 3, 32, 32)
+    drawn = policy.sample(images, 3, False, torch.arange(2))
+    assert int(drawn.mask.sum()) == 6 * 6
+    log_probs = policy(images, drawn).log_probs
+    assert log_probs is not None
+    (log_probs.sum() + detector.loss(images, _targets())["loss"]).backward()
+    assert all(weight.grad is not None for weight in detector.backbone() if weight.requires_grad)
 
 
 def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class Regions(Adapter):
 
 
 class Queries(Adapter):
-    """Hugging Face's object detectors (DETR and those after it): a candidate is a query."""
+    """Hugging Face's object detectors (DETR and those after it): a candidate is a query, whatever it overlaps."""
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"], places: tuple[Tensor, Bool[Tensor, "batch count"]] | None
@@ -150,8 +150,9 @@ class Queries(Adapter):
             logits = torch.cat((logits, torch.zeros_like(logits[..., :1])), -1)
         centre, sides = found.pred_boxes.float().split(2, -1)
         scale = images.new_tensor([images.shape[-1], images.shape[-2]] * 2)
-        boxes = torch.cat((centre - sides / 2, centre + sides / 2), -1) * scale
-        return proposed(clipped(boxes, images), logits, places, self)
+        boxes = clipped(torch.cat((centre - sides / 2, centre + sides / 2), -1) * scale, images)
+        chosen, mask = places or likeliest(boxes, logits, self.count, 1.0, self.least)
+        return Proposals(at(chosen, boxes), at(chosen, logits), mask, chosen)
 
     def _loss(self, images: Tensor, targets: Boxes) -> dict[str, Tensor]:
         scale = images.new_tensor([images.shape[-1], images.shape[-2]])
@@ -196,7 +197,8 @@ def named(name: str, classes: int, still: bool = False, **cells: Any) -> Detecto
         return Cells(classes, **cells)
     module, _, function = name.partition(":")
     if module == "torchvision":
-        known = torchvision.models.list_models(torchvision.models.detection)
+        every = torchvision.models.list_models(torchvision.models.detection)
+        known = [one for one in every if one.startswith(("fasterrcnn", "retinanet", "ssd"))]
         if function not in known:
             raise InputError(f"model: torchvision has no detector {function!r}; it has {', '.join(known)}")
         model = torchvision.models.get_model(function, weights=None, weights_backbone=None, num_classes=classes + 1)

@@ -134,13 +134,18 @@ class Candidates(Sampler):
     def forward(
         self, inputs: Float[Tensor, "batch 3 height width"], actions: Chosen, steps: slice = slice(None)
     ) -> Decisions:
-        """Score the decisions of given sets, as many to each image, on the candidates that they are about."""
+        """Score the decisions of given sets, as many to each image, on the candidates that they are about.
+
+        `extras` has their "boxes" as they are now, with the graph: what is differentiable need not be drawn.
+        """
         samples = len(actions.mask) // len(inputs)
         places, mask = map_tree(lambda leaf: leaf[::samples], (actions.places, actions.mask))
-        distribution = self._distribution(_repeated(self.detector(inputs, (places, mask)), samples))
+        found = _repeated(self.detector(inputs, (places, mask)), samples)
+        distribution = self._distribution(found)
         taken: Any = (actions.choices, actions.numbers) if self.jitter else actions.choices
         log_probs = distribution.log_prob(taken)[:, steps]
-        return Decisions(map_tree(lambda leaf: leaf[:, steps], distribution), None, log_probs, actions.mask[:, steps])
+        distribution = map_tree(lambda leaf: leaf[:, steps], distribution)
+        return Decisions(distribution, None, log_probs, actions.mask[:, steps], {"boxes": found.boxes[:, steps]})
 
     def decode(self, actions: Chosen) -> Boxes:
         """The sets: candidates that were given a class, with its probability as score."""

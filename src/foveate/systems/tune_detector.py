@@ -10,12 +10,11 @@
 | corner | policy |
 
 The two steps of Pinto et al. 2023, "Tuning computer vision models with task rewards" (ICML; arXiv 2302.08242), for
-detectors that write no text. The credit of single decisions is the difference reward of Wolpert and Tumer 2002.
-Options, adapters and numbers: docs/systems/tune-detector.md and docs/results.md.
+detectors that write no text, with difference rewards (Wolpert and Tumer 2002). What differs here and why, other
+detectors, and the numbers: docs/systems/tune-detector.md and docs/results.md.
 
     foveate train tune-detector --minutes 10                                                  rendered scenes
     foveate train tune-detector --data voc --root FOLDER --image-size 128 --backbone efficientnet-lite0 --minutes 10
-    foveate train tune-detector --model torchvision:ssdlite320_mobilenet_v3_large --data voc --root FOLDER --minutes 60
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from foveate.data.detection import Detections, chosen, load_detections, mirrored
 from foveate.data.picture_folders import read_pictures
 from foveate.data.zoom import zoomed
 from foveate.geometry import Boxes
-from foveate.learn.answers import Reward, Tuning
+from foveate.learn.answers import Reward, Scored, Tuning
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
@@ -51,10 +50,10 @@ from foveate.rewards.boxes import (
     corpus_average_precision,
 )
 from foveate.rewards.combine import load_reward
-from foveate.rewards.sets import above, set_scores, without_each
+from foveate.rewards.sets import above, best_level, placing_loss, set_scores, without_each
 from foveate.run import Run
 from foveate.tuning import held_out_scores, tune_on_reward
-from foveate.types import Evaluation, InputError, concatenate, map_tree
+from foveate.types import Decisions, Evaluation, InputError, concatenate, map_tree
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,8 @@ class Config:
     """cost of a box at no target, for map and matches"""
     credit: Literal["difference", "answer"] = "difference"
     """a decision is weighed by what the set gains from it, or all by the reward of the set"""
+    placing: float = 1.0
+    """weight of the loss that moves chosen boxes to where the reward is higher; 0: it changes decisions alone"""
     jitter: float = 0.0
     """how widely boxes are drawn, in parts of their sides; 0: as predicted"""
     tune: Literal["all", "heads"] = "all"
@@ -130,7 +131,6 @@ class Config:
 PART = "policy"  # the tracked part that holds the policy
 ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 HELD_OUT, AT_ONCE = 100, 50  # images on which weights are chosen; images that are looked at together
-SURE = tuple(level / 20 for level in range(1, 20))  # thresholds of the score that the start may choose from
 _load = lru_cache(maxsize=6)(load_detections)
 
 
@@ -144,12 +144,8 @@ def resolve(config: Config) -> Config:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
     if config.candidates < 1:
         raise InputError(f"candidates: found {config.candidates}, expected at least 1")
-    _tuning(config)
     data, *_ = (_data(config, split) for split in ("train", "val", "test"))  # now, not after hours
-    _reward(config, data)
-    config = replace(config, classes=data.classes)
-    _begin(config, build(config))
-    return config
+    return replace(config, classes=data.classes)
 
 
 def _data(config: Config, split: Literal["train", "val", "test"]) -> Detections:
@@ -187,8 +183,10 @@ def train(config: Config, run: Run) -> None:
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
         policy = build(config).to(run.device)
-        if name == "likelihood":
-            _begin(config, policy)
+        if name == "likelihood" and config.pretrained:
+            take_coco(policy.detector, config.model)
+        if name == "likelihood" and config.weights is not None:
+            load_weights(policy.detector, config.weights)
         if config.tune == "heads" and name != "likelihood":
             for weight in policy.detector.backbone():
                 weight.requires_grad_(False)
@@ -205,16 +203,14 @@ def train(config: Config, run: Run) -> None:
         _supervise(config, run, "likelihood", config.likelihood_share, parts["likelihood"], batches, look)
     policy, optimizer, keeper = parts[PART]
     learner = policy, reward, partial(batches, "reward"), _tuning(config), optimizer, average, start
-    tune_on_reward(run, "reward", share, *learner, keeper=keeper, validate=partial(look, policy), every=config.every)
+
+    def place(decisions: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
+        loss = placing_loss(policy.decode(scored.actions), decisions.extras["boxes"], targets)
+        return {"placing": config.placing * loss}
+
+    held_out: Any = {"keeper": keeper, "validate": partial(look, policy), "every": config.every}
+    tune_on_reward(run, "reward", share, *learner, beside=place, **held_out)
     _supervise(config, run, "control", share, parts["control"], batches, look, start)
-
-
-def _begin(config: Config, policy: Candidates) -> None:
-    """The weights that the user named."""
-    if config.pretrained:
-        take_coco(policy.detector, config.model)
-    if config.weights is not None:
-        load_weights(policy.detector, config.weights)
 
 
 def _supervise(
@@ -279,15 +275,14 @@ def evaluate(config: Config, policy: Candidates, run: Run, elsewhere: bool = Fal
     data, val = _data(config, "test"), _data(config, "val")
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
-    metrics, baselines = _score(policy, data, run)[0], {}
+    metrics, baselines = _score(policy, data, run)[0], dict[str, dict[str, float]]()
     for name, part in ROWS.items():
         other = build(config).to(run.device)
         if run.restore(part, other):
             scores, ranked = _score(other.eval(), data, run)
             tried = _over(val, run, other.ranked)
-            sure = max(SURE, key=lambda level: set_scores(above(tried, level), val.boxes)["f1"])
-            baselines[name] = scores
-            baselines[f"{name} threshold"] = scores | set_scores(above(ranked, sure), data.boxes)
+            kept = above(ranked, best_level(tried, val.boxes))
+            baselines |= {name: scores, f"{name} threshold": scores | set_scores(kept, data.boxes)}
     return Evaluation(metrics, baselines)
 
 
