@@ -95,6 +95,13 @@ def test_class_ids_and_what_nobody_labelled(tmp_path: Path) -> None:
     assert torch.equal(known[0, 0], torch.from_numpy(values != VOID))
 
 
+def test_masks_of_0_and_255_are_not_taken_for_ids(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"no mask of split 'all' holds one of the values 1 to 1, .*leave --classes out"
+    ):
+        load_segmented("pairs", folders(tmp_path), "all", classes=("cat",))
+
+
 def test_the_longer_side_is_scaled_and_the_rest_is_nobodys(tmp_path: Path) -> None:
     folders(tmp_path, 3)
     save(tmp_path / "images" / "wide.png", picture(40)[:20])

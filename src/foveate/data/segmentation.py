@@ -116,7 +116,13 @@ def load_segmented(
         values = {value: known.get(value, 0) for value in range(len(VOC) + 1)} | {VOID: VOID}
         return _read(root, _voc(root, split), names, values, image_size, skip_bad)
     values = {0: 0, 255: 1} if classes is None else {value: value for value in (*range(len(classes) + 1), VOID)}
-    return _read(root, _choose(_pairs(root), split), classes or ("foreground",), values, image_size, skip_bad)
+    data = _read(root, _choose(_pairs(root), split), classes or ("foreground",), values, image_size, skip_bad)
+    if classes and not ((data.labels > 0) & (data.labels != VOID)).any():
+        raise InputError(
+            f"{root}: no mask of split {split!r} holds one of the values 1 to {len(classes)}, which --classes says; "
+            "leave --classes out if the masks are 0 and 255"
+        )
+    return data
 
 
 def masks_of(
