@@ -46,7 +46,7 @@ class Agent:
     policy: nn.Module
     folder: Path
 
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor) -> dict[str, Any]:
         """Run on images, float32 [batch, channels, height, width] in [0, 1]; see the system's `predict`."""
         return system_module(self.system).predict(self.config, self.policy, images)
 

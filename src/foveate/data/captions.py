@@ -31,6 +31,7 @@ SCENES = {"val": 500, "test": 1000}
 RESERVED = ("", "<unknown>")  # ids before those of words
 END, UNKNOWN = range(len(RESERVED))  # the end of a sentence, a word outside the vocabulary
 LONGEST = 48  # bytes of a word; what is longer is none that could be learned
+MANY = 4e6  # pixels that take more than a second or two to draw
 _AT_ONCE = 64  # scenes drawn together: their layers then stay in the processor's cache
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
@@ -121,7 +122,7 @@ class _Bad:
 
 
 def _rendered(split: str, count: int, side: int, say: Callable[[str], None] | None) -> Captioned:
-    if say is not None and count * side**2 > 4e6:
+    if say is not None and count * side**2 > MANY:
         say(f"drawing {count:,} scenes of {side} pixels")
     pixels, told = [], []
     for keys in noise.key("caption scenes", split, torch.arange(count)).split(_AT_ONCE):

@@ -9,9 +9,8 @@
 | learner | likelihood, then REINFORCE with the mean of the other sentences on the image as baseline |
 | corner | policy |
 
-Pinto et al. 2023, "Tuning computer vision models with task rewards" (ICML; arXiv 2302.08242); the reward is that of
-Rennie et al. 2017, "Self-critical sequence training for image captioning". What differs here and why, and the numbers:
-docs/systems/captioning.md and docs/results.md.
+Pinto et al. 2023, "Tuning computer vision models with task rewards" (arXiv 2302.08242); the reward is that of Rennie
+et al. 2017, "Self-critical sequence training". What differs here, and the numbers: docs/systems/captioning.md.
 
     foveate train captioning --minutes 10                                    rendered scenes
     foveate train captioning --data coco --root FOLDER --minutes 30          pictures through an ImageNet network
@@ -21,11 +20,10 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +34,7 @@ from foveate import noise, pictures
 from foveate.data.captions import END, LONGEST, RESERVED, Captioned, Part, answers, load_captions, numbered, vocabulary
 from foveate.data.classification import check_images
 from foveate.data.picture_folders import check_memory, read_pictures
-from foveate.learn.answers import Precision, Tuning
+from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.models.backbones import EMBEDDED
@@ -45,7 +43,7 @@ from foveate.models.encoder_decoder import Tokens
 from foveate.rewards.captions import Cider, Words, document_frequency
 from foveate.run import Run
 from foveate.tuning import held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, RewardOutput, map_tree, split
+from foveate.types import Evaluation, InputError, map_tree, split
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Config:
     """let a pretrained backbone learn too; else what it sees is computed once for each picture"""
     patch: int | None = None
     """pixels of the image, a side, to a vector that is read; None: 8 with convolutions, else 16"""
-    width: int = 128
+    width: int = 96
     """of the vectors"""
     depth: int = 2
     """blocks of the encoder, and of the decoder"""
@@ -94,11 +92,11 @@ class Config:
     """images in an update on the reward"""
     samples: int = 5
     """captions of each of them"""
-    tuning_rate: float = 1e-4
+    tuning_rate: float = 3e-4
     """learning rate of the reward, constant after a warm-up"""
     anchor: float = 0.0
     """weight of the KL to the start"""
-    every: int = 200
+    every: int = 100
     """updates between looks at the validation split"""
     precision: Precision = "fp32"
     """bf16 is faster on processors that compute in it"""
@@ -107,17 +105,12 @@ class Config:
 
 
 T = TypeVar("T")
-Reward: TypeAlias = Callable[[Tokens, Words], RewardOutput]
 PART = "policy"  # the tracked part that holds the policy
-BASELINES = {"mle": "likelihood", "control": "control"}  # name → its tracked part
 AT_ONCE = 100  # images looked at together where nothing is learned
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 _load = lru_cache(maxsize=6)(load_captions)
+_say = partial(print, file=sys.stderr)  # before there is a run
 
 
 def resolve(config: Config) -> Config:
@@ -132,14 +125,9 @@ def resolve(config: Config) -> Config:
     config = replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
     if not 0 < config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected more than 0 and less than 1")
-    least = {"batch": 1, "tuning_batch": 1, "every": 1, "scenes": 1, "least_count": 1, "patch": 1, "length": 2}
-    for name, low in least.items():
-        if (value := getattr(config, name)) is not None and value < low:
-            raise InputError(f"{name}: found {value}, expected at least {low}")
-    if _known(config.image_size) % _known(config.patch):
-        raise InputError(f"image_size: {config.image_size} is no multiple of the patch of {config.patch} pixels")
-    if config.width % config.heads:
-        raise InputError(f"width: {config.width} is no multiple of the {config.heads} heads")
+    for name in ("batch", "tuning_batch", "every", "scenes", "least_count", "patch"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
     if config.tune_backbone and backbone == "convolutions":
         raise InputError("tune_backbone: convolutions are not pretrained and learn anyway; leave it out")
     _tuning(config)
@@ -147,8 +135,12 @@ def resolve(config: Config) -> Config:
     _, count = vocabulary(data.sentences, _known(config.least_count))
     if count == len(RESERVED):
         raise InputError(f"least_count: no word occurs {config.least_count} times in training; lower it")
-    longest = 1 + max(len(sentence) for sentences in data.sentences for sentence in sentences)
-    return replace(config, vocabulary=count, length=config.length or longest)
+    lengths = {1 + len(sentence) for sentences in data.sentences for sentence in sentences}
+    if config.length is not None and config.length < min(lengths):
+        raise InputError(f"length: found {config.length}, but no caption of training is so short; raise it")
+    config = replace(config, vocabulary=count, length=config.length or max(lengths))
+    build(config)  # sizes that do not go into each other are told now
+    return config
 
 
 def _known(value: T | None) -> T:
@@ -162,17 +154,15 @@ def _data(config: Config, part: Part) -> Captioned:
 
 
 def _tuning(config: Config) -> Tuning:
-    how = {"samples": config.samples, "anchor": config.anchor, "learning_rate": config.tuning_rate}
-    return Tuning(**how, precision=config.precision)  # type: ignore[arg-type]
+    samples, anchor, rate = config.samples, config.anchor, config.tuning_rate
+    return Tuning(samples=samples, anchor=anchor, learning_rate=rate, precision=config.precision)
 
 
 def build(config: Config) -> Captioner:
     """The policy of a resolved config, untrained."""
-    side, patch, words, length, backbone = map(
-        _known, (config.image_size, config.patch, config.vocabulary, config.length, config.backbone)
-    )
-    sizes = {"width": config.width, "depth": config.depth, "heads": config.heads}
-    return Captioner(side, patch, words, length, END, LONGEST, backbone, config.tune_backbone, **sizes)
+    sizes = _known(config.image_size), _known(config.patch), _known(config.vocabulary), _known(config.length)
+    seen = _known(config.backbone), config.tune_backbone
+    return Captioner(*sizes, END, LONGEST, *seen, config.width, config.depth, config.heads)
 
 
 def _seen(policy: Captioner, data: Captioned) -> Tensor:
@@ -212,13 +202,12 @@ def train(config: Config, run: Run) -> None:
         optimizer = torch.optim.Adam([each for each in policy.parameters() if each.requires_grad], fused=True)
         keeper = "keeper" if name == PART else f"{name}_keeper"
         parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, keeper: Keeper(policy)})
-    average, (start, *_) = MovingAverage(), parts["likelihood"]
-    run.track(average=average)
+    (average,), (start, *_) = run.track(average=MovingAverage()), parts["likelihood"]
     if start.words != every_word[:count]:
         raise InputError("from: that run writes other words than this data has; train from the beginning")
     seen, references = _seen(start, data), _references(data, every_word, run.device)
     learned = answers(references.ids, references.mask, count, _known(config.length))
-    _tell(run, (data, val), references.mask, learned[1])
+    _tell(config, run, references.mask, learned[1])
     reward = _reward(references)
     held_out = _seen(start, val), _references(val, every_word, run.device)
 
@@ -235,33 +224,34 @@ def train(config: Config, run: Run) -> None:
         def batches(step: int) -> tuple[Tensor, Tokens]:
             here = rows(step, config.batch)
             ids, mask = (each[here].flatten(0, 1) for each in learned)
-            longest = int(mask.sum(1).max())
-            return _inputs(policy, seen[here]), Tokens(ids[:, :longest], mask[:, :longest])
+            used = slice(max(1, int(mask.sum(1).max())))
+            return _inputs(policy, seen[here]), Tokens(ids[:, used], mask[:, used])
 
-        how: dict[str, Any] = {"every": config.every, "precision": config.precision, "keeper": keeper, "start": start}
-        rate = config.learning_rate
-        learn_likelihood(run, name, share, policy, batches, optimizer, rate, validate=lambda: look(policy), **how)
+        how = {"keeper": keeper, "validate": lambda: look(policy), "every": config.every, "precision": config.precision}
+        learn_likelihood(run, name, share, policy, batches, optimizer, config.learning_rate, start=start, **how)
 
     def batches(step: int) -> tuple[Tensor, Words]:
         here = rows(step, config.tuning_batch)
         return _inputs(policy, seen[here]), map_tree(lambda leaf: leaf[here], references)
 
-    share = (1 - config.likelihood_share) / 2
     learn("likelihood", config.likelihood_share)
-    policy, optimizer, keeper = parts[PART]
+    share, (policy, optimizer, keeper) = (1 - config.likelihood_share) / 2, parts[PART]
     how = {"keeper": keeper, "validate": lambda: look(policy), "every": config.every}
     tune_on_reward(run, "reward", share, policy, reward, batches, _tuning(config), optimizer, average, start, **how)
     learn("control", share, start)
 
 
-def _tell(run: Run, splits: tuple[Captioned, ...], references: Tensor, learned: Tensor) -> None:
+def _left_out(config: Config) -> list[str]:
+    return [line for part in ("train", "val", "test") for line in _data(config, part).skipped]
+
+
+def _tell(config: Config, run: Run, references: Tensor, learned: Tensor) -> None:
     """Say what of the data is not learned from."""
-    skipped = [line for data in splits for line in data.skipped]
-    if skipped:
+    if skipped := _left_out(config):
         run.say(f"{len(skipped)} items of the data are left out, the first: {skipped[0]}")
-    exists = references.any(2)
-    if (too_long := int((exists & ~learned.any(2)).sum())) > 0:
-        run.say(f"{too_long:,} of {int(exists.sum()):,} captions are longer than length: references, but not learned")
+    count, few = int(references.any(2).sum()), int(learned.any(2).sum())
+    if few < count:
+        run.say(f"{count - few:,} of {count:,} captions are longer than length: references, but not learned")
 
 
 def evaluate(config: Config, policy: Captioner, run: Run, elsewhere: bool = False) -> Evaluation:
@@ -269,20 +259,31 @@ def evaluate(config: Config, policy: Captioner, run: Run, elsewhere: bool = Fals
 
     `cider` is that of greedy captions, `sampled_cider` that of one drawn for each image. Document frequencies are those
     of the references that are scored against, as in pycocoevalcap; a word that the policy does not know matches
-    nothing. Baselines: `mle`, the start; `control`, the start with more likelihood instead of the reward. With
-    `skip_bad`, `skipped` counts what of the split was left out.
+    nothing. Baselines: `mle`, the start; `control`, the start with more likelihood instead of the reward. `left_out`
+    counts what `skip_bad` left out of the data.
     """
     data = _data(config, "all" if elsewhere else "test")
     shown = _seen(policy, data), _references(data, policy.words, run.device)
     reward = _reward(shown[1])
     metrics, baselines = _score(config, policy, shown, reward), {}
     if config.skip_bad:
-        metrics["skipped"] = float(len(data.skipped))
-    for name, part in BASELINES.items():
+        metrics["left_out"] = float(len(data.skipped if elsewhere else _left_out(config)))
+    for name, part in (("mle", "likelihood"), ("control", "control")):
         other = build(config).to(run.device)
         if run.restore(part, other):
             baselines[name] = _score(config, other.eval(), shown, reward)
     return Evaluation(metrics, baselines)
+
+
+def compared(config: Config, run: Run, images: int) -> tuple[dict[str, Captioner], Reward, Tensor, Words]:
+    """The start and the tuned model, the reward, and the first test images with their references: for `analyse`."""
+    models = {name: build(config).to(run.device).eval() for name in ("likelihood", "tuned")}
+    for name, model in models.items():
+        run.restore(PART if name == "tuned" else name, model)
+    test = _data(config, "test")
+    seen, references = _seen(models["tuned"], test), _references(test, models["tuned"].words, run.device)
+    some, first = split((seen, references), images)[0]
+    return models, _reward(references), _inputs(models["tuned"], some), first
 
 
 def _score(config: Config, policy: Captioner, shown: tuple[Tensor, Words], reward: Reward) -> dict[str, float]:
