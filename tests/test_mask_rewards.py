@@ -19,7 +19,8 @@ from torchmetrics.functional.detection import panoptic_quality as official_quali
 from torchmetrics.functional.segmentation import dice_score
 
 from foveate import noise
-from foveate.rewards.colors import HUES, VIVID, colorfulness, to_lab, vivid_and_varied
+from foveate.colors import to_lab
+from foveate.rewards.colors import HUES, VIVID, colorfulness, vivid_and_varied
 from foveate.rewards.masks import boundary_reward, dice_effects, dice_reward, iou_effects, iou_reward
 from foveate.rewards.panoptic import Segments, matched_less_unmatched, panoptic_quality
 from foveate.types import InputError

@@ -26,6 +26,7 @@ HIGHER_IS_BETTER = frozenset(
         "cider",
         "colorfulness",
         "dice",
+        "diversity",
         "f",  # of f1
         "fps",
         "iou",
@@ -37,6 +38,7 @@ HIGHER_IS_BETTER = frozenset(
         "reward",
         "score",
         "success",
+        "vividness",
     )
 )
 

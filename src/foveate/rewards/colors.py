@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.colors import to_lab
 from foveate.types import RewardOutput
 
 VIVID = 10.0  # a pixel is vivid if a² + b² is above this
@@ -52,16 +53,3 @@ def colorfulness(predictions: Float[Tensor, "batch 3 height width"], targets: An
     spread = opponents.std(2, correction=0).norm(dim=1)
     shift = 0.3 * opponents.mean(2).norm(dim=1)
     return RewardOutput(spread + shift, {"spread": spread, "shift": shift})
-
-
-def to_lab(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """sRGB in [0, 1] to CIE Lab under D65: L in [0, 100], a (green to red) and b (blue to yellow) about -110 to 110."""
-    linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055).clamp(min=0) ** 2.4, images / 12.92)
-    matrix = linear.new_tensor(
-        [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
-    )
-    white = linear.new_tensor([0.95047, 1.0, 1.08883])
-    xyz = torch.einsum("ij,bjhw->bihw", matrix, linear) / white[:, None, None]
-    curved = torch.where(xyz > 0.008856, xyz.clamp(min=1e-9) ** (1 / 3), 7.787 * xyz + 16 / 116)
-    x, y, z = curved.unbind(1)
-    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), 1)

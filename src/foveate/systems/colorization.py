@@ -1,0 +1,350 @@
+"""Colouring grey pictures: chroma as a short text, first learned from photographs, then tuned to be vivid and varied.
+
+| | |
+|---|---|
+| state | the picture's luminance, and the words written so far |
+| action | the next word of the code of its chroma |
+| reward | at the end: share of vivid pixels times the diversity of their hues, of the picture as coloured |
+| horizon | one word a square of 8×8 pixels: 16 words for 32×32 |
+| learner | maximum likelihood, then REINFORCE with the mean of the other answers as baseline |
+| corner | policy |
+
+Pinto et al. 2023, "Tuning computer vision models with task rewards" (arXiv 2302.08242), section 4.3, on the codes of
+Kolesnikov et al. 2022, "UViM" (arXiv 2205.10337). Luminance is never touched: only chroma is written. What differs
+here and why, and the numbers: docs/systems/colorization.md and docs/results.md.
+
+    foveate train colorization --minutes 5                                      crops of embedded photographs
+    foveate train colorization --data cifar10 --root FOLDER --minutes 10
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+
+from foveate import noise, pictures
+from foveate.colors import CHROMA, coloured, light_and_chroma
+from foveate.data.classification import check_images
+from foveate.data.photographs import evaluation_split, held_out_split, load_photographs
+from foveate.data.picture_folders import Split, read_pictures
+from foveate.learn.answers import Precision, Tuning, answering
+from foveate.learn.baselines import MovingAverage
+from foveate.learn.keeper import Keeper
+from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.models.backbones import convolutions
+from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words, kept_words
+from foveate.models.encoder_decoder import EncoderDecoder
+from foveate.rewards.colors import colorfulness, vivid_and_varied
+from foveate.run import Run
+from foveate.tuning import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.types import Evaluation, InputError, RewardOutput
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `foveate train colorization`. What defaults to None is chosen by the data and printed."""
+
+    data: str = "photographs"
+    """photographs (embedded), cifar10, or folder"""
+    root: Path | None = None
+    """folder of the data; not needed for photographs"""
+    image_size: int | None = None
+    """side in pixels; None: that of the pictures"""
+    seed: int = 0
+    """of the weights, the order of the data and every draw"""
+    steps: int | None = None
+    """updates of all phases together"""
+    minutes: float | None = None
+    """wall-clock budget of all phases together"""
+    code_share: float = 0.25
+    """part of the budget that learns the code of chroma"""
+    likelihood_share: float = 0.35
+    """part for maximum likelihood; the rest is shared evenly by the reward and the control"""
+    code_patch: int = 8
+    """side in pixels of the square that a word is about"""
+    levels: tuple[int, ...] = (8, 6, 5)
+    """of the numbers that make a word; their product is the number of words"""
+    code_width: int = 16
+    """features at full size of what draws chroma from words"""
+    code_rate: float = 3e-3
+    """peak of the one-cycle schedule of the code"""
+    patch: int = 8
+    """pixels of the picture, a side, to a vector that is read"""
+    width: int = 128
+    """of the vectors"""
+    depth: int = 2
+    """blocks of the encoder, and of the decoder"""
+    heads: int = 4
+    """of the attention"""
+    batch: int = 64
+    """pictures in an update of code and likelihood"""
+    learning_rate: float = 1e-3
+    """peak of the one-cycle schedule of likelihood"""
+    tuning_batch: int = 8
+    """pictures in an update on the reward"""
+    samples: int = 8
+    """colourings of each of them"""
+    tuning_rate: float = 1e-3
+    """learning rate of the reward, constant after a warm-up"""
+    anchor: float = 0.0
+    """weight of the KL to the start"""
+    precision: Precision = "fp32"
+    """bf16 is faster on processors that compute in it"""
+
+
+PART = "policy"  # the tracked part that holds the policy
+HELD_OUT = 200  # pictures on which weights are chosen
+_load = lru_cache(maxsize=4)(load_photographs)
+
+
+def resolve(config: Config) -> Config:
+    """Check the fields, and fill in what the data decides.
+
+    Raises:
+        InputError: a field is out of its range, or the data cannot be read.
+    """
+    for name in ("code_share", "likelihood_share"):
+        if not 0 < getattr(config, name) < 1:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected more than 0 and less than 1")
+    if config.code_share + config.likelihood_share >= 1:
+        raise InputError("code_share, likelihood_share: together they leave nothing for the reward; lower one")
+    _tuning(config)
+    splits = "train", "val", held_out_split(config.data, config.root)
+    train, *_ = (_load(config.data, config.root, split, config.image_size) for split in splits)  # now, not after hours
+    shape = train.shape
+    if shape[2] != shape[3]:
+        raise InputError(f"image_size: pictures of {shape[3]}x{shape[2]} are not square; give one, e.g. 64")
+    return replace(config, image_size=shape[2])
+
+
+def _data(config: Config, split: Split, device: torch.device) -> Tensor:
+    return _load(config.data, config.root, split, config.image_size).to(device)
+
+
+def _code(config: Config) -> MapCode:
+    assert config.image_size is not None, "resolve it first"
+    image = 1, config.image_size, config.image_size
+    return MapCode(image, 2, 2, config.code_patch, config.levels, config.code_width)
+
+
+def build(config: Config) -> Coded:
+    """The policy of a resolved config, untrained."""
+    assert config.image_size is not None, "resolve it first"
+    side = config.image_size // config.code_patch
+    words = Words(config.levels)
+    writer = EncoderDecoder(
+        (1, config.image_size, config.image_size),
+        config.patch,
+        words.count,
+        side * side,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        stem=convolutions(1, config.width, config.patch),
+    )
+    return Coded(writer, words, Base(1, 2, (side, side), config.code_patch, len(config.levels), config.code_width))
+
+
+def _tuning(config: Config) -> Tuning:
+    return Tuning(config.samples, anchor=config.anchor, learning_rate=config.tuning_rate, precision=config.precision)
+
+
+def reward(chroma: Float[Tensor, "batch 2 height width"], light: Float[Tensor, "batch 1 height width"]) -> RewardOutput:
+    """How vivid and varied the pictures are as coloured."""
+    return vivid_and_varied(coloured(light, chroma))
+
+
+def train(config: Config, run: Run) -> None:
+    """Learn the code, then by likelihood, then by the reward; then the control from the start of the reward."""
+    data, val = _data(config, "train", run.device), _data(config, "val", run.device)
+    torch.manual_seed(config.seed)
+    code = _code(config).to(run.device)
+    code, code_optimizer = run.track(code=code, code_optimizer=torch.optim.Adam(code.parameters(), config.code_rate))
+    parts: dict[str, Any] = {}
+    for name in ("likelihood", PART, "control"):
+        torch.manual_seed(config.seed)
+        policy = build(config).to(run.device)
+        kind = torch.optim.Adafactor if name == PART else torch.optim.Adam
+        optimizer = kind(policy.writer.parameters(), config.tuning_rate)
+        parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer})
+    keeper, average = Keeper(parts[PART][0]), MovingAverage()
+    run.track(keeper=keeper, average=average)
+    held_out = light_and_chroma(val[:HELD_OUT].float() / 255)[0]
+
+    def look(policy: Coded) -> Callable[[], dict[str, Any]]:
+        batches = [(light, light) for light in held_out.split(50)]
+        return lambda: held_out_scores(policy, reward, batches, config.seed, config.precision)
+
+    _learn_code(config, run, code, code_optimizer, data, light_and_chroma(val.float() / 255))
+    for policy, _ in parts.values():  # all draw with the base model as it is from now on
+        policy.base.load_state_dict(code.base.state_dict())
+
+    def answers(step: int) -> tuple[Tensor, CodedAnswers]:
+        light, chroma = _batch(config, data, run, "likelihood", step, config.batch)
+        with torch.no_grad():
+            return light, start.answers(light, code.encode(light, chroma))
+
+    def inputs(step: int) -> tuple[Tensor, Tensor]:
+        light, _ = _batch(config, data, run, "reward", step, config.tuning_batch)
+        return light, light
+
+    share = (1 - config.code_share - config.likelihood_share) / 2
+    likelihood: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
+    start, optimizer = parts["likelihood"]
+    learn_likelihood(
+        run, "likelihood", config.likelihood_share, start, answers, optimizer, validate=look(start), **likelihood
+    )
+    policy, optimizer = parts[PART]
+    tune_on_reward(
+        run,
+        "reward",
+        share,
+        policy,
+        reward,
+        inputs,
+        _tuning(config),
+        optimizer,
+        average,
+        start,
+        keeper=keeper,
+        validate=look(policy),
+        every=25,
+    )
+    control, optimizer = parts["control"]
+    learn_likelihood(run, "control", share, control, answers, optimizer, start=start, **likelihood)
+
+
+def _learn_code(
+    config: Config, run: Run, code: MapCode, optimizer: Optimizer, data: Tensor, held_out: tuple[Tensor, Tensor]
+) -> None:
+    rows = run.rows(config.batch)
+    for step in run.steps("codes", config.code_share):
+        light, chroma = _batch(config, data, run, "codes", step, config.batch)
+        keep = kept_words(noise.key(config.seed, "kept", step, torch.arange(config.batch)[rows]), code.length)
+        loss = F.mse_loss(code(light, chroma, keep.to(run.device)), chroma)
+        set_learning_rate(optimizer, one_cycle(run.progress, config.code_rate))
+        run.optimise(loss, optimizer, clip=1.0)
+        run.log(chroma_loss=loss.detach())
+        if (step + 1) % 200 == 0:
+            with torch.no_grad(), answering(code):
+                run.log(held_out_chroma_loss=F.mse_loss(code(*held_out), held_out[1]))
+
+
+def _batch(config: Config, data: Tensor, run: Run, phase: str, step: int, batch: int) -> tuple[Tensor, Tensor]:
+    """This process's pictures of a step, half of them mirrored."""
+    rows = run.rows(batch)
+    images = data[noise.examples(config.seed, step, batch, len(data))[rows].to(run.device)].float() / 255
+    keys = noise.key(config.seed, phase, "mirrored", step, torch.arange(batch)[rows]).to(run.device)
+    return light_and_chroma(torch.where(noise.uniform(keys, 1, 1, 1) < 0.5, images, images.flip(3)))
+
+
+def evaluate(config: Config, policy: Coded, run: Run, elsewhere: bool = False) -> Evaluation:
+    """Colours of held-out pictures, the most likely words of each; `elsewhere`: of other data than it trained on.
+
+    `colorfulness` is Hasler's and Süsstrunk's, `reward` what was tuned on, with its parts `vividness` and `diversity`;
+    `sampled_colorfulness` that of words drawn once. `color_error` is the mean distance in Lab to the true colours,
+    `luminance_error` the largest difference in L of any pixel, of 100. Beside the tuned policy: its start (`mle`), the
+    start with as much more likelihood as the tuning took (`control`), the start's chroma doubled, the true colours.
+    """
+    split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
+    images = _data(config, split, run.device).float() / 255
+    light, true = light_and_chroma(images)
+    metrics = _scores(config, policy, light, true)
+    baselines: dict[str, dict[str, float]] = {}
+    for name, part in (("mle", "likelihood"), ("control", "control")):
+        other = build(config).to(run.device)
+        if run.restore(part, other):
+            baselines[name] = _scores(config, other, light, true)
+            if name == "mle":
+                baselines["chroma x 2"] = _score(light, 2 * _paint(config, other, light, True), true)
+    baselines["truth"] = _score(light, true, true)
+    return Evaluation(metrics, baselines)
+
+
+def _scores(config: Config, policy: Coded, light: Tensor, true: Tensor) -> dict[str, float]:
+    found = _score(light, _paint(config, policy, light, True), true)
+    drawn = coloured(light, _paint(config, policy, light, False))
+    return found | {"sampled_colorfulness": float(colorfulness(drawn).total.mean())}
+
+
+def _paint(config: Config, policy: Coded, light: Tensor, greedy: bool) -> Tensor:
+    """Chroma for each picture."""
+    chroma = []
+    with torch.no_grad(), answering(policy, config.precision):
+        for ids in torch.arange(len(light), device=light.device).split(250):
+            keys = noise.key(config.seed, "evaluation", ids)
+            chroma.append(policy.decode(policy.sample(light[ids], 1, greedy, keys)).float())
+    return torch.cat(chroma)
+
+
+def _score(light: Tensor, chroma: Tensor, true: Tensor) -> dict[str, float]:
+    images = coloured(light, chroma)
+    again, shown = light_and_chroma(images)
+    found = vivid_and_varied(images)
+    scores = {
+        "colorfulness": colorfulness(images).total,
+        "reward": found.total,
+        **found.parts,
+        "color_error": CHROMA * (shown - true).norm(dim=1),
+    }
+    return {name: float(value.mean()) for name, value in scores.items()} | {
+        "luminance_error": float(50 * (again - light).abs().max())
+    }
+
+
+def predict(config: Config, policy: Coded, images: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
+    """Colour images in [0, 1], grey or RGB (of which the luminance is taken): `images` [batch, 3, height, width].
+
+    Raises:
+        InputError: the images break the convention, or have another size than those the policy was trained on.
+    """
+    check_images(images, "images")
+    side = config.image_size
+    if tuple(images.shape[2:]) != (side, side):
+        raise InputError(f"images: {images.shape[3]}x{images.shape[2]}, but trained on {side}x{side}: resize them")
+    light, _ = light_and_chroma(images.to(next(policy.parameters()).device).expand(-1, 3, -1, -1))
+    return {"images": coloured(light, _paint(config, policy, light, True))}
+
+
+def picture(
+    config: Config, policy: Coded, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
+) -> dict[str, Any]:
+    """Grey, true (of test pictures), as the likelihood model colours it, as the tuned one does: a row a picture."""
+    known = images is None
+    if images is None:
+        shown = _data(config, held_out_split(config.data, config.root), run.device)
+        images = shown[torch.linspace(0, len(shown) - 1, min(8, len(shown))).long()].float() / 255
+    images = images.to(run.device).expand(-1, 3, -1, -1)
+    light, _ = light_and_chroma(images)
+    columns = {"grey": coloured(light, torch.zeros_like(light.expand(-1, 2, -1, -1)))}
+    if known:
+        columns["truth"] = images
+    start = build(config).to(run.device)
+    if run.restore("likelihood", start):
+        columns["likelihood"] = predict(config, start, images)["images"]
+    columns["tuned"] = predict(config, policy, images)["images"]
+    tiles = torch.stack(list(columns.values()), 1).flatten(0, 1).cpu()
+    return {"colours": pictures.image_grid(tiles, list(columns) * len(images), len(columns), 128)}
+
+
+def read(config: Config, path: Path) -> Float[Tensor, "batch 3 height width"]:
+    """The user's picture, or the pictures of a folder, as the policy takes them."""
+    return read_pictures(path, 3, config.image_size)
+
+
+def check(config: Config) -> dict[str, Any]:
+    """The first pictures of the data, grey and in colour."""
+    images = _data(config, "train", torch.device("cpu"))
+    images = images[torch.linspace(0, len(images) - 1, min(8, len(images))).long()].float() / 255
+    light, chroma = light_and_chroma(images)
+    tiles = torch.stack((coloured(light, 0 * chroma), images), 1).flatten(0, 1)
+    return {"data": pictures.image_grid(tiles, ["grey", "truth"] * len(images))}
