@@ -24,6 +24,8 @@ from foveate.models.candidates import Candidates, ClassAndBox, Detector, Proposa
 from foveate.models.cells import Cells, taught
 from foveate.rewards.boxes import DetectionReward, average_precision, class_weights
 from foveate.rewards.sets import above, set_scores, without_each
+from foveate.run import Run
+from foveate.systems import tune_detector
 from foveate.types import InputError, RewardOutput, map_tree
 
 CLASSES = 2
@@ -450,3 +452,29 @@ def test_a_constant_reward_has_no_credit() -> None:
     output = without_each(lambda predictions, _: RewardOutput(torch.ones(len(predictions.mask))))(boxes, targets)
     assert output.credit is not None
     assert not output.credit.any()
+
+
+def test_tuning_begins_with_another_run(shared_data: Path, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"data": "voc", "root": shared_data / "raccoon", "image_size": 32, "width": 16, "batch": 4}
+    config = tune_detector.resolve(tune_detector.Config(samples=2, candidates=4, steps=4, **small))
+    shares = {"first": 0.5, "second": 0.0}
+    starts = []
+    for name, share in shares.items():
+        source = tmp_path / "first" if name == "second" else None
+        run = Run(tmp_path / name, system="tune-detector", config={}, steps=2, device="cpu", source=source, quiet=True)
+        tune_detector.train(replace(config, likelihood_share=share), run)
+        policy = tune_detector.build(config)
+        assert run.restore("likelihood", policy)
+        starts.append(policy.state_dict())
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+    found = tune_detector.predict(config, policy, torch.rand(2, 3, 50, 40))
+    assert found["boxes"].shape == (2, found["mask"].shape[1], 4)
+    assert (found["boxes"][..., 2] <= 40 + 1e-3).all()
+    with pytest.raises(InputError, match="data: its classes are raccoon; the agent knows"):
+        tune_detector.evaluate(replace(config, classes=("cat",)), policy, run, elsewhere=True)
+
+
+def test_settings_that_cannot_be_trained_are_refused() -> None:
+    for field, value in (("likelihood_share", 1.0), ("candidates", 0), ("data", "nothing"), ("image_size", 4)):
+        with pytest.raises(InputError, match=f"{field}: found"):
+            tune_detector.resolve(replace(tune_detector.Config(scenes=8, image_size=16), **{field: value}))

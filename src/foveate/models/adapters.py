@@ -207,7 +207,8 @@ def named(name: str, classes: int, still: bool = False, **cells: Any) -> Detecto
         made = getattr(importlib.import_module(module), function)(classes)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"model: {name!r} is not found ({error}); expected cells, torchvision:NAME or package.module:function"
+            f"model: {name!r} is not found ({error}); expected cells, torchvision:NAME or package.module:function; is "
+            "it on PYTHONPATH?"
         ) from error
     return adapted(made)
 
