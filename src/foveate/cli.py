@@ -197,6 +197,32 @@ def show(words: list[str]) -> int:
 
 
 @dataclass(frozen=True)
+class Analyse:
+    """Draw what tuning did: rewards of many answers, best of N, and the reward against the metric."""
+
+    run: Positional[Path]
+    """folder of the run"""
+    samples: int = 1000
+    """answers to each input; the paper has 10,000"""
+    images: int = 8
+    """held-out inputs"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps"""
+
+
+def analyse(words: list[str]) -> int:
+    """Draw what tuning did to a model."""
+    asked = _parse(Analyse, "analyse", words)
+    from foveate import commands
+
+    numbers, files = commands.analyse(asked.run, asked.samples, asked.images, asked.device)
+    _table(numbers)
+    for path in files:
+        print(path)
+    return 0
+
+
+@dataclass(frozen=True)
 class Compare:
     """Lay the curves of runs over each other."""
 
@@ -265,6 +291,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": show,
     "resume": resume,
     "compare": compare,
+    "analyse": analyse,
     "data": data,
     "bench": bench,
 }

@@ -23,6 +23,7 @@ from beartype.door import is_bearable
 from torch import Tensor, nn
 
 from foveate import pictures, report
+from foveate.analysis import along_training, compare_models
 from foveate.run import Run
 from foveate.run import folder as run_folder
 from foveate.run.checkpoints import write_atomically
@@ -225,6 +226,41 @@ def show(folder: Path | str, images: Path | str | None = None, device: str = "au
     shown = module.read(config, Path(images)).to(run.device)
     drawn = module.picture(config, policy, run, shown)
     return list(_save_pictures(run.folder / "pictures" / Path(images).stem, drawn).values())
+
+
+def analyse(
+    folder: Path | str, samples: int = 1000, images: int = 8, device: str = "auto"
+) -> tuple[dict[str, dict[str, float]], list[Path]]:
+    """Draw what tuning did to a model: many answers of the start and of the tuned model to a few held-out inputs.
+
+    Three figures (Pinto et al. 2023, section 5): how the rewards of answers are distributed, the best hundredth marked;
+    the reward against the field's metric along the training; and what N answers are worth by their best and by their
+    most probable one, N up to `samples`. They are written to the run's folder `analysis`.
+
+    Returns:
+        The numbers of each model, and the files.
+
+    Raises:
+        InputError: a system that tunes nothing, or fewer than 100 samples.
+    """
+    run = Run.open(Path(folder), device)
+    module = system_module(run.system)
+    if not hasattr(module, "compared"):
+        raise InputError(
+            f"{folder}: {run.system} is not tuned from a start; analyse runs of detection, captioning, ..."
+        )
+    if samples < 100:
+        raise InputError(f"samples: found {samples}, expected at least 100, as the best hundredth is looked at")
+    config = config_from(run.system, run.config, f"{folder}/run.json")
+    models, reward, inputs, targets = module.compared(config, run, images)
+    numbers, values, curves = compare_models(models, reward, inputs, targets, samples, run.seed)
+    drawn: dict[str, Any] = {
+        "rewards of answers": pictures.histogram(values, "reward"),
+        "best of N": pictures.line_plot(curves, "N answers", "reward", logx=True),
+    }
+    if along := along_training(_metrics(run.folder)):
+        drawn["reward against metric"] = pictures.line_plot(along, "held-out reward", "held-out metric", dots=True)
+    return numbers, list(_save_pictures(run.folder / "analysis", drawn).values())
 
 
 def compare(folders: Sequence[Path | str], out: Path | str) -> Path:

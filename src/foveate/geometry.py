@@ -45,6 +45,11 @@ class Boxes:
     scores: Float[Tensor, "batch count"] | None = None
     crowd: Bool[Tensor, "batch count"] | None = None
 
+    @property
+    def wanted(self) -> Bool[Tensor, "batch count"]:
+        """True where there is a box that is to be found: no crowd."""
+        return self.mask if self.crowd is None else self.mask & ~self.crowd
+
 
 def joined(sets: Sequence[Boxes]) -> Boxes:
     """Sets of several batches as one, padded to the longest."""

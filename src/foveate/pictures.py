@@ -162,10 +162,13 @@ def line_plot(
     title: str = "",
     logy: bool = False,
     bands: Mapping[str, Sequence[tuple[int | float, int | float, int | float]]] | None = None,
+    logx: bool = False,
+    dots: bool = False,
 ) -> Image.Image:
     """Draw curves of points (x, y), named beside the plot in the order of their last values.
 
-    `bands` are (x, low, high), shaded in the colour of the curve of the same name; a single point is a dot.
+    `bands` are (x, low, high), shaded in the colour of the curve of the same name; a single point is a dot, and with
+    `dots` all are, without a line.
     """
     figure = _figure(6.6, 3.8)
     axes = figure.add_subplot()
@@ -173,14 +176,32 @@ def line_plot(
     for index, (name, points) in enumerate(series.items()):
         colour = PALETTE[index % len(PALETTE)]
         x, y = np.array(points, float).reshape(-1, 2).T
-        marker = "o" if len(x) <= 20 else None
-        lines += axes.plot(x, y, color=colour, linewidth=2, marker=marker, markersize=4, label=name)
+        marker = "o" if dots or len(x) <= 20 else None
+        lines += axes.plot(x, y, color=colour, linewidth=0 if dots else 2, marker=marker, markersize=4, label=name)
         if bands and name in bands:
             axes.fill_between(*np.array(bands[name], float).reshape(-1, 3).T, color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
+    scales = {"xscale": "log" if logx else "linear", "yscale": "log" if logy else "linear"}
+    axes.set(xlabel=xlabel, ylabel=ylabel, **scales)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     lines.sort(key=lambda line: np.nan_to_num(line.get_ydata()[-1:], nan=-np.inf).sum(), reverse=True)
     figure.legend(handles=lines, loc="outside right upper", frameon=False, labelcolor="linecolor")
+    return _render(figure)
+
+
+def histogram(values: Mapping[str, Sequence[float]], xlabel: str, title: str = "", bins: int = 40) -> Image.Image:
+    """Draw how sets of values are distributed; a dashed line marks the best hundredth of each."""
+    figure = _figure(6.6, 3.8)
+    axes = figure.add_subplot()
+    whole = np.concatenate([np.asarray(each, float) for each in values.values()])
+    edges = np.linspace(whole.min(), whole.max() + 1e-9, bins + 1)
+    for index, (name, each) in enumerate(values.items()):
+        colour = PALETTE[index % len(PALETTE)]
+        shares = np.full(len(each), 1 / len(each))
+        axes.hist(each, edges, weights=shares, color=colour, alpha=0.45, label=name)
+        axes.axvline(float(np.quantile(np.asarray(each, float), 0.99)), color=colour, linestyle="--", linewidth=1.5)
+    axes.set(xlabel=xlabel, ylabel="share of answers")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    figure.legend(loc="outside right upper", frameon=False)
     return _render(figure)
 
 

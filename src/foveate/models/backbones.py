@@ -24,12 +24,14 @@ def convolutions(channels: int, width: int, patch: int) -> nn.Sequential:
     than from a linear layer of each patch.
 
     Raises:
-        InputError: a patch that is no power of 2.
+        InputError: a patch that is no power of 2, a width that is no multiple of 8.
     """
     halvings = round(math.log2(patch))
+    if width % 8:
+        raise InputError(f"width: found {width}, expected a multiple of 8")
     if patch < 2 or 2**halvings != patch:
         raise InputError(f"patch: found {patch}, expected a power of 2, as each convolution halves the image")
-    widths = [channels, *(max(24, width // 2 ** (halvings - 1 - place)) for place in range(halvings))]
+    widths = [channels, *(max(24, width // 2 ** (halvings - 1 - place) // 8 * 8) for place in range(halvings))]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]

@@ -7,6 +7,7 @@ al. 2023, "Tuning computer vision models with task rewards", section 4.2, which 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from foveate import noise
 from foveate.geometry import Boxes
-from foveate.models.encoder_decoder import EncoderDecoder, Tokens
+from foveate.models.encoder_decoder import SPREAD, EncoderDecoder, Tokens, waves
 from foveate.types import InputError
 
 END, WRONG, RIGHT = 0, 1, 2
@@ -66,6 +67,8 @@ class BoxTokens:
     def encode(self, boxes: Boxes, keys: Int[Tensor, " batch"] | None = None) -> Tokens:
         """Write boxes, with the confidence "right": in the order of random draws of the keys, or row by row.
 
+        The texts are as long as the longest of them.
+
         Raises:
             InputError: an image with more than `most` boxes, or a class out of range.
         """
@@ -92,7 +95,9 @@ class BoxTokens:
         ids = torch.full((len(counts), self.length), END, device=text.device)
         written = torch.where(there[..., None], text, END).flatten(1)
         ids[:, : written.shape[1]] = written
-        return Tokens(ids, torch.arange(self.length, device=ids.device) <= EACH * counts[:, None])
+        mask = torch.arange(self.length, device=ids.device) <= EACH * counts[:, None]
+        longest = int(mask.sum(1).max())
+        return Tokens(ids[:, :longest], mask[:, :longest])
 
     def decode(self, tokens: Tokens) -> Boxes:
         """Read boxes: the middles of their bins; those up to the end, and a last one only if it is whole.
@@ -178,6 +183,10 @@ class BoxWriter(EncoderDecoder):
             stem=stem,
         )
         self.code = code
+        bins = waves((torch.arange(code.bins) + 0.5) / code.bins, width)
+        with torch.no_grad():
+            self.embed.weight[_FIRST_BIN : _FIRST_BIN + code.bins] = SPREAD * math.sqrt(2) * bins
+            self.score.weight[_FIRST_BIN : _FIRST_BIN + code.bins] = bins / math.sqrt(width)
 
     def decode(self, actions: Tokens) -> Boxes:  # type: ignore[override]
         """The boxes of texts, without scores."""

@@ -6,6 +6,7 @@ need", with layer norms before the blocks (the decoder). Boxes, words and codes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from foveate import noise
 from foveate.distributions import Categorical
-from foveate.types import Decisions, Sampler
+from foveate.types import Decisions, InputError, Sampler
 
 SPREAD = 0.5  # of embeddings at first; at the usual 0.02 patches drown them, and small models learn places late
 
@@ -55,6 +56,9 @@ class EncoderDecoder(Sampler):
         temperature: by which scores are divided, in sampling and in `forward` alike.
         stem: what sees the image first, [batch, channels, height, width] to [batch, width, height / patch, width /
             patch], e.g. `foveate.models.backbones`; None: a linear layer of each patch.
+
+    Raises:
+        InputError: sizes that do not go into each other.
     """
 
     def __init__(
@@ -73,10 +77,16 @@ class EncoderDecoder(Sampler):
         stem: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if image[1] % patch or image[2] % patch:
+            raise InputError(f"image_size: {image[2]}x{image[1]} pixels cannot be cut into patches of {patch}")
+        if width % heads or width % 4:
+            raise InputError(f"width: {width} is no multiple of 4 and of the {heads} heads")
         self.vocabulary, self.length, self.end, self.temperature = vocabulary, length, end, temperature
-        places = (image[1] // patch) * (image[2] // patch)
         self.patches = stem or nn.Conv2d(image[0], width, patch, stride=patch)
-        self.where = nn.Parameter(torch.randn(places, width) * SPREAD)
+        rows, columns = ((torch.arange(side // patch) + 0.5) / (side // patch) for side in image[1:])
+        across = waves(columns, width // 2).expand(len(rows), -1, -1)
+        down = waves(rows, width // 2)[:, None].expand(-1, len(columns), -1)
+        self.where = nn.Parameter(SPREAD * math.sqrt(2) * torch.cat((down, across), 2).flatten(0, 1))
         self.encoder: Any = nn.ModuleList(_Block(width, heads, cross=False) for _ in range(depth))
         self.read = nn.LayerNorm(width)
         self.embed = nn.Embedding(vocabulary + 1, width)  # the last is what stands before the first token
@@ -167,6 +177,17 @@ class EncoderDecoder(Sampler):
         if self.allowed is not None:
             logits = logits.masked_fill(~self.allowed[steps][: logits.shape[1]], -torch.inf)
         return Categorical(logits)
+
+
+def waves(places: Float[Tensor, " count"], width: int) -> Float[Tensor, "count {width}"]:
+    """Sines and cosines of places in [0, 1], wavelengths from 2 down to 1/32: near places look alike, far ones do not.
+
+    Where images are read and where boxes are written, places begin with these: a linear layer then turns the one into
+    the other, which from random vectors takes thousands of steps to be found.
+    """
+    rates = math.pi * torch.logspace(0, 6, width // 2, base=2.0)
+    angles = places[:, None] * rates
+    return torch.cat((angles.sin(), angles.cos()), 1)
 
 
 class _Past(NamedTuple):

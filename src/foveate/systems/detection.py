@@ -33,6 +33,7 @@ from foveate import noise, pictures
 from foveate.data.classification import check_images
 from foveate.data.detection import Detections, chosen, load_detections, mirrored
 from foveate.data.picture_folders import read_pictures
+from foveate.data.zoom import zoomed
 from foveate.geometry import Boxes, joined
 from foveate.learn.answers import Precision, Tuning
 from foveate.learn.baselines import MovingAverage
@@ -85,7 +86,7 @@ class Config:
     most: int | None = None
     """boxes in an answer at most; None: 25, or a quarter more than any image has"""
     bins: int | None = None
-    """into which a side is divided; None: two a pixel, at most 1,000"""
+    """into which a side is divided; None: one a pixel, at most 1,000"""
     order: Literal["random", "raster"] = "random"
     """of the boxes in likelihood: drawn anew each time, or by rows"""
     backbone: str = "convolutions"
@@ -96,8 +97,6 @@ class Config:
     """of the vectors"""
     depth: int = 2
     """blocks of the encoder, and of the decoder"""
-    heads: int = 4
-    """of the attention"""
     batch: int = 32
     """images in an update of likelihood"""
     learning_rate: float = 1e-3
@@ -119,7 +118,6 @@ class Config:
 PART = "policy"  # the tracked part that holds the policy
 PARTS: dict[Control, str] = {"likelihood": "control", "confidence": "confidence"}  # control → its tracked part
 ROWS = {"mle": "likelihood", "control": "control", "confidence": "confidence"}  # baseline → its tracked part
-HELD_OUT = 100  # images on which weights are chosen
 _load = lru_cache(maxsize=6)(load_detections)
 
 
@@ -131,17 +129,15 @@ def resolve(config: Config) -> Config:
     """
     if not 0 < config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected more than 0 and less than 1")
-    if config.image_size % config.patch:
-        raise InputError(f"image_size: {config.image_size} is no multiple of the patch of {config.patch} pixels")
-    if config.width % config.heads:
-        raise InputError(f"width: {config.width} is no multiple of the {config.heads} heads")
     _tuning(config)
     data = _data(config, "train")
     counts = [int(_data(config, split).boxes.mask.sum(1).max()) for split in ("train", "val", "test")]
     most = config.most or max(25, max(counts) * 5 // 4)
     if most < counts[0]:
         raise InputError(f"most: found {most}, but an image has {counts[0]} boxes; raise it")
-    return replace(config, most=most, bins=config.bins or min(1000, 2 * config.image_size), classes=data.classes)
+    config = replace(config, most=most, bins=config.bins or min(1000, config.image_size), classes=data.classes)
+    build(config)  # what cannot be built is said now
+    return config
 
 
 def _data(config: Config, split: Literal["train", "val", "test"]) -> Detections:
@@ -158,7 +154,7 @@ def _code(config: Config) -> BoxTokens:
 def build(config: Config) -> BoxWriter:
     """The policy of a resolved config, untrained."""
     seen = stem(config.backbone, config.width, config.patch)
-    return BoxWriter(_code(config), config.patch, seen, config.width, config.depth, config.heads)
+    return BoxWriter(_code(config), config.patch, seen, config.width, config.depth)
 
 
 def _tuning(config: Config) -> Tuning:
@@ -169,13 +165,9 @@ def _tuning(config: Config) -> Tuning:
 def _reward(config: Config, data: Detections) -> DetectionReward:
     weights = None
     if config.reward == "map":
-        wanted = data.boxes.labels[_wanted(data.boxes)]
-        weights = class_weights(wanted.bincount(minlength=len(data.classes)))
+        labels = data.boxes.labels[data.boxes.wanted]
+        weights = class_weights(labels.bincount(minlength=len(data.classes)))
     return DetectionReward(duplicate=config.duplicate, false_positive=config.false_positive, class_weights=weights)
-
-
-def _wanted(boxes: Boxes) -> Tensor:
-    return boxes.mask if boxes.crowd is None else boxes.mask & ~boxes.crowd
 
 
 def train(config: Config, run: Run) -> None:
@@ -191,11 +183,15 @@ def train(config: Config, run: Run) -> None:
     keeper, average = Keeper(parts[PART][0]), MovingAverage()
     run.track(keeper=keeper, average=average)
     reward, share = _reward(config, data), (1 - config.likelihood_share) / (1 + len(config.controls))
-    held_out = chosen(val, torch.arange(min(HELD_OUT, len(val))).to(run.device))
+    held_out = split(chosen(val, torch.arange(len(val)).to(run.device)), 50)
     answers = _answers(config, data, run)
 
     def look(policy: BoxWriter) -> Callable[[], dict[str, Any]]:
-        return lambda: held_out_scores(policy, reward, split(held_out, 50), config.seed, config.precision)
+        def scores() -> dict[str, Any]:
+            metric = {"held_out_map": _score(config, policy.eval(), val, run, "class")["map"]}
+            return held_out_scores(policy, reward, held_out, config.seed, config.precision) | metric
+
+        return scores
 
     start, optimizer = parts["likelihood"]
     likelihood: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
@@ -235,24 +231,22 @@ def train(config: Config, run: Run) -> None:
 
 
 def _batch(config: Config, data: Detections, run: Run, phase: str, step: int, size: int) -> tuple[Tensor, Boxes]:
-    """Images of a step, half of them mirrored, and their boxes."""
+    """Images of a step, zoomed and half of them mirrored, and their boxes."""
     here = run.rows(size)
     rows = noise.examples(config.seed, step, size, len(data))[here].to(run.device)
-    images, boxes = chosen(data, rows)
-    flip = noise.uniform(noise.key(config.seed, phase, "flip", step, torch.arange(size)[here]), 1)[:, 0] < 0.5
-    return mirrored(images, boxes, flip.to(run.device))
+    keys = noise.key(config.seed, phase, "view", step, torch.arange(size)[here]).to(run.device)
+    flip = noise.uniform(noise.fold(keys, "flip"), 1)[:, 0] < 0.5
+    return zoomed(*mirrored(*chosen(data, rows), flip), keys)
 
 
 def _answers(config: Config, data: Detections, run: Run) -> Callable[[int], tuple[Tensor, Tokens]]:
-    """Images of a step and the texts of their boxes, cut to the longest."""
+    """Images of a step and the texts of their boxes."""
     code = _code(config)
 
     def batch(step: int) -> tuple[Tensor, Tokens]:
         images, boxes = _batch(config, data, run, "likelihood", step, config.batch)
         keys = noise.key(config.seed, "order", step, torch.arange(config.batch)[run.rows(config.batch)]).to(run.device)
-        texts = code.encode(replace(boxes, mask=_wanted(boxes)), keys if config.order == "random" else None)
-        longest = int(texts.mask.sum(1).max())
-        return images, Tokens(texts.ids[:, :longest], texts.mask[:, :longest])
+        return images, code.encode(replace(boxes, mask=boxes.wanted), keys if config.order == "random" else None)
 
     return batch
 
@@ -281,11 +275,22 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
     for name, part in ROWS.items():
         other = build(config).to(run.device)
         if run.restore(part, other):
-            score: Literal["confidence", "class"] = "confidence" if name == "confidence" else "class"
+            score = "confidence" if name == "confidence" else "class"
             baselines[name] = _score(config, other.eval(), data, run, score)
             if name != "control":
                 baselines[f"{name} unending"] = _score(config, other.unending().eval(), data, run, score)
     return Evaluation(metrics, baselines)
+
+
+def compared(config: Config, run: Run, images: int) -> tuple[dict[str, BoxWriter], DetectionReward, Tensor, Boxes]:
+    """The start and the tuned model, the reward, and the first test images with their boxes: for `foveate analyse`."""
+    models = {}
+    for name, part in (("likelihood", "likelihood"), ("tuned", PART)):
+        models[name] = build(config).to(run.device).eval()
+        run.restore(part, models[name])
+    test = _data(config, "test")
+    inputs, targets = chosen(test, torch.arange(min(images, len(test)), device=run.device))
+    return models, _reward(config, _data(config, "train")), inputs, targets
 
 
 def _score(config: Config, policy: BoxWriter, data: Detections, run: Run, score: Any) -> dict[str, float]:
@@ -327,11 +332,8 @@ def picture(
     assert config.classes is not None
     shown: dict[str, Boxes] = {}
     if images is None:
-        data = _data(config, "test")
-        images, shown["truth"] = chosen(data, torch.linspace(0, len(data) - 1, min(6, len(data))).long().to(run.device))
-        start = build(config).to(run.device)
-        if run.restore("likelihood", start):
-            shown["likelihood"] = _found(start.eval(), images, "class")
+        models, _, images, shown["truth"] = compared(config, run, 6)
+        shown["likelihood"] = _found(models["likelihood"], images, "class")
     found = predict(config, policy, images)
     shown["tuned"] = Boxes(found["boxes"], found["labels"], found["mask"], found["scores"])
     return {"boxes": pictures.box_grid(images, shown, config.classes)}

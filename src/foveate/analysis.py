@@ -1,0 +1,124 @@
+"""What tuning did to a model, from many answers to a few inputs: the figures of Pinto et al. 2023, section 5.
+
+rewards, log_probs = draw_answers(policy, reward, inputs, targets, samples=1000, seed=0)
+best_of(rewards), likeliest_of(rewards, log_probs)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate import noise
+from foveate.learn.answers import Reward, answering, repeat
+from foveate.types import Sampler, Tree, split
+
+AT_ONCE = 256  # answers drawn in one pass
+
+
+@torch.no_grad()
+def draw_answers(
+    policy: Sampler, reward: Reward, inputs: Tree, targets: Tree, samples: int, seed: int
+) -> tuple[Float[Tensor, "batch samples"], Float[Tensor, "batch samples"]]:
+    """Rewards of so many answers to each input, and their log-probabilities in nats.
+
+    Args:
+        policy: what answers.
+        reward: (predictions, targets) → a score for each answer.
+        inputs: tree whose tensors begin with the batch.
+        targets: the same.
+        samples: answers to each input.
+        seed: of the draws.
+    """
+    device = next(policy.parameters()).device
+    rewards, log_probs = [], []
+    with answering(policy):
+        for row, (some, wanted) in enumerate(split((inputs, targets), 1)):
+            mine, logs = [], []
+            for first in range(0, samples, AT_ONCE):
+                count = min(AT_ONCE, samples - first)
+                keys = noise.key(seed, "analysis", row, torch.tensor([first])).to(device)
+                actions = policy.sample(some, count, False, keys)
+                mine.append(reward(policy.decode(actions), repeat(wanted, count)).total)
+                decisions = policy(some, actions)
+                assert decisions.log_probs is not None
+                assert decisions.mask is not None
+                logs.append(torch.where(decisions.mask, decisions.log_probs, 0.0).sum(1))
+            rewards.append(torch.cat(mine))
+            log_probs.append(torch.cat(logs))
+    return torch.stack(rewards), torch.stack(log_probs)
+
+
+def compare_models(
+    models: Mapping[str, Sampler], reward: Reward, inputs: Tree, targets: Tree, samples: int, seed: int
+) -> tuple[dict[str, dict[str, float]], dict[str, list[float]], dict[str, list[tuple[float, float]]]]:
+    """Of every model: its numbers, the rewards of all its answers, and what N answers are worth, as points (N, reward).
+
+    The arguments are those of `draw_answers`, for several models by their names.
+    """
+    numbers, values = {}, {}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    sizes = sorted({min(samples, round(1.2**power)) for power in range(math.ceil(math.log(samples, 1.2)) + 1)})
+    for name, model in models.items():
+        rewards, log_probs = draw_answers(model, reward, inputs, targets, samples, seed)
+        best, likeliest = best_of(rewards).tolist(), likeliest_of(rewards, log_probs).tolist()
+        values[name] = rewards.flatten().tolist()
+        top = sorted(values[name])[-max(1, rewards.numel() // 100) :]
+        numbers[name] = {
+            "mean": float(rewards.mean()),
+            "best hundredth": sum(top) / len(top),
+            f"best of {samples}": best[-1],
+            f"likeliest of {samples}": likeliest[-1],
+        }
+        curves[f"{name}, best"] = [(float(size), best[size - 1]) for size in sizes]
+        curves[f"{name}, likeliest"] = [(float(size), likeliest[size - 1]) for size in sizes]
+    return numbers, values, curves
+
+
+def along_training(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Held-out reward and metric at each look of a run's log, for every phase that has both."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        names = [name for name in row if name.startswith("held_out_") and name != "held_out_reward"]
+        if names and row.get("held_out_reward") is not None:
+            found.setdefault(row["phase"], []).append((row["held_out_reward"], row[names[0]]))
+    return found
+
+
+def best_of(rewards: Float[Tensor, "batch samples"]) -> Float[Tensor, " samples"]:
+    """Expected best reward of N answers, N = 1, 2, ..., the mean over inputs.
+
+    Exact for N answers drawn without replacement from these: of the sorted rewards, the k-th smallest of n is the best
+    of N with probability C(k-1, N-1) / C(n, N). What a perfect judge would make of N tries.
+    """
+    return _last_of(rewards.sort(dim=1).values)
+
+
+def likeliest_of(
+    rewards: Float[Tensor, "batch samples"], log_probs: Float[Tensor, "batch samples"]
+) -> Float[Tensor, " samples"]:
+    """Expected reward of the most probable of N answers, N = 1, 2, ..., the mean over inputs; exact as `best_of`.
+
+    What the model's own judgement makes of N tries. Equally probable answers count in the order given.
+    """
+    order = log_probs.argsort(dim=1, stable=True)
+    return _last_of(rewards.gather(1, order))
+
+
+def _last_of(ordered: Float[Tensor, "batch samples"]) -> Float[Tensor, " samples"]:
+    """Expected value of the last in this order of N that are drawn, N = 1, 2, ...; the mean over rows."""
+    values = ordered.double().mean(0)
+    count = len(values)
+    logs = torch.arange(count + 1, dtype=torch.float64, device=values.device).clamp(min=1).log().cumsum(0)  # of n!
+    found = []
+    for size in range(1, count + 1):
+        place = torch.arange(size, count + 1, device=values.device)
+        ways = logs[place - 1] - logs[size - 1] - logs[place - size]
+        all_ways = logs[count] - logs[size] - logs[count - size]
+        found.append((values[size - 1 :] * (ways - all_ways).exp()).sum())
+    return torch.stack(found).to(ordered)

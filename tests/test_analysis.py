@@ -1,0 +1,52 @@
+"""Figures of a tuned model: expectations over subsets, exact, against all subsets written out."""
+
+import itertools
+
+import pytest
+import torch
+
+from foveate import noise
+from foveate.analysis import best_of, draw_answers, likeliest_of
+from foveate.models.encoder_decoder import EncoderDecoder, Tokens
+from foveate.types import RewardOutput
+
+
+def test_best_and_likeliest_of_are_means_over_all_subsets() -> None:
+    draws = noise.uniform(noise.key(0, torch.arange(2)), 2, 6)
+    rewards, log_probs = (draws[:, 0] * 4).floor(), draws[:, 1].log()
+    best, likeliest = best_of(rewards), likeliest_of(rewards, log_probs)
+    for size in range(1, 7):
+        subsets = list(itertools.combinations(range(6), size))
+        tops = [[rewards[row, list(some)].max() for some in subsets] for row in range(2)]
+        picks = [[rewards[row, some[int(log_probs[row, list(some)].argmax())]] for some in subsets] for row in range(2)]
+        assert float(best[size - 1]) == pytest.approx(float(torch.tensor(tops).mean()), abs=1e-5)
+        assert float(likeliest[size - 1]) == pytest.approx(float(torch.tensor(picks).mean()), abs=1e-5)
+    assert (best.diff() >= -1e-6).all()
+
+
+def test_ten_thousand_answers_do_not_overflow() -> None:
+    rewards = noise.uniform(noise.key(0, torch.arange(1)), 10_000)
+    best = best_of(rewards)
+    assert float(best[0]) == pytest.approx(float(rewards.mean()), abs=1e-4)
+    assert float(best[-1]) == pytest.approx(float(rewards.max()), abs=1e-4)
+    assert float(best[1]) == pytest.approx(2 / 3, abs=0.02), "of two uniform numbers the larger"
+
+
+def test_answers_are_drawn_in_pieces_and_scored_with_their_probability() -> None:
+    torch.manual_seed(1)
+    model = EncoderDecoder((1, 4, 4), 2, 3, 2, None, width=16, depth=1, heads=2)
+    images = noise.uniform(noise.key(0, "images", torch.arange(2)), 1, 4, 4)
+
+    def reward(found: Tokens, targets: torch.Tensor) -> RewardOutput:
+        return RewardOutput((3 * found.ids[:, 0] + found.ids[:, 1]).float() + 0 * targets)
+
+    rewards, log_probs = draw_answers(model, reward, images, torch.zeros(2), 600, 0)
+    assert rewards.shape == log_probs.shape == (2, 600)
+    for row in range(2):
+        for answer in range(9):
+            here = rewards[row] == answer
+            if here.sum() > 50:
+                chance = float(log_probs[row][here].exp().mean())
+                assert float(here.float().mean()) == pytest.approx(chance, abs=0.08)
+                assert float(log_probs[row][here].std()) < 1e-4
+    assert len(rewards[0].unique()) > 4
