@@ -332,7 +332,7 @@ def picture(
 
 
 def _page(images: Tensor, told: list[list[str]]) -> Any:
-    lines = ["\n".join(line for one in sentences for line in textwrap.wrap(one, 36)) for sentences in told]
+    lines = ["\n".join(line for one in sentences for line in textwrap.wrap(one, 32)) for sentences in told]
     return pictures.image_grid(images, lines, columns=3, cell=320)
 
 
