@@ -474,6 +474,38 @@ def test_tuning_begins_with_another_run(shared_data: Path, tmp_path: Path) -> No
         tune_detector.evaluate(replace(config, classes=("cat",)), policy, run, elsewhere=True)
 
 
+def test_a_killed_run_ends_with_the_same_weights(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small: dict[str, Any] = {"data": "voc", "root": shared_data / "raccoon", "image_size": 32, "width": 16, "batch": 4}
+    config = tune_detector.resolve(tune_detector.Config(samples=2, candidates=4, every=1, **small))
+    batch = tune_detector._batch
+
+    def ended(name: str, resume: bool = False) -> dict[str, Tensor]:
+        settings: dict[str, Any] = {"steps": 8, "checkpoint_steps": 1, "device": "cpu", "quiet": True}
+        run = Run(tmp_path / name, system="tune-detector", config={}, resume=resume, **settings)
+        tune_detector.train(config, run)
+        found = {}
+        for part in ("likelihood", "policy", "control"):
+            policy = tune_detector.build(config)
+            assert run.restore(part, policy)
+            found |= {f"{part}.{key}": value for key, value in policy.state_dict().items()}
+        return found
+
+    def killed(*where: Any) -> tuple[Tensor, Boxes]:
+        if where[-2:] == ("reward", 1):
+            raise InterruptedError
+        return batch(*where)
+
+    whole = ended("whole")
+    monkeypatch.setattr(tune_detector, "_batch", killed)
+    with pytest.raises(InterruptedError):
+        ended("killed")
+    monkeypatch.setattr(tune_detector, "_batch", batch)
+    resumed = ended("killed", resume=True)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
 def test_settings_that_cannot_be_trained_are_refused() -> None:
     for field, value in (("likelihood_share", 1.0), ("candidates", 0), ("data", "nothing"), ("image_size", 4)):
         with pytest.raises(InputError, match=f"{field}: found"):

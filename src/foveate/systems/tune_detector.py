@@ -118,7 +118,7 @@ class Config:
     """sets drawn for each image"""
     tuning_rate: float = 1e-4
     """learning rate of the reward, constant after a warm-up"""
-    anchor: float = 0.0
+    anchor: float = 0.1
     """weight of the KL to the start"""
     entropy: float = 0.0
     """weight of the entropy, which is sought"""
