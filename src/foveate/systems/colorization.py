@@ -85,7 +85,7 @@ class Config:
     """blocks of the encoder, and of the decoder"""
     heads: int = 4
     """of the attention"""
-    batch: int = 64
+    batch: int = 32
     """pictures in an update of code and likelihood"""
     learning_rate: float = 1e-3
     """peak of the one-cycle schedule of likelihood"""
