@@ -69,6 +69,7 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "show": [],
         "compare": Path("compare.png"),
         "check_data": [],
+        "analyse": ({}, []),
         "bench": [],
         "processes_of": 1,
     }

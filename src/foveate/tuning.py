@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -37,11 +37,11 @@ from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.rewards.combine import check_output
 from foveate.run import Run
-from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, map_tree, rows_of
+from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, map_tree, rows_of, split
 
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
-T = TypeVar("T")
 Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
+SUMS = ("entropy", "kl", "value_loss")  # divided by the answers of the whole batch, of which a chunk has its part
 
 
 def tune(
@@ -317,9 +317,13 @@ def _update(
     rows, samples = rows_of(inputs), tuning.samples
     size = tuning.chunk or rows
     logged: dict[str, Tensor] = {}
-    for first in range(0, rows, size):
-        last = min(first + size, rows)
-        some, part = _part(inputs, first, last), _part(scored, first * samples, last * samples)
+    loss = None
+    for some, wanted, part in zip(
+        split(inputs, size), split(targets, size), split(scored, size * samples), strict=True
+    ):
+        if loss is not None:
+            loss.backward()
+        share = rows_of(some) / rows
         anchor = None
         if reference is not None:
             with torch.no_grad(), answering(reference, tuning.precision):
@@ -327,16 +331,13 @@ def _update(
         with answering(policy, tuning.precision):
             decisions = policy(some, part.actions)
         loss, told = reward_loss(decisions, part, anchor, tuning, rows * samples)
+        shared = {name: value if name in SUMS else share * value for name, value in told.items()}
         if beside is not None:
-            wanted = repeat(_part(targets, first, last), samples)
-            losses = {name: value * (last - first) / rows for name, value in beside(decisions, part, wanted).items()}
-            loss = torch.stack([loss, *losses.values()]).sum()
-            told |= {name: value.detach() for name, value in losses.items()}
-        for name, value in told.items():
-            whole = name in ("entropy", "kl", "value_loss") or (beside is not None and name in losses)
-            logged[name] = logged.get(name, 0.0) + value * (1.0 if whole else (last - first) / rows)
-        if last < rows:
-            loss.backward()
+            losses = beside(decisions, part, repeat(wanted, samples))
+            loss = torch.stack([loss, *(share * value for value in losses.values())]).sum()
+            shared |= {name: share * value.detach() for name, value in losses.items()}
+        logged = {name: logged.get(name, 0.0) + value for name, value in shared.items()}
+    assert loss is not None
     run.optimise(loss, optimizer)
     return logged
 
@@ -351,7 +352,3 @@ def _told(scored: Scored, samples: int) -> dict[str, Tensor]:
 def _keys(run: Run, phase: str, step: int, rows: int) -> Int[Tensor, " batch"]:
     """Of this process's rows of a batch."""
     return noise.key(run.seed, phase, step, torch.arange(rows) + run.rank * rows).to(run.device)
-
-
-def _part(tree: T, first: int, last: int) -> T:
-    return map_tree(lambda leaf: leaf[first:last], tree)

@@ -130,8 +130,8 @@ def resolve(config: Config) -> Config:
     if not 0 < config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected more than 0 and less than 1")
     _tuning(config)
-    data = _data(config, "train")
-    counts = [int(_data(config, split).boxes.mask.sum(1).max()) for split in ("train", "val", "test")]
+    data, *others = (_data(config, part) for part in ("train", "val", "test"))
+    counts = [int(each.boxes.mask.sum(1).max()) for each in (data, *others)]
     most = config.most or max(25, max(counts) * 5 // 4)
     if most < counts[0]:
         raise InputError(f"most: found {most}, but an image has {counts[0]} boxes; raise it")
@@ -153,8 +153,8 @@ def _code(config: Config) -> BoxTokens:
 
 def build(config: Config) -> BoxWriter:
     """The policy of a resolved config, untrained."""
-    seen = stem(config.backbone, config.width, config.patch)
-    return BoxWriter(_code(config), config.patch, seen, config.width, config.depth)
+    first = stem(config.backbone, config.width, config.patch)
+    return BoxWriter(_code(config), config.patch, first, config.width, config.depth)
 
 
 def _tuning(config: Config) -> Tuning:
@@ -318,8 +318,8 @@ def predict(
         raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
     height, width = images.shape[2:]
     side = config.image_size
-    seen = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    found = _found(policy, seen.to(next(policy.parameters()).device))
+    seen = F.interpolate(images.to(policy.where.device), (side, side), mode="bilinear", antialias=True)
+    found = _found(policy, seen)
     assert found.scores is not None
     scale = found.boxes.new_tensor([width, height, width, height]) / side
     return {"boxes": found.boxes * scale, "labels": found.labels, "scores": found.scores, "mask": found.mask}
@@ -329,14 +329,13 @@ def picture(
     config: Config, policy: BoxWriter, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
 ) -> dict[str, Any]:
     """Boxes on test pictures beside the true ones and those of the start; or on pictures of the user."""
-    assert config.classes is not None
     shown: dict[str, Boxes] = {}
     if images is None:
         models, _, images, shown["truth"] = compared(config, run, 6)
         shown["likelihood"] = _found(models["likelihood"], images, "class")
     found = predict(config, policy, images)
     shown["tuned"] = Boxes(found["boxes"], found["labels"], found["mask"], found["scores"])
-    return {"boxes": pictures.box_grid(images, shown, config.classes)}
+    return {"boxes": pictures.box_grid(images, shown, config.classes or ())}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
