@@ -356,7 +356,10 @@ def test_cells_learn_to_find_a_square(backbone: str) -> None:
 
 @pytest.mark.parametrize("credit", ["difference", "answer"])
 def test_a_detector_is_tuned_on_its_reward(credit: str, tmp_path: Path) -> None:
-    policy, reward = _learned("convolutions", 10), DetectionReward(false_positive=0.3, credited="difference")
+    torch.manual_seed(1)
+    policy, reward = _learned("convolutions", 20), DetectionReward(false_positive=0.3, credited="difference")
+    for weight in policy.detector.backbone():  # what boxes share with decisions stays, or the boxes drift
+        weight.requires_grad_(False)
     images, targets = _squares(-1)
 
     def drawn() -> float:
@@ -364,8 +367,8 @@ def test_a_detector_is_tuned_on_its_reward(credit: str, tmp_path: Path) -> None:
         return float(reward(sets, repeat(targets, 50)).total.mean())
 
     before = drawn()
-    settings = {"credit": credit, "learning_rate": 1e-3, "warmup": 5, "samples": 8}
-    foveate.tune(policy, reward, _squares, out=tmp_path / "run", steps=25, device="cpu", **settings)
+    settings = {"credit": credit, "learning_rate": 1e-2, "warmup": 5, "samples": 4}
+    foveate.tune(policy, reward, _squares, out=tmp_path / "run", steps=40, device="cpu", **settings)
     assert drawn() > before + 0.05
 
 

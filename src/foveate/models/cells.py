@@ -46,7 +46,8 @@ class Cells(Detector):
             self.eye = nn.Sequential(convolutions(3, width, stride), _Tower(width, 3))
         else:
             self.eye = _Pyramid(Pretrained(backbone, 32), stride, width)
-        self.tower = nn.Sequential(_Tower(width, 2), nn.GroupNorm(8, width), nn.GELU())
+        # one for each, so that the reward of decisions does not move the boxes by the way
+        self.what, self.where = (nn.Sequential(_Tower(width, 2), nn.GroupNorm(8, width), nn.GELU()) for _ in range(2))
         self.classify = nn.Conv2d(width, classes, 3, padding=1)
         self.place = nn.Conv2d(width, 4, 3, padding=1)
         for layer, bias in ((self.classify, math.log(RARE / classes)), (self.place, 0.0)):
@@ -67,12 +68,12 @@ class Cells(Detector):
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch cells 4"], Float[Tensor, "batch cells choices"], Float[Tensor, "cells 2"]]:
         """Box and logits of every cell, and the middles of the cells; boxes may reach beyond the image."""
-        seen = self.tower(self.eye(images))
+        seen = self.eye(images)
         rows, columns = seen.shape[-2:]
         y, x = (torch.arange(count, device=seen.device) * self.stride + self.stride / 2 for count in (rows, columns))
         middles = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
-        scores = self.classify(seen).flatten(2).mT.float()
-        numbers = self.place(seen).flatten(2).mT.float()
+        scores = self.classify(self.what(seen)).flatten(2).mT.float()
+        numbers = self.place(self.where(seen)).flatten(2).mT.float()
         centres = middles + numbers[..., :2] * self.stride
         # a side of two cells to begin with; bounded softly, as a clamp has no gradient by which to come back
         half = (WIDEST * (numbers[..., 2:] / WIDEST).tanh()).exp() * self.stride
@@ -91,7 +92,7 @@ class Cells(Detector):
         return {"cross_entropy": -(log_probs * counted).sum() / number, "box": apart / number}
 
     def backbone(self) -> Iterator[nn.Parameter]:
-        """The weights before the tower."""
+        """The weights before the towers."""
         return self.eye.parameters()
 
 
