@@ -28,7 +28,7 @@ def iou_reward(predictions: Boxes, targets: Boxes) -> RewardOutput:
     without targets scores 1 if nothing is predicted there, else 0.
     """
     predictions, targets = _padded(predictions, targets)
-    wanted = _wanted(targets)
+    wanted = targets.wanted
     best = _same_class(predictions, targets).amax(1)
     mean = best.sum(1) / wanted.sum(1).clamp(min=1)
     return RewardOutput(torch.where(wanted.any(1), mean, (~predictions.mask.any(1)).to(mean)))
@@ -71,7 +71,7 @@ class DetectionReward:
     def __call__(self, predictions: Boxes, targets: Boxes) -> RewardOutput:
         """Score each image."""
         predictions, targets = _padded(predictions, targets)
-        ious, wanted = _same_class(predictions, targets), _wanted(targets)
+        ious, wanted = _same_class(predictions, targets), targets.wanted
         own, there = self._weights(predictions), self._weights(targets)
         best, place = ious.max(2, keepdim=True)
         at_target = torch.zeros_like(ious).scatter(2, place, best)  # [batch, boxes, targets]: one target a box
@@ -145,7 +145,7 @@ def average_precision(predictions: Boxes, targets: Boxes, thresholds: tuple[floa
     """
     predictions, targets = _padded(predictions, targets)
     matched, ignored, order = _match_by_score(predictions, targets, thresholds)
-    wanted = _wanted(targets)
+    wanted = targets.wanted
     labels = predictions.labels.gather(1, order)
     inside = predictions.mask.gather(1, order)
     same = targets.labels[:, :, None] == targets.labels[:, None]
@@ -274,14 +274,10 @@ def _match_by_score(
     return torch.stack(matched, -1), torch.stack(ignored, -1) | beyond, order
 
 
-def _wanted(targets: Boxes) -> Bool[Tensor, "batch targets"]:
-    return targets.mask if targets.crowd is None else targets.mask & ~targets.crowd
-
-
 def _same_class(predictions: Boxes, targets: Boxes) -> Float[Tensor, "batch boxes targets"]:
     """IoU where both are boxes of one class, and no crowd; 0 elsewhere."""
     same = predictions.labels[..., None] == targets.labels[:, None]
-    same = same & predictions.mask[..., None] & _wanted(targets)[:, None]
+    same = same & predictions.mask[..., None] & targets.wanted[:, None]
     return torch.where(same, overlaps(predictions.boxes, targets.boxes), 0.0)
 
 

@@ -121,7 +121,8 @@ def _intersections(predictions: Segments, targets: Segments) -> Float[Tensor, "b
                 f"{name}: found ids from {low} to {high}, but {count - 1} labels: give every segment a label, number "
                 "them from 1, and void pixels 0"
             )
-    batch = len(predictions.ids)
-    image = torch.arange(batch, device=predictions.ids.device)[:, None, None]
-    place = torch.add(targets.ids, predictions.ids, alpha=counts[1]) + image * (counts[0] * counts[1])
-    return torch.bincount(place.flatten(), minlength=batch * counts[0] * counts[1]).view(batch, *counts).float()
+    size = len(predictions.ids) * counts[0] * counts[1]
+    kind = torch.int32 if size < 2**31 else torch.int64  # half the bytes are a quarter of the time
+    image = torch.arange(0, size, counts[0] * counts[1], dtype=kind, device=predictions.ids.device)[:, None, None]
+    place = torch.add(targets.ids.to(kind), predictions.ids.to(kind), alpha=counts[1]).add_(image)
+    return torch.bincount(place.flatten(), minlength=size).view(-1, *counts).float()

@@ -168,8 +168,7 @@ def _tuning(config: Config) -> Tuning:
 
 def _reward(config: Config, data: Detections) -> Reward:
     if config.reward in ("map", "matches"):
-        wanted = data.boxes.mask if data.boxes.crowd is None else data.boxes.mask & ~data.boxes.crowd
-        counts = data.boxes.labels[wanted].bincount(minlength=len(data.classes))
+        counts = data.boxes.labels[data.boxes.wanted].bincount(minlength=len(data.classes))
         weights = class_weights(counts) if config.reward == "map" else None
         return DetectionReward(THRESHOLDS, config.duplicate, config.false_positive, weights, "difference")
     reward = average_precision if config.reward == "average-precision" else load_reward(config.reward)
