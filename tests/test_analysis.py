@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate import noise
-from foveate.analysis import best_of, draw_answers, likeliest_of
+from foveate.analysis import best_of, draw_answers, findings, likeliest_of
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.types import RewardOutput
 
@@ -50,3 +50,33 @@ def test_answers_are_drawn_in_pieces_and_scored_with_their_probability() -> None
                 assert float(here.float().mean()) == pytest.approx(chance, abs=0.08)
                 assert float(log_probs[row][here].std()) < 1e-4
     assert len(rewards[0].unique()) > 4
+
+
+def log(**ends: tuple[float, float]) -> list[dict[str, float]]:
+    """Twenty rows of a log in which each value goes evenly from its first to its last."""
+    return [
+        {name: start + (end - start) * row / 19 for name, (start, end) in ends.items()} | {"step": 20 * row}
+        for row in range(20)
+    ]
+
+
+GOOD = {"reward": (1.0, 2.0), "kl": (0.0, 3.0), "alike": (0.1, 0.3), "distinct": (1.0, 0.6), "length": (9.0, 12.0)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "Nothing about the curve is unusual"),
+        ({"reward": (2.0, 1.0)}, "It did not rise"),
+        ({"held_out_reward": (1.0, 0.5)}, "by heart"),
+        ({"alike": (0.5, 1.0)}, "all answers score alike"),
+        ({"length": (9.0, 1.0)}, "is that what you want"),
+        ({"distinct": (1.0, 0.125)}, "nearly one"),
+        ({"ratio": (1.0, 1.1)}, "sampling and scoring disagree"),
+    ],
+)
+def test_what_is_unusual_about_a_curve_is_said(changed: dict[str, tuple[float, float]], said: str) -> None:
+    told = findings(log(**(GOOD | changed)))
+    assert told[0].startswith("The reward of drawn answers went from")
+    assert len(told) == 2
+    assert said in told[1]

@@ -26,7 +26,7 @@ from foveate.rewards.masks import credited, dice_reward, effects_on_total, iou_e
 from foveate.run import Run
 from foveate.systems import tune_segmenter
 from foveate.systems.tune_segmenter import Config
-from foveate.tuning import tune_on_reward
+from foveate.two_steps import tune_on_reward
 from foveate.types import InputError
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from torch import Tensor
 import foveate
 from foveate import noise
 from foveate.distributions import Categorical
+from foveate.geometry import Boxes
 from foveate.learn.answers import Baseline, Tuning, answering, frozen, likelihood_loss, reward_loss, score
 from foveate.learn.baselines import MovingAverage
+from foveate.models.box_tokens import BoxTokens, BoxWriter
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
+from foveate.rewards.boxes import DetectionReward
 from foveate.run import Run
-from foveate.tuning import tune_on_reward
+from foveate.two_steps import tune_on_reward
 from foveate.types import Decisions, InputError, RewardOutput, Sampler
 
 
@@ -194,6 +198,9 @@ def test_one_call_tunes_a_model_and_keeps_what_answers_best_held_out(tmp_path: P
     assert len(seen) == 4, "at the start, and three times"
     assert after == pytest.approx(max(seen), abs=1e-5)
     assert after > before + 0.5
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The reward of drawn answers went from" in page
+    assert page.count("data:image/png") == 3
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,3 +355,23 @@ def test_a_collapse_is_undone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     foveate.tune(model, fading, batches, out=tmp_path / "run", held_out=held_out, **how)  # type: ignore[arg-type]
     assert "back to the best weights" in capsys.readouterr().err
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_boxes_in_other_units_than_their_targets_are_named(tmp_path: Path) -> None:
+    model = BoxWriter(BoxTokens((16, 16), 2, 3, 16), 8, width=16, depth=1)
+    parts = torch.tensor([[[0.1, 0.1, 0.6, 0.7]]])
+    targets = Boxes(parts, torch.zeros(1, 1).long(), torch.ones(1, 1).bool())
+    batches = lambda step: (torch.rand(1, 3, 16, 16), targets)  # noqa: E731
+    with pytest.raises(InputError, match=r"^targets: their boxes lie within \[0, 1\], the model's reach"):
+        foveate.tune(model.unending(), DetectionReward(), batches, out=tmp_path / "run", steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_scores_at_random_is_named(tmp_path: Path) -> None:
+    class Noisy(Coins):
+        def forward(self, inputs: Tensor, actions: Tensor, steps: slice = slice(None)) -> Decisions:
+            found = super().forward(inputs, actions, steps)
+            return replace(found, log_probs=found.log_probs + 0.1 * torch.rand(()))
+
+    with pytest.raises(InputError, match=r"^policy: scores the same answers differently by"):
+        foveate.tune(Noisy(), with_difference, lambda step: (torch.zeros(4), torch.zeros(4)), out=tmp_path, steps=1)

@@ -6,17 +6,19 @@ best_of(rewards), likeliest_of(rewards, log_probs)
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate import noise
+from foveate import noise, pictures, report
 from foveate.learn.answers import Reward, answering, repeat
-from foveate.types import Sampler, Tree, split
+from foveate.types import Evaluation, Sampler, Tree, split
 
 AT_ONCE = 256  # answers drawn in one pass
 
@@ -88,6 +90,83 @@ def along_training(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[fl
         if names and row.get("held_out_reward") is not None:
             found.setdefault(row["phase"], []).append((row["held_out_reward"], row[names[0]]))
     return found
+
+
+def curve_page(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write report.html of a run of `foveate.tune`: what the curve shows, the reward against the KL, all curves.
+
+    Args:
+        folder: of the run, with its metrics.jsonl.
+        config: its settings.
+    """
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    drawn = [(row["step"], row["reward"]) for row in rows if row.get("reward") is not None]
+    held_out = [(row["step"], row["held_out_reward"]) for row in rows if row.get("held_out_reward") is not None]
+    against = [(row["kl"], row["reward"]) for row in rows if row.get("kl") is not None]
+    series = {"drawn answers": drawn} | ({"greedy, held out": held_out} if held_out else {})
+    shown = {"reward": pictures.line_plot(series, "step", "reward")}
+    if against:
+        title = "the price of the reward"
+        shown["reward against KL"] = pictures.line_plot({"drawn answers": against}, "nats", "reward", title, dots=True)
+    if (curves := pictures.training_curves(rows)) is not None:
+        shown["training"] = curves
+    scores = {name: [reward for _, reward in points] for name, points in series.items()}
+    table = Evaluation(
+        {
+            f"reward of {name}": max(values) if name != "drawn answers" else values[-1]
+            for name, values in scores.items()
+        },
+        {"at the start": {f"reward of {name}": values[0] for name, values in scores.items()}},
+    )
+    path = folder / "report.html"
+    command = "foveate.tune(model, reward, batches, ...)"
+    report.write_report(path, "Tuned on a reward", "\n\n".join(findings(rows)), table, shown, config, command)
+    return path
+
+
+def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the log of a tuning shows, a sentence each; the first says how the reward went, the rest what is unusual.
+
+    Args:
+        rows: of metrics.jsonl: {"reward", "held_out_reward", "kl", "alike", "distinct", "length", "ratio", ...}.
+    """
+    first, last = _ends(rows, "reward")
+    held_first, held_last = _ends(rows, "held_out_reward")
+    kl = _ends(rows, "kl")[1]
+    told = [f"The reward of drawn answers went from {first:.4g} to {last:.4g}"]
+    told[0] += "." if math.isnan(kl) else f", {kl:.3g} nats an answer from the start."
+    if not last > first:
+        told.append("It did not rise: give it more steps, a higher learning rate, or more samples.")
+    if held_last < held_first and last > first:
+        told.append(
+            f"Held out it fell from {held_first:.4g} to {held_last:.4g} while that of drawn answers rose: the model "
+            "learns the training inputs by heart. Stop earlier, or give it more of them; the best weights were kept."
+        )
+    if _ends(rows, "alike")[1] > 0.9:
+        told.append(
+            "Of more than nine inputs in ten all answers score alike, and nothing is learned from them: the task is "
+            "too easy, too hard, or the reward too coarse."
+        )
+    length_first, length_last = _ends(rows, "length")
+    if not length_first / 4 <= length_last <= 4 * length_first and not math.isnan(length_first):
+        told.append(f"Answers went from {length_first:.3g} to {length_last:.3g} decisions: is that what you want?")
+    distinct_first, distinct_last = _ends(rows, "distinct")
+    if distinct_last < distinct_first / 3:
+        told.append("Answers to an input have become nearly one: raise the anchor or the entropy if that is too few.")
+    if abs(_ends(rows, "ratio")[1] - 1) > 1e-3:
+        told.append("The ratio of the first epoch is not 1: sampling and scoring disagree.")
+    if len(told) == 1:
+        told.append("Nothing about the curve is unusual.")
+    return told
+
+
+def _ends(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
+    """Mean of the first and of the last tenth of the rows that have a value; NaN if none has."""
+    values = [float(row[name]) for row in rows if row.get(name) is not None]
+    if not values:
+        return math.nan, math.nan
+    some = max(1, len(values) // 10)
+    return sum(values[:some]) / some, sum(values[-some:]) / some
 
 
 def best_of(rewards: Float[Tensor, "batch samples"]) -> Float[Tensor, " samples"]:

@@ -1,47 +1,25 @@
-"""Tune a model on a score that has no gradient: REINFORCE on its own answers, by their reward.
-
-The two steps of Pinto et al. 2023, "Tuning computer vision models with task rewards". Maximum likelihood teaches the
-model to answer (`learn_likelihood`); then it answers `samples` times to each input, every answer is scored, and the
-log-probability of its decisions is weighed by how much better it was than the others (`tune_on_reward`,
-`foveate.learn.answers`).
-"""
+"""Tune a model of your own on a score of your own, in one call: `foveate.tune`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
-from torch.optim import Optimizer
 
 from foveate import noise
-from foveate.learn.answers import (
-    Precision,
-    Reward,
-    Scored,
-    Tuning,
-    answering,
-    distinct,
-    frozen,
-    likelihood_loss,
-    repeat,
-    reward_loss,
-    score,
-)
+from foveate.analysis import curve_page
+from foveate.geometry import Boxes
+from foveate.learn.answers import Reward, Tuning, answering, frozen, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
-from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.rewards.combine import check_output
 from foveate.run import Run
-from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, map_tree, rows_of, split
-
-Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
-Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
-SUMS = ("entropy", "kl", "value_loss")  # divided by the answers of the whole batch, of which a chunk has its part
+from foveate.two_steps import Batches, held_out_scores, tune_on_reward
+from foveate.types import InputError, RewardOutput, Sampler, Tree, map_tree, rows_of
 
 
 def tune(
@@ -64,9 +42,11 @@ def tune(
 
         foveate.tune(model, DetectionReward(), lambda step: (images, targets), out="runs/tuned", minutes=10)
 
-    Before the first update the reward is checked on the first batch: one finite number an answer, and not the same one
-    for all. The optimizer is Adafactor, as in the paper. With `held_out` the model is given the weights that answered
-    best there, greedily, those of the start among them; the run keeps both: the parts "keeper" and "policy".
+    Before the first update the first answers are looked at: the reward gives one finite number for each, not the same
+    for all; scoring them twice gives the same probabilities; boxes and targets share their units. The optimizer is
+    Adafactor, as in the paper. With `held_out` the model is given the weights that answered best there, greedily, those
+    of the start among them. In the end the folder has a page that says whether the curve is normal
+    (`foveate.analysis.curve_page`).
 
     Args:
         policy: what answers: a `foveate.types.Sampler`. It is moved to the device and changed.
@@ -88,7 +68,8 @@ def tune(
         The policy, tuned.
 
     Raises:
-        InputError: settings that teach nothing, a reward that is none, a folder in use.
+        InputError: settings that teach nothing, a reward that is none, other units, a model whose scores are random, a
+            folder in use.
     """
     tuning = Tuning(**settings)
     run = Run(
@@ -114,12 +95,7 @@ def tune(
         output = reward(predictions, targets)
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 
-    inputs, targets = ready(batches(0))
-    with torch.no_grad(), answering(policy):
-        keys = noise.key(seed, "check", torch.arange(rows_of(inputs))).to(run.device)
-        answers = policy.decode(policy.sample(inputs, tuning.samples, False, keys))
-        repeated = repeat(targets, tuning.samples)
-        check_output(reward(answers, repeated), rows_of(inputs) * tuning.samples, getattr(reward, "__name__", "given"))
+    _check_start(policy, reward, ready(batches(0)), seed, tuning)
 
     def look() -> dict[str, Tensor]:
         return held_out_scores(policy, checked, map(ready, held_out), seed, tuning.precision)
@@ -139,216 +115,34 @@ def tune(
         validate=look if held_out else None,
         every=every,
     )
+    if run.is_main:
+        config = asdict(tuning)
+        run.say(f"is the curve normal? {curve_page(run.folder, config)}")
     return policy
 
 
-def held_out_scores(
-    policy: Sampler, reward: Reward, batches: Iterable[tuple[Tree, Tree]], seed: int, precision: Precision = "fp32"
-) -> dict[str, Tensor]:
-    """Mean reward of greedy answers and its parts, "held_out_reward" and "held_out part ..."."""
-    outputs = []
-    with torch.no_grad(), answering(policy, precision):
-        for inputs, targets in batches:
-            keys = noise.key(seed, "held out", torch.arange(rows_of(inputs))).to(next(policy.parameters()).device)
-            outputs.append(reward(policy.decode(policy.sample(inputs, 1, True, keys)), targets))
-    found = {"held_out_reward": torch.cat([output.total for output in outputs]).mean()}
-    names = outputs[0].parts
-    return found | {
-        f"held_out part {name}": torch.cat([output.parts[name] for output in outputs]).mean() for name in names
-    }
-
-
-def learn_likelihood(
-    run: Run,
-    phase: str,
-    share: float,
-    policy: Sampler,
-    batches: Batches,
-    optimizer: Optimizer,
-    learning_rate: float,
-    *,
-    start: Sampler | None = None,
-    beside: Callable[[Tree, Tree, Int[Tensor, " batch"]], Losses] | None = None,
-    keeper: Keeper | None = None,
-    validate: Callable[[], dict[str, Any]] | None = None,
-    every: int = 200,
-    precision: Precision = "fp32",
-) -> None:
-    """Teach a sampler the answers that people gave, for one phase of a run: the first step, and its control later.
-
-    Args:
-        run: owns the loop.
-        phase: its name in the logs.
-        share: of the run's budget.
-        policy: as `run.track` returned it.
-        batches: step → inputs and their answers, trees whose tensors begin with this process's part of the batch.
-        optimizer: as `run.track` returned it.
-        learning_rate: peak of the one-cycle schedule.
-        start: whose weights the policy takes at the first step of the phase; None: it keeps its own.
-        beside: further losses of a batch, from its inputs, answers and keys.
-        keeper: keeps the weights of the best `validate()["held_out_reward"]`, those of the start and of the end among
-            them, and gives them to the policy in the end. It needs `validate`.
-        validate: scores on held-out inputs, logged every `every` steps.
-        every: steps between validations.
-        precision: "bf16" runs the model in mixed precision.
-    """
-    for step in run.steps(phase, share):
-        if step == 0:
-            if start is not None:
-                policy.load_state_dict(start.state_dict())
-            if keeper is not None:
-                keeper.begin()
-                _offer(run, policy, keeper, validate)
-        inputs, answers = batches(step)
-        policy.train()
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = likelihood_loss(policy(inputs, answers))
-        losses = {"negative_log_likelihood": loss}
-        if beside is not None:
-            losses |= beside(inputs, answers, _keys(run, phase, step, rows_of(inputs)))
-        set_learning_rate(optimizer, one_cycle(run.progress, learning_rate))
-        run.optimise(torch.stack(list(losses.values())).sum(), optimizer, clip=1.0)
-        run.log(**{name: value.detach() for name, value in losses.items()})
-        if (step + 1) % every == 0:
-            _offer(run, policy, keeper, validate)
-    if keeper is not None and validate is not None:
-        keeper.offer(policy, validate()["held_out_reward"])
-        policy.load_state_dict(keeper.best.state_dict())
-        run.save()
-
-
-def tune_on_reward(
-    run: Run,
-    phase: str,
-    share: float,
-    policy: Sampler,
-    reward: Reward,
-    batches: Batches,
-    tuning: Tuning,
-    optimizer: Optimizer,
-    average: MovingAverage,
-    reference: Sampler | None = None,
-    *,
-    beside: Callable[[Decisions, Scored, Tree], Losses] | None = None,
-    keeper: Keeper | None = None,
-    validate: Callable[[], dict[str, Any]] | None = None,
-    every: int = 100,
-) -> None:
-    """Tune a sampler for one phase of a run; with a reference it begins with the weights of that.
-
-    Logged: the reward and its parts; "kl" to the reference and "entropy", of whole answers in nats; "length", decisions
-    an answer; "distinct", the share of different answers to an input; "alike", the share of inputs whose answers all
-    scored the same, from which nothing is learned; "ratio", which is 1 at the first epoch.
-
-    Args:
-        run: owns the loop.
-        phase: its name in the logs.
-        share: of the run's budget.
-        policy: as `run.track` returned it.
-        reward: (predictions, targets) → a score for each answer; targets are repeated, one for each answer.
-        batches: the inputs and targets of a step: trees whose tensors begin with this process's part of the batch.
-        tuning: how.
-        optimizer: as `run.track` returned it.
-        average: the moving-average baseline, tracked.
-        reference: the model at the start, frozen and tracked; needed by an anchor, and for logging the KL.
-        beside: further losses of the decisions on the answers, from their targets (repeated, one for each answer).
-        keeper: keeps the weights of the best `validate()["held_out_reward"]`, those of the start and of the end among
-            them, goes back to them after a collapse, and gives them to the policy in the end. It needs `validate`.
-        validate: scores on held-out inputs, logged at the start and every `every` steps.
-        every: steps between validations.
-
-    Raises:
-        InputError: an anchor without a reference.
-    """
-    if tuning.anchor and reference is None:
-        raise InputError(f"reference: not given, but the anchor is {tuning.anchor:g}; pass a frozen copy of the model")
-    for step in run.steps(phase, share):
-        if step == 0:
-            if reference is not None:
-                policy.load_state_dict(reference.state_dict())
-            if keeper is not None:
-                keeper.begin()
-            _offer(run, policy, keeper, validate)  # the start is the first to be beaten
-        inputs, targets = batches(step)
-        scored = score(policy, reward, inputs, targets, _keys(run, phase, step, rows_of(inputs)), tuning, average)
-        rate = tuning.learning_rate * min(1.0, (step + 1) / max(1, tuning.warmup))
-        rate *= 1 - run.progress if tuning.anneal else 1.0
-        set_learning_rate(optimizer, rate * (1.0 if keeper is None else float(keeper.rate)))
-        for epoch in range(tuning.epochs):
-            told = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside)
-            if epoch == 0:
-                told |= _told(scored, tuning.samples)
-                run.log(**told)
-        average.update(run.mean(scored.output.total.mean())[None])
-        if (step + 1) % every == 0:
-            _offer(run, policy, keeper, validate)
-        if keeper is not None:
-            reward_now, length, various = (run.mean(told[name]) for name in ("reward", "length", "distinct"))
-            if collapsed := keeper.notice(reward_now, length, various, tuning.samples):
-                keeper.go_back(policy, optimizer)
-                run.say(f"{phase}, step {step + 1}: {collapsed}, and the reward is lower: back to the best weights")
-    if keeper is not None:
-        if validate is not None:
-            keeper.offer(policy, validate()["held_out_reward"])
-        policy.load_state_dict(keeper.best.state_dict())
-        run.save()
-
-
-def _offer(run: Run, policy: Sampler, keeper: Keeper | None, validate: Callable[[], dict[str, Any]] | None) -> None:
-    if validate is not None:
-        found = validate()
-        if keeper is not None:
-            keeper.offer(policy, found["held_out_reward"])
-        run.log(**found)
-
-
-def _update(
-    run: Run,
-    policy: Sampler,
-    reference: Sampler | None,
-    inputs: Tree,
-    targets: Tree,
-    scored: Scored,
-    tuning: Tuning,
-    optimizer: Optimizer,
-    beside: Callable[[Decisions, Scored, Tree], Losses] | None,
-) -> dict[str, Tensor]:
-    """One step of the optimizer on scored answers, in chunks if asked; what to log of it."""
-    rows, samples = rows_of(inputs), tuning.samples
-    size = tuning.chunk or rows
-    logged: dict[str, Tensor] = {}
-    loss = None
-    for some, wanted, part in zip(
-        split(inputs, size), split(targets, size), split(scored, size * samples), strict=True
-    ):
-        if loss is not None:
-            loss.backward()
-        share = rows_of(some) / rows
-        anchor = None
-        if reference is not None:
-            with torch.no_grad(), answering(reference, tuning.precision):
-                anchor = reference(some, part.actions).distribution
-        with answering(policy, tuning.precision):
-            decisions = policy(some, part.actions)
-        loss, told = reward_loss(decisions, part, anchor, tuning, rows * samples)
-        shared = {name: value if name in SUMS else share * value for name, value in told.items()}
-        if beside is not None:
-            losses = beside(decisions, part, repeat(wanted, samples))
-            loss = torch.stack([loss, *(share * value for value in losses.values())]).sum()
-            shared |= {name: share * value.detach() for name, value in losses.items()}
-        logged = {name: logged.get(name, 0.0) + value for name, value in shared.items()}
-    assert loss is not None
-    run.optimise(loss, optimizer)
-    return logged
-
-
-def _told(scored: Scored, samples: int) -> dict[str, Tensor]:
-    groups = scored.output.total.view(-1, samples)
-    alike = (groups == groups[:, :1]).all(1).float().mean()
-    found = {"distinct": distinct(scored.actions, samples)}
-    return found | ({"alike": alike} if samples > 1 else {})
-
-
-def _keys(run: Run, phase: str, step: int, rows: int) -> Int[Tensor, " batch"]:
-    """Of this process's rows of a batch."""
-    return noise.key(run.seed, phase, step, torch.arange(rows) + run.rank * rows).to(run.device)
+@torch.no_grad()
+def _check_start(policy: Sampler, reward: Reward, batch: tuple[Tree, Tree], seed: int, tuning: Tuning) -> None:
+    """Look at the first answers before anything is learned from them."""
+    inputs, targets = batch
+    rows = rows_of(inputs)
+    with answering(policy, tuning.precision):
+        keys = noise.key(seed, "check", torch.arange(rows)).to(next(policy.parameters()).device)
+        actions = policy.sample(inputs, tuning.samples, False, keys)
+        answers, wanted = policy.decode(actions), repeat(targets, tuning.samples)
+        once, again = policy(inputs, actions), policy(inputs, actions)
+    if isinstance(answers, Boxes) and isinstance(wanted, Boxes) and wanted.mask.any() and answers.mask.any():
+        reach, wanted_reach = (float(boxes.boxes[boxes.mask].max()) for boxes in (answers, wanted))
+        if wanted_reach <= 1 < reach:
+            raise InputError(
+                f"targets: their boxes lie within [0, 1], the model's reach {reach:g}: multiply by width and height"
+            )
+    check_output(reward(answers, wanted), rows * tuning.samples, getattr(reward, "__name__", "given"))
+    if once.log_probs is None or once.mask is None or again.log_probs is None:
+        raise InputError("policy: its forward gives no log_probs or no mask, which a Sampler's must")
+    off = float(torch.where(once.mask, once.log_probs - again.log_probs, 0.0).abs().max())
+    if off > 1e-5:
+        raise InputError(
+            f"policy: scores the same answers differently by {off:.2g} nats from one pass to the next, so no ratio "
+            "would be 1: draw nothing at random in forward"
+        )

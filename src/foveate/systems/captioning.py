@@ -42,7 +42,7 @@ from foveate.models.captioner import Captioner
 from foveate.models.encoder_decoder import Tokens
 from foveate.rewards.captions import Cider, Words, document_frequency
 from foveate.run import Run
-from foveate.tuning import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, map_tree, split
 
 

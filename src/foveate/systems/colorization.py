@@ -45,7 +45,7 @@ from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words, kept
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.run import Run
-from foveate.tuning import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput
 
 

@@ -43,7 +43,7 @@ from foveate.models.box_tokens import BoxTokens, BoxWriter
 from foveate.models.encoder_decoder import Tokens
 from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
 from foveate.run import Run
-from foveate.tuning import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, Tree, map_tree, split
 
 Control = Literal["likelihood", "confidence"]

@@ -52,7 +52,7 @@ from foveate.rewards.boxes import (
 from foveate.rewards.combine import load_reward
 from foveate.rewards.sets import above, best_level, placing_loss, set_scores, without_each
 from foveate.run import Run
-from foveate.tuning import held_out_scores, tune_on_reward
+from foveate.two_steps import held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, concatenate, map_tree
 
 
