@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import pictures
+from foveate import pictures, plots
 from foveate.types import InputError
 
 SIDE, CELL, ZOOM = 32, 192, 6  # an image enlarged by a whole number: geometry can be counted in pixels
@@ -198,16 +198,16 @@ def count(image, colour):
 
 def test_line_plot_draws_every_series_in_its_colour_and_the_band():
     series = {name: [(x, y + 0.1 * x) for x in range(5)] for name, y in (("a", 1.0), ("b", 2.0), ("c", math.nan))}
-    plain = pictures.line_plot(series, "glimpses", "accuracy", "A title")
-    assert count(plain, pictures.PALETTE[0]) > 300
-    assert count(plain, pictures.PALETTE[1]) > 300
-    band = pictures.line_plot(series, "glimpses", "accuracy", bands={"a": [(x, 0.5, 1.5) for x in range(5)]})
+    plain = plots.line_plot(series, "glimpses", "accuracy", "A title")
+    assert count(plain, plots.PALETTE[0]) > 300
+    assert count(plain, plots.PALETTE[1]) > 300
+    band = plots.line_plot(series, "glimpses", "accuracy", bands={"a": [(x, 0.5, 1.5) for x in range(5)]})
     assert count(band, "#d8e9f3") > 1000 > count(plain, "#d8e9f3")
 
 
 def test_line_plot_takes_one_point_no_point_and_a_logarithm():
     for series in ({}, {"nothing": []}, {"one": [(1.0, 0.5)]}, {"nan": [(1.0, math.nan)]}):
-        assert pictures.line_plot(series, "x", "y", logy=True).mode == "RGB"
+        assert plots.line_plot(series, "x", "y", logy=True).mode == "RGB"
 
 
 def rows(phase, steps, **metrics):
@@ -215,18 +215,18 @@ def rows(phase, steps, **metrics):
 
 
 def test_training_curves_colour_the_phases_and_need_something_to_draw():
-    assert pictures.training_curves([]) is None
-    assert pictures.training_curves(rows("train", range(3))) is None
+    assert plots.training_curves([]) is None
+    assert plots.training_curves(rows("train", range(3))) is None
     log = rows("pretrain", range(0, 40, 2), loss=2.0) + rows("reward", range(0, 60, 2), loss=1.0, reward=0.5)
-    page = pictures.training_curves(log)
-    assert count(page, pictures.PALETTE[0]) > 100
-    assert count(page, pictures.PALETTE[1]) > 100
-    assert count(page, pictures.PALETTE[2]) == 0
+    page = plots.training_curves(log)
+    assert count(page, plots.PALETTE[0]) > 100
+    assert count(page, plots.PALETTE[1]) > 100
+    assert count(page, plots.PALETTE[2]) == 0
 
 
 def test_training_curves_take_one_row_and_values_that_are_not_finite():
     log = rows("train", [0], loss=math.nan, reward=math.inf, accuracy=0.5, note="a word")
-    assert pictures.training_curves(log).mode == "RGB"
+    assert plots.training_curves(log).mode == "RGB"
 
 
 def test_steps_of_a_phase_that_begins_anew_follow_the_phase_before():
@@ -238,18 +238,18 @@ def test_steps_of_a_phase_that_begins_anew_follow_the_phase_before():
 
 def test_compare_draws_the_metrics_that_runs_share():
     runs = {"one": rows("train", range(9), loss=1.0, only=3.0), "two": rows("train", range(9), loss=2.0)}
-    shared, alone = pictures.compare_curves(runs), pictures.compare_curves({"one": runs["one"]})
+    shared, alone = plots.compare_curves(runs), plots.compare_curves({"one": runs["one"]})
     assert shared.width < alone.width  # one panel against two
-    assert count(shared, pictures.PALETTE[0]) > 100
-    assert count(shared, pictures.PALETTE[1]) > 100
-    assert pictures.compare_curves({"a": rows("t", [1], x=1.0), "b": rows("t", [1], y=1.0)}) is None
-    assert pictures.compare_curves({}) is None
+    assert count(shared, plots.PALETTE[0]) > 100
+    assert count(shared, plots.PALETTE[1]) > 100
+    assert plots.compare_curves({"a": rows("t", [1], x=1.0), "b": rows("t", [1], y=1.0)}) is None
+    assert plots.compare_curves({}) is None
 
 
 def test_smoothing_keeps_a_constant_and_skips_what_is_not_finite():
     values = np.full(120, 0.75)
     values[[0, 30, 119]] = math.nan
-    assert np.allclose(pictures._smooth(values), 0.75)
-    assert np.isnan(pictures._smooth(np.array([math.nan, math.nan]))).all()
+    assert np.allclose(plots._smooth(values), 0.75)
+    assert np.isnan(plots._smooth(np.array([math.nan, math.nan]))).all()
     noisy = np.random.default_rng(0).normal(size=600)
-    assert pictures._smooth(noisy).std() < noisy.std() / 4
+    assert plots._smooth(noisy).std() < noisy.std() / 4

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate import noise, pictures, report
+from foveate import noise, plots, report
 from foveate.learn.answers import Reward, answering, repeat
 from foveate.types import Evaluation, Sampler, Tree, split
 
@@ -104,11 +104,11 @@ def curve_page(folder: Path, config: Mapping[str, Any]) -> Path:
     held_out = [(row["step"], row["held_out_reward"]) for row in rows if row.get("held_out_reward") is not None]
     against = [(row["kl"], row["reward"]) for row in rows if row.get("kl") is not None]
     series = {"drawn answers": drawn} | ({"greedy, held out": held_out} if held_out else {})
-    shown = {"reward": pictures.line_plot(series, "step", "reward")}
+    shown = {"reward": plots.line_plot(series, "step", "reward")}
     if against:
         title = "the price of the reward"
-        shown["reward against KL"] = pictures.line_plot({"drawn answers": against}, "nats", "reward", title, dots=True)
-    if (curves := pictures.training_curves(rows)) is not None:
+        shown["reward against KL"] = plots.line_plot({"drawn answers": against}, "nats", "reward", title, dots=True)
+    if (curves := plots.training_curves(rows)) is not None:
         shown["training"] = curves
     scores = {name: [reward for _, reward in points] for name, points in series.items()}
     table = Evaluation(

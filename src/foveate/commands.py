@@ -22,7 +22,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 from torch import Tensor, nn
 
-from foveate import pictures, report
+from foveate import pictures, plots, report
 from foveate.analysis import along_training, compare_models
 from foveate.run import Run
 from foveate.run import folder as run_folder
@@ -255,11 +255,11 @@ def analyse(
     models, reward, inputs, targets = module.compared(config, run, images)
     numbers, values, curves = compare_models(models, reward, inputs, targets, samples, run.seed)
     drawn: dict[str, Any] = {
-        "rewards of answers": pictures.histogram(values, "reward"),
-        "best of N": pictures.line_plot(curves, "N answers", "reward", logx=True),
+        "rewards of answers": plots.histogram(values, "reward"),
+        "best of N": plots.line_plot(curves, "N answers", "reward", logx=True),
     }
     if along := along_training(_metrics(run.folder)):
-        drawn["reward against metric"] = pictures.line_plot(along, "held-out reward", "held-out metric", dots=True)
+        drawn["reward against metric"] = plots.line_plot(along, "held-out reward", "held-out metric", dots=True)
     return numbers, list(_save_pictures(run.folder / "analysis", drawn).values())
 
 
@@ -269,7 +269,7 @@ def compare(folders: Sequence[Path | str], out: Path | str) -> Path:
     for folder in map(Path, folders):
         run = Run.open(folder)
         rows[folder.name if folder.name not in rows else str(folder)] = _metrics(run.folder)
-    drawn = pictures.compare_curves(rows)
+    drawn = plots.compare_curves(rows)
     if drawn is None:
         raise InputError(f"{', '.join(map(str, folders))}: no metric is in the logs of these runs yet")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -343,8 +343,8 @@ def _write_report(config: Any, run: Run, evaluation: Evaluation, drawn: dict[str
     shown: dict[str, Any] = dict(drawn)
     for name, series in evaluation.curves.items():
         value, over = name.split(" against ")
-        shown[name] = pictures.line_plot(series, over, value)
-    curves = pictures.training_curves(_metrics(run.folder))
+        shown[name] = plots.line_plot(series, over, value)
+    curves = plots.training_curves(_metrics(run.folder))
     if curves is not None:
         shown["training"] = curves
     path = run.folder / "report.html"
