@@ -83,7 +83,7 @@ def learn_likelihood(
         learning_rate: peak of the one-cycle schedule.
         start: whose weights the policy takes at the first step of the phase; None: it keeps its own.
         beside: further losses of a batch, from its inputs, answers and keys.
-        keeper: keeps the weights of the best `validate()["held_out_reward"]`, those of the start and of the end among
+        keeper: keeps the weights of the best `validate()[keeper.by]`, those of the start and of the end among
             them, and gives them to the policy in the end. It needs `validate`.
         validate: scores on held-out inputs, logged every `every` steps.
         every: steps between validations.
@@ -109,7 +109,7 @@ def learn_likelihood(
         if (step + 1) % every == 0:
             _offer(run, policy, keeper, validate)
     if keeper is not None and validate is not None:
-        keeper.offer(policy, validate()["held_out_reward"])
+        keeper.offer(policy, validate()[keeper.by])
         policy.load_state_dict(keeper.best.state_dict())
         run.save()
 
@@ -149,7 +149,7 @@ def tune_on_reward(
         average: the moving-average baseline, tracked.
         reference: the model at the start, frozen and tracked; needed by an anchor, and for logging the KL.
         beside: further losses of the decisions on the answers, from their targets (repeated, one for each answer).
-        keeper: keeps the weights of the best `validate()["held_out_reward"]`, those of the start and of the end among
+        keeper: keeps the weights of the best `validate()[keeper.by]`, those of the start and of the end among
             them, goes back to them after a collapse, and gives them to the policy in the end. It needs `validate`.
         validate: scores on held-out inputs, logged at the start and every `every` steps.
         every: steps between validations.
@@ -186,7 +186,7 @@ def tune_on_reward(
                 run.say(f"{phase}, step {step + 1}: {collapsed}, and the reward is lower: back to the best weights")
     if keeper is not None:
         if validate is not None:
-            keeper.offer(policy, validate()["held_out_reward"])
+            keeper.offer(policy, validate()[keeper.by])
         policy.load_state_dict(keeper.best.state_dict())
         run.save()
 
@@ -195,7 +195,7 @@ def _offer(run: Run, policy: Sampler, keeper: Keeper | None, validate: Callable[
     if validate is not None:
         found = validate()
         if keeper is not None:
-            keeper.offer(policy, found["held_out_reward"])
+            keeper.offer(policy, found[keeper.by])
         run.log(**found)
 
 

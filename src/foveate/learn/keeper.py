@@ -21,6 +21,10 @@ class Keeper(nn.Module):
 
     A part of a run, so that it is saved and restored with it.
 
+    Args:
+        policy: whose weights are kept.
+        by: which of the held-out scores decides; the larger is the better.
+
     Attributes:
         best: the module with these weights.
         score: their held-out score; -inf before the first.
@@ -33,8 +37,9 @@ class Keeper(nn.Module):
     now: Tensor
     seen: Tensor
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, by: str = "held_out_reward") -> None:
         super().__init__()
+        self.by = by
         self.best = copy.deepcopy(policy).requires_grad_(False)
         self.register_buffer("score", torch.tensor(-math.inf))
         self.register_buffer("rate", torch.ones(()))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +118,8 @@ class Config:
 PART = "policy"  # the tracked part that holds the policy
 PARTS: dict[Control, str] = {"likelihood": "control", "confidence": "confidence"}  # control → its tracked part
 ROWS = {"mle": "likelihood", "control": "control", "confidence": "confidence"}  # baseline → its tracked part
+# by what the boxes of a part are ranked: likelihood alone learns no confidence
+SCORES = {"likelihood": "class", "control": "class", PART: "confidence", "confidence": "confidence"}
 _load = lru_cache(maxsize=6)(load_detections)
 
 
@@ -178,27 +180,27 @@ def train(config: Config, run: Run) -> None:
     for name in names:
         torch.manual_seed(config.seed)
         policy = build(config).to(run.device)
-        kind = torch.optim.Adafactor if name == PART else torch.optim.Adam
-        parts[name] = run.track(**{name: policy, f"{name}_optimizer": kind(policy.parameters(), config.tuning_rate)})
-    keeper, average = Keeper(parts[PART][0]), MovingAverage()
-    run.track(keeper=keeper, average=average)
+        keeper, kind = f"{name}_keeper", torch.optim.Adafactor if name == PART else torch.optim.Adam
+        tracked = {name: policy, f"{name}_optimizer": kind(policy.parameters(), config.tuning_rate)}
+        parts[name] = run.track(**tracked, **{keeper: Keeper(policy, "held_out_map")})
+    (average,) = run.track(average=MovingAverage())
     reward, share = _reward(config, data), (1 - config.likelihood_share) / (1 + len(config.controls))
     held_out = split(chosen(val, torch.arange(len(val)).to(run.device)), 50)
     answers = _answers(config, data, run)
 
-    def look(policy: BoxWriter) -> Callable[[], dict[str, Any]]:
-        def scores() -> dict[str, Any]:
-            metric = {"held_out_map": _score(config, policy.eval(), val, run, "class")["map"]}
-            return held_out_scores(policy, reward, held_out, config.seed, config.precision) | metric
+    def look(name: str) -> dict[str, Any]:
+        policy = parts[name][0].eval()
+        metric = {"held_out_map": _score(config, policy, val, run, SCORES[name])["map"]}
+        return held_out_scores(policy, reward, held_out, config.seed, config.precision) | metric
 
-        return scores
+    def learn(name: str, share: float, start: BoxWriter | None = None, beside: Any = None) -> None:
+        policy, optimizer, keeper = parts[name]
+        how = {"start": start, "beside": beside, "keeper": keeper, "validate": partial(look, name)}
+        rate, precision = config.learning_rate, config.precision
+        learn_likelihood(run, name, share, policy, answers, optimizer, rate, precision=precision, **how)
 
-    start, optimizer = parts["likelihood"]
-    likelihood: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
-    learn_likelihood(
-        run, "likelihood", config.likelihood_share, start, answers, optimizer, validate=look(start), **likelihood
-    )
-    policy, optimizer = parts[PART]
+    learn("likelihood", config.likelihood_share)
+    start, (policy, optimizer, keeper) = parts["likelihood"][0], parts[PART]
     tune_on_reward(
         run,
         "reward",
@@ -212,11 +214,10 @@ def train(config: Config, run: Run) -> None:
         start,
         beside=lambda decisions, scored, targets: _confidence(config, policy, decisions, scored.actions, targets),
         keeper=keeper,
-        validate=look(policy),
+        validate=partial(look, PART),
     )
     for control in config.controls:
-        learner, optimizer = parts[PARTS[control]]
-        beside = None
+        learner, beside = parts[PARTS[control]][0], None
         if control == "confidence":
 
             def beside(inputs: Tree, answers: Tree, keys: Tensor, learner: BoxWriter = learner) -> dict[str, Tensor]:
@@ -225,9 +226,7 @@ def train(config: Config, run: Run) -> None:
                 targets = map_tree(lambda leaf: leaf[few], learner.decode(answers))
                 return _confidence(config, learner, learner(inputs[few], written), written, targets)
 
-        learn_likelihood(
-            run, PARTS[control], share, learner, answers, optimizer, start=start, beside=beside, **likelihood
-        )
+        learn(PARTS[control], share, start, beside)
 
 
 def _batch(config: Config, data: Detections, run: Run, phase: str, step: int, size: int) -> tuple[Tensor, Boxes]:
@@ -275,10 +274,9 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
     for name, part in ROWS.items():
         other = build(config).to(run.device)
         if run.restore(part, other):
-            score = "confidence" if name == "confidence" else "class"
-            baselines[name] = _score(config, other.eval(), data, run, score)
+            baselines[name] = _score(config, other.eval(), data, run, SCORES[part])
             if name != "control":
-                baselines[f"{name} unending"] = _score(config, other.unending().eval(), data, run, score)
+                baselines[f"{name} unending"] = _score(config, other.unending().eval(), data, run, SCORES[part])
     return Evaluation(metrics, baselines)
 
 
