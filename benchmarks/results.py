@@ -22,6 +22,7 @@ Row = dict[str, Any]
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 OWN_COLUMNS = ("data", "root", "variant", "seed", "steps", "minutes", "channels", "classes")
+LAYOUTS = ("coco", "folder", "pairs", "voc")  # which say nothing without the name of their folder
 KEY = ("system", "data", "variant", "settings", "seed", "budget", "processes")
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -42,9 +43,10 @@ def read_row(run: Path) -> Row:
         until = max(row["seconds"] for row in rows if row["phase"] == phase)
         phases[phase], before = (until - before) / 60, until
     config = {name: value for name, value in record["config"].items() if name != "root"}  # a path of one machine
+    data, root = config["data"], record["config"].get("root")
     return {
         "system": record["system"],
-        "data": config["data"],
+        "data": f"{data} ({Path(root).name})" if data in LAYOUTS and root else data,
         "variant": config.get("variant"),
         "settings": _settings(record["system"], config),
         "seed": record["seed"],
