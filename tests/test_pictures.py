@@ -230,9 +230,7 @@ def test_training_curves_take_one_row_and_values_that_are_not_finite():
 
 
 def test_steps_of_a_phase_that_begins_anew_follow_the_phase_before():
-    found = plots._curves(
-        rows("a", (0, 5, 10), loss=1.0) + rows("b", (0, 5), loss=2.0) + rows("c", (15, 20), loss=3.0)
-    )
+    found = plots._curves(rows("a", (0, 5, 10), loss=1.0) + rows("b", (0, 5), loss=2.0) + rows("c", (15, 20), loss=3.0))
     assert found == {"loss": {"a": [(0, 1), (5, 1), (10, 1)], "b": [(10, 2), (15, 2)], "c": [(15, 3), (20, 3)]}}
 
 
