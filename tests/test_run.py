@@ -602,3 +602,14 @@ def test_the_terminal_is_given_back_when_the_body_raises(tmp_path: Path, monkeyp
 def test_heavy_libraries_are_not_imported_with_the_module() -> None:
     code = "import sys, foveate.run; print({'accelerate', 'rich', 'tensorboard', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_the_record_names_the_commit_of_the_source_wherever_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = folders.describe("test", {}, 0, {})["commit"]
+    monkeypatch.chdir(tmp_path)
+    assert folders.describe("test", {}, 0, {})["commit"] == here
+    asked = ["git", "-C", Path(__file__).parent, "rev-parse", "--is-inside-work-tree"]
+    inside = subprocess.run(asked, capture_output=True, text=True).stdout.strip() == "true"
+    assert (here is not None) == inside

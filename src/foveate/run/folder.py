@@ -120,14 +120,13 @@ def _minor(release: str) -> str:
 
 
 def _commit() -> str | None:
+    """Of the source that runs, wherever it was started from; None if it is installed rather than checked out."""
+    here = Path(__file__)
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
+        for command in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--abbrev=12"]):
+            found = subprocess.run(
+                ["git", "-C", str(here.parent), *command], capture_output=True, text=True, timeout=5, check=True
+            )
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
