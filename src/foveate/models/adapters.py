@@ -60,8 +60,7 @@ class Adapter(Detector):
 
     def loss(self, images: Float[Tensor, "batch 3 height width"], targets: Boxes) -> dict[str, Float[Tensor, ""]]:
         """The model's own losses, without crowds."""
-        if targets.crowd is not None:
-            targets = replace(targets, mask=targets.mask & ~targets.crowd)
+        targets = replace(targets, mask=targets.wanted)
         self.model.train()
         for module in self.model.modules():
             if self.still and isinstance(module, _BatchNorm):

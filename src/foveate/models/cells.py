@@ -2,9 +2,8 @@
 
 After Tian et al. 2019, "FCOS: fully convolutional one-stage object detection", on one map: cells near the middle of an
 object are taught its class by cross-entropy and its box by 1 - generalised IoU. The focal loss of that paper leaves
-probabilities too even to draw from: of raccoons it drew 3.5 boxes an image where there is one, cross-entropy 1.1. A box
-is told as the offset of its centre from the cell and the logarithms of its sides, so that objects smaller than a cell
-have one too.
+probabilities too even to draw from. A box is told as the offset of its centre from the cell and the logarithms of its
+sides, so that objects smaller than a cell have one too.
 """
 
 from __future__ import annotations

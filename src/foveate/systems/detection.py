@@ -270,6 +270,8 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
     metrics = _score(config, policy, data, run, "confidence")
+    if config.skip_bad:
+        metrics["left_out"] = float(sum(_data(config, part).skipped for part in ("train", "val", "test")))
     baselines = {}
     for name, part in ROWS.items():
         other = build(config).to(run.device)

@@ -225,8 +225,10 @@ def _supervise(
     """The detector's own losses for one phase; it ends with the weights that were best on held-out images."""
     policy, optimizer, keeper = parts
     for step in run.steps(phase, share):
-        if step == 0 and start is not None:
-            policy.load_state_dict(start.state_dict())
+        if step == 0:
+            if start is not None:
+                policy.load_state_dict(start.state_dict())
+            keeper.begin()
             keeper.offer(policy, look(policy)["held_out_map"])
         images, targets = batches(phase, step)
         policy.train()
@@ -270,11 +272,14 @@ def evaluate(config: Config, policy: Candidates, run: Run, elsewhere: bool = Fal
 
     All in [0, 1]. Baselines: `mle`, the start; `control`, the start with more of the detector's own losses; and these
     with the threshold of the score that gives the best F1 on the val split, `mle threshold` and `control threshold`.
+    `left_out` counts the pictures that `skip_bad` left out.
     """
     data, val = _data(config, "test"), _data(config, "val")
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
     metrics, baselines = _score(policy, data, run)[0], dict[str, dict[str, float]]()
+    if config.skip_bad:
+        metrics["left_out"] = float(sum(_data(config, split).skipped for split in ("train", "val", "test")))
     for name, part in ROWS.items():
         other = build(config).to(run.device)
         if run.restore(part, other):
