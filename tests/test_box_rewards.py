@@ -180,8 +180,14 @@ def test_matches_and_duplicates_are_those_of_loops(
     for name, values in found.parts.items():
         torch.testing.assert_close(values, torch.tensor([float(row[name]) for row in parts]), rtol=1e-5, atol=1e-5)
     assert found.credit is not None
-    torch.testing.assert_close(found.credit.sum(1), found.total, rtol=1e-5, atol=1e-5)
     assert not found.credit[~predictions.mask].any()
+    before = torch.zeros_like(found.total)
+    for place in range(predictions.mask.shape[1]):
+        so_far = torch.arange(predictions.mask.shape[1]) <= place
+        total = reward(replace(predictions, mask=predictions.mask & so_far), targets).total
+        torch.testing.assert_close(found.credit[:, place], total - before, rtol=1e-5, atol=1e-5)
+        before = total
+    torch.testing.assert_close(before, found.total)
 
 
 def test_credit_of_a_box_is_what_it_adds() -> None:

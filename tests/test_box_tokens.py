@@ -8,8 +8,9 @@ import torch
 from foveate import noise
 from foveate.data.scenes import SHAPES, describe, draw
 from foveate.geometry import Boxes, check_boxes, overlaps
-from foveate.models.box_tokens import EACH, END, RIGHT, WRONG, BoxTokens
+from foveate.models.box_tokens import EACH, END, RIGHT, WRONG, BoxTokens, by_token
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
+from foveate.rewards.boxes import DetectionReward
 from foveate.types import InputError
 
 CODE = BoxTokens((48, 64), classes=len(SHAPES), most=6, bins=100)
@@ -122,3 +123,14 @@ def test_confidences_learn_the_iou_to_expect() -> None:
     torch.testing.assert_close(sure[~read.mask[0]], torch.full((int((~read.mask[0]).sum()),), 0.5))
     nothing = replace(same, mask=torch.zeros_like(same.mask))
     assert CODE.confidence_loss(logits.expand(4, -1, -1), nothing, draws) == 0
+
+
+def test_gains_stand_where_the_classes_are_written() -> None:
+    there = boxes()
+    tokens = CODE.encode(there)
+    told = by_token(DetectionReward(duplicate=0.0))(CODE.decode(tokens), there)
+    assert told.credit is not None
+    assert told.credit.shape == tokens.ids.shape
+    is_class = tokens.mask & (tokens.ids >= 3 + CODE.bins)
+    assert torch.equal(told.credit > 0, is_class), "every box is near enough to its own target to gain"
+    torch.testing.assert_close(told.credit.sum(1), told.total)

@@ -129,14 +129,16 @@ def test_a_model_that_may_not_end_fills_its_places() -> None:
     assert torch.equal(decided.sum(1), texts.mask.sum(1) - texts.mask[:, EACH - 1 :: EACH].sum(1))
 
 
-def test_scores_are_confidences_or_the_probability_of_the_class() -> None:
+def test_scores_are_confidences_the_probability_of_the_class_or_both() -> None:
     torch.manual_seed(0)
     model = BoxWriter(BoxTokens((16, 16), 2, 3, 16), 8, width=16, depth=1)
     images, keys = noise.uniform(noise.key(0, torch.arange(2)), 3, 16, 16), torch.zeros(2).long()
-    by_class, by_confidence = (model.unending().detect(images, keys, score) for score in ("class", "confidence"))
+    scores = "class", "confidence", "both"
+    by_class, by_confidence, by_both = (model.unending().detect(images, keys, score) for score in scores)
     assert torch.equal(by_class.boxes, by_confidence.boxes)
     assert (by_class.scores >= 0.5 - 1e-6).all(), "of two classes the likelier"
     assert not torch.equal(by_class.scores, by_confidence.scores)
+    torch.testing.assert_close(by_both.scores, by_class.scores * by_confidence.scores)
 
 
 @pytest.mark.parametrize(

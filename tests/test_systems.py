@@ -13,6 +13,7 @@ import torch
 import foveate
 from foveate import commands, report
 from foveate.cli import main
+from foveate.run import Run
 from foveate.systems import SYSTEMS
 
 QUICK = {
@@ -73,6 +74,17 @@ def test_scores_stand_beside_baselines_and_are_finite(trained: commands.Agent) -
         for name, value in row.items():
             assert math.isfinite(value)
             assert report.direction(name), f"{name}: add its word to report.LOWER_IS_BETTER or HIGHER_IS_BETTER"
+
+
+def test_what_is_tuned_from_a_start_is_analysed(trained: commands.Agent) -> None:
+    module = commands.system_module(Run.open(trained.folder).system)
+    assert hasattr(module, "compared") == (
+        "likelihood_share" in {each.name for each in dataclasses.fields(module.Config)}
+    )
+    if hasattr(module, "compared"):
+        numbers, files = commands.analyse(trained.folder, samples=100, images=1)
+        assert set(numbers) == {"likelihood", "tuned"}
+        assert {"rewards-of-answers.png", "best-of-N.png"} <= {path.name for path in files}
 
 
 def test_the_report_shows_pictures_and_curves(trained: commands.Agent) -> None:

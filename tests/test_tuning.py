@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import foveate
 from foveate import noise
 from foveate.distributions import Categorical
 from foveate.geometry import Boxes
-from foveate.learn.answers import Baseline, Tuning, answering, frozen, likelihood_loss, reward_loss, score
+from foveate.learn.answers import Tuning, answering, frozen, likelihood_loss, reward_loss, score
 from foveate.learn.baselines import MovingAverage
 from foveate.models.box_tokens import BoxTokens, BoxWriter
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
@@ -36,14 +37,18 @@ def images(batch: int) -> Tensor:
 
 def agreement(predictions: Tokens, targets: Tensor) -> RewardOutput:
     """How many tokens are those of the target, and a first one more than that: parts sum to the total."""
-    right = ((predictions.ids == targets) & predictions.mask).float()
+    right = ((predictions.ids == targets[:, : predictions.ids.shape[1]]) & predictions.mask).float()
     parts = {"all": right.sum(1), "first": 0.5 * right[:, 0]}
-    return RewardOutput(parts["all"] + parts["first"], parts)
+    credit = right * torch.tensor([1.5, *[1.0] * (right.shape[1] - 1)])
+    return RewardOutput(parts["all"] + parts["first"], parts, credit)
 
 
-@pytest.mark.parametrize("baseline", ["leave-one-out", "greedy", "moving-average", "learned", "none"])
+ESTIMATORS = [{"baseline": name} for name in ("leave-one-out", "greedy", "moving-average", "learned", "none")]
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, {"credit": "to-go"}], ids=lambda how: next(iter(how.values())))
 @pytest.mark.parametrize("end", [None, 0])
-def test_the_gradient_is_that_of_the_expected_reward(baseline: Baseline, end: int | None) -> None:
+def test_the_gradient_is_that_of_the_expected_reward(estimator: dict[str, Any], end: int | None) -> None:
     """All answers of two tokens out of three enumerated: Σ p(answer) R(answer), by autograd."""
     model, image, target = small(end=end), images(1), torch.tensor([[1, 2]])
     answers = torch.tensor(list(itertools.product(range(3), repeat=2)))
@@ -59,7 +64,7 @@ def test_the_gradient_is_that_of_the_expected_reward(baseline: Baseline, end: in
     weights = [model.score.bias, model.decoder[0].project.bias]
     exact = torch.cat([one.flatten() for one in torch.autograd.grad(expected, weights)])
 
-    settings, average = Tuning(samples=4, baseline=baseline), MovingAverage()
+    settings, average = Tuning(samples=4, **estimator), MovingAverage()
     average.update(torch.tensor([0.7]))
     found = []
     for step in range(60):
@@ -308,6 +313,22 @@ def test_credit_of_single_decisions_leaves_the_gradient_and_takes_its_noise() ->
         assert ((samples.mean(0) - exact) / error.clamp(min=1e-6)).abs().max() < 4
         spread[credit] = float(samples.var(0).sum())
     assert spread["difference"] < 0.7 * spread["answer"]
+
+
+def test_what_comes_after_a_decision_leaves_the_gradient_and_takes_the_noise_of_what_was_before() -> None:
+    """`agreement` is a sum over places, so that late decisions do not answer for early ones."""
+    model, image, target = small(4, 5), images(1).expand(16, -1, -1, -1), torch.tensor([[1, 2, 3, 4]]).expand(16, -1)
+    spread = {}
+    for credit in ("answer", "to-go"):
+        found = []
+        for step in range(60):
+            keys = noise.key(step, "rows", torch.arange(16))
+            settings = Tuning(samples=4, credit=credit)  # type: ignore[arg-type]
+            scored = score(model, agreement, image, target, keys, settings, MovingAverage())
+            loss, _ = reward_loss(model(image, scored.actions), scored, None, settings)
+            found.append(torch.autograd.grad(loss, model.score.weight)[0])
+        spread[credit] = float(torch.stack(found).var(0).sum())
+    assert spread["to-go"] < 0.8 * spread["answer"]
 
 
 def test_credit_that_is_not_given_is_asked_for() -> None:

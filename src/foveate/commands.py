@@ -252,7 +252,9 @@ def analyse(
     if samples < 100:
         raise InputError(f"samples: found {samples}, expected at least 100, as the best hundredth is looked at")
     config = config_from(run.system, run.config, f"{folder}/run.json")
-    models, reward, inputs, targets = module.compared(config, run, images)
+    parts = {"likelihood": "likelihood", "tuned": module.PART}
+    models: dict[str, Any] = {name: _restored(module, config, run, part) for name, part in parts.items()}
+    reward, inputs, targets = module.compared(config, models["tuned"], run, images)
     numbers, values, curves = compare_models(models, reward, inputs, targets, samples, run.seed)
     drawn: dict[str, Any] = {
         "rewards of answers": plots.histogram(values, "reward"),
@@ -311,10 +313,10 @@ def bench(names: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _restored(module: ModuleType, config: Any, run: Run) -> nn.Module:
-    policy = module.build(config).to(run.device)
-    if not run.restore(module.PART, policy):
-        raise InputError(f"{run.folder}: its checkpoint holds no {module.PART!r} part; train it anew")
+def _restored(module: ModuleType, config: Any, run: Run, part: str | None = None) -> nn.Module:
+    policy, part = module.build(config).to(run.device), part or module.PART
+    if not run.restore(part, policy):
+        raise InputError(f"{run.folder}: its checkpoint holds no {part!r} part; train it anew")
     return policy.eval()
 
 

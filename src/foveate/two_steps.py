@@ -7,12 +7,12 @@ how much better it was than the others (`foveate.learn.answers`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from foveate import noise
@@ -34,6 +34,7 @@ from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.run import Run
 from foveate.types import Decisions, InputError, Sampler, Tree, rows_of, split
 
+M = TypeVar("M", bound=nn.Module)
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
 Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
 SUMS = ("entropy", "kl", "value_loss")  # divided by the answers of the whole batch, of which a chunk has its part
@@ -189,6 +190,16 @@ def tune_on_reward(
             keeper.offer(policy, validate()[keeper.by])
         policy.load_state_dict(keeper.best.state_dict())
         run.save()
+
+
+def restored(run: Run, parts: Mapping[str, str], build: Callable[[], M]) -> dict[str, M]:
+    """The models of those parts, name → tracked part, that the run's checkpoint holds: what an evaluation compares."""
+    found = {}
+    for name, part in parts.items():
+        model = build().to(run.device).eval()
+        if run.restore(part, model):
+            found[name] = model
+    return found
 
 
 def _offer(run: Run, policy: Sampler, keeper: Keeper | None, validate: Callable[[], dict[str, Any]] | None) -> None:

@@ -6,8 +6,9 @@ The sums are over the decisions of an answer (`mask`), so that the gradient is t
 answers; with the leave-one-out baseline it is unbiased (`foveate.learn.baselines`). KL and entropy are exact at every
 decision, summed over the answer.
 
-Where the decisions of an answer are independent of each other and the reward says what each was worth (`credit`), each
-is weighed by its own share, which leaves the expectation and takes away the noise of all the others.
+Where the reward says what each decision was worth (`credit`), each is weighed by its own share, if decisions do not
+depend on each other, or by that and all after it, if they do. That leaves the expectation and takes away the noise of
+the others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, ma
 
 T = TypeVar("T")
 Baseline = Literal["leave-one-out", "greedy", "moving-average", "learned", "none"]
-Credit = Literal["answer", "difference", "flip"]
+Credit = Literal["answer", "to-go", "difference", "flip"]
 Precision = Literal["fp32", "bf16"]
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
 
@@ -42,9 +43,11 @@ class Tuning:
         baseline: what is subtracted from a reward: the mean of the other answers, that of the greedy answer, a moving
             average, the model's own expectation (`values` of its decisions), or nothing.
         credit: what a decision is weighed by. "answer": the reward of the whole answer, less the baseline. The others
-            take the reward's `credit` [rows, time] of decisions that are independent of each other. "difference": how
-            much more the answer is worth than without the decision, less the mean of that over the other answers.
-            "flip": how much more than with the other of two choices, times the probability of that choice.
+            take the reward's `credit` [rows, time]. "to-go": what this decision and those after it gained, if the
+            credits sum to the reward, less the mean of that over the other answers. "difference" and "flip" are for
+            decisions that are independent of each other: how much more the answer is worth than without the decision,
+            less the mean of that over the other answers; how much more than with the other of two choices, times the
+            probability of that choice.
         anchor: weight of the KL to the model as it was at the start, in nats of a whole answer.
         entropy: weight of the entropy, which is sought.
         epochs: updates on the answers of one batch; with more than one, give a `clip`.
@@ -80,7 +83,9 @@ class Tuning:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
         if self.chunk is not None and self.chunk < 1:
             raise InputError(f"chunk: found {self.chunk}, expected at least 1 input; leave it out for all at once")
-        compares = self.credit == "difference" or (self.credit == "answer" and self.baseline == "leave-one-out")
+        compares = self.credit in ("to-go", "difference") or (
+            self.credit == "answer" and self.baseline == "leave-one-out"
+        )
         if compares and self.samples < 2:
             raise InputError(f"samples: found {self.samples}, but leave-one-out compares at least 2; try 8")
         if self.epochs > 1 and self.clip is None:
@@ -150,6 +155,8 @@ def _own(output: RewardOutput, behaviour: Tensor, tuning: Tuning) -> Float[Tenso
         )
     if tuning.credit == "flip":
         return -torch.expm1(behaviour) * credit  # 1 - π(a)
+    if tuning.credit == "to-go":
+        credit = credit.flip(1).cumsum(1).flip(1)
     groups = credit.unflatten(0, (-1, tuning.samples))
     others = (groups.sum(1, keepdim=True) - groups) / (tuning.samples - 1)
     return (groups - others).flatten(0, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from foveate import noise
 from foveate.geometry import Boxes
 from foveate.models.encoder_decoder import SPREAD, EncoderDecoder, Tokens, waves
-from foveate.types import InputError
+from foveate.types import InputError, RewardOutput
 
 END, WRONG, RIGHT = 0, 1, 2
 _FIRST_BIN = 3
@@ -148,6 +149,21 @@ class BoxTokens:
         return torch.tensor([*self.size, *self.size], dtype=torch.float32, device=like.device)
 
 
+def by_token(reward: Callable[[Boxes, Boxes], RewardOutput]) -> Callable[[Boxes, Boxes], RewardOutput]:
+    """The same reward of boxes read from texts, with its `credit` where their classes are written, 0 at other tokens.
+
+    Then a box is known. The texts end as those of `BoxWriter.sample` do: with one more token.
+    """
+
+    def told(predictions: Boxes, targets: Boxes) -> RewardOutput:
+        output = reward(predictions, targets)
+        assert output.credit is not None
+        tokens = output.credit[..., None] * (torch.arange(EACH, device=output.credit.device) == EACH - 2)
+        return replace(output, credit=F.pad(tokens.flatten(1), (0, 1)))
+
+    return told
+
+
 class BoxWriter(EncoderDecoder):
     """Reads images and writes their boxes.
 
@@ -197,7 +213,7 @@ class BoxWriter(EncoderDecoder):
         self,
         images: Float[Tensor, "batch 3 height width"],
         keys: Int[Tensor, " batch"],
-        score: Literal["confidence", "class"] = "confidence",
+        score: Literal["both", "confidence", "class"] = "both",
         greedy: bool = True,
     ) -> Boxes:
         """The boxes of the likeliest text of each image, or of one that is drawn, with scores in [0, 1].
@@ -205,15 +221,15 @@ class BoxWriter(EncoderDecoder):
         Args:
             images: in [0, 1].
             keys: of the draws.
-            score: the learned confidence of each box, or the probability of its class.
+            score: the learned confidence of each box, the probability of its class, or the one times the other.
             greedy: take the likeliest token at each place.
         """
         texts = self.sample(images, 1, greedy, keys)
         read = self(images, texts)
-        if score == "class":
-            scores = read.log_probs[:, 4::EACH].exp()[:, : texts.ids.shape[1] // EACH]
-        else:
-            scores = self.code.confidences(read.distribution.logits)
+        assert read.log_probs is not None
+        chances = read.log_probs[:, EACH - 2 :: EACH].exp()[:, : texts.ids.shape[1] // EACH]
+        sure = self.code.confidences(read.distribution.logits)
+        scores = {"both": chances * sure, "confidence": sure, "class": chances}[score]
         return replace(self.decode(texts), scores=scores)
 
     def unending(self) -> BoxWriter:

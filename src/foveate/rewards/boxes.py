@@ -46,8 +46,9 @@ class DetectionReward:
         total = mean over thresholds of  Σ_matches w - duplicate · Σ_duplicates w - false_positive · Σ_false positives w
 
     `parts` are these sums and that of the misses, "matches@0.5" and so on, before the mean and without the signs.
-    `credit` is each predicted box's share, which sums to the total; or how much more the set is worth than without the
-    box: the weight where it is alone at its target, the cost of a duplicate where it is not, whichever is the best.
+    `credit` is what each predicted box adds to those before it, which sums to the total: of several boxes at one target
+    the first gains the weight; or how much more the set is worth than without the box: the weight where it is alone at
+    its target, the cost of a duplicate where it is not.
 
     To corpus metrics: at one threshold, without weights and penalties, the sum over images divided by the number of
     targets is the recall; the default, with class weights, stands for mAP, which does not add up over images: weights
@@ -66,7 +67,7 @@ class DetectionReward:
     duplicate: float = 0.3
     false_positive: float = 0.0
     class_weights: Float[Tensor, " classes"] | None = None
-    credited: Literal["share", "difference"] = "share"
+    credited: Literal["gain", "difference"] = "gain"
 
     def __call__(self, predictions: Boxes, targets: Boxes) -> RewardOutput:
         """Score each image."""
@@ -75,13 +76,12 @@ class DetectionReward:
         own, there = self._weights(predictions), self._weights(targets)
         best, place = ious.max(2, keepdim=True)
         at_target = torch.zeros_like(ious).scatter(2, place, best)  # [batch, boxes, targets]: one target a box
-        is_first = torch.zeros_like(ious, dtype=torch.bool).scatter(1, at_target.argmax(1, keepdim=True), True)
         in_crowd = _in_crowd(predictions, targets)
         parts: dict[str, Tensor] = {}
         total, credit = torch.zeros_like(own[:, 0]), torch.zeros_like(own)
         for threshold in self.thresholds:
             above = at_target > threshold
-            match = (above & is_first).any(2)
+            match = (above & (above.cumsum(1) == 1)).any(2)  # all at a target weigh alike: any of them may be the match
             duplicate = above.any(2) & ~match
             wrong = predictions.mask & ~above.any(2) & ~(in_crowd > threshold)
             sums = {
@@ -91,12 +91,12 @@ class DetectionReward:
                 "misses": (wanted & ~above.any(1)).mul(there).sum(1),
             }
             parts |= {f"{name}@{threshold:g}": value for name, value in sums.items()}
-            share = own * (match.to(own) - self.duplicate * duplicate - self.false_positive * wrong)
-            total = total + share.sum(1)
+            gain = own * (match.to(own) - self.duplicate * duplicate - self.false_positive * wrong)
+            total = total + gain.sum(1)
             if self.credited == "difference":
                 doubled = (above & (above.sum(1, keepdim=True) > 1)).any(2)
-                share = torch.where(doubled, -self.duplicate * own, share)
-            credit = credit + share
+                gain = torch.where(doubled, -self.duplicate * own, gain)
+            credit = credit + gain
         number = len(self.thresholds)
         return RewardOutput(total / number, parts, credit[:, :-1] / number)
 

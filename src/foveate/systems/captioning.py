@@ -42,7 +42,7 @@ from foveate.models.captioner import Captioner
 from foveate.models.encoder_decoder import Tokens
 from foveate.rewards.captions import Cider, Words, document_frequency
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
 from foveate.types import Evaluation, InputError, map_tree, split
 
 
@@ -106,6 +106,7 @@ class Config:
 
 T = TypeVar("T")
 PART = "policy"  # the tracked part that holds the policy
+ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 AT_ONCE = 100  # images looked at together where nothing is learned
 
 
@@ -268,22 +269,17 @@ def evaluate(config: Config, policy: Captioner, run: Run, elsewhere: bool = Fals
     metrics, baselines = _score(config, policy, shown, reward), {}
     if config.skip_bad:
         metrics["left_out"] = float(len(data.skipped if elsewhere else _left_out(config)))
-    for name, part in (("mle", "likelihood"), ("control", "control")):
-        other = build(config).to(run.device)
-        if run.restore(part, other):
-            baselines[name] = _score(config, other.eval(), shown, reward)
+    for name, other in restored(run, ROWS, partial(build, config)).items():
+        baselines[name] = _score(config, other, shown, reward)
     return Evaluation(metrics, baselines)
 
 
-def compared(config: Config, run: Run, images: int) -> tuple[dict[str, Captioner], Reward, Tensor, Words]:
-    """The start and the tuned model, the reward, and the first test images with their references: for `analyse`."""
-    models = {name: build(config).to(run.device).eval() for name in ("likelihood", "tuned")}
-    for name, model in models.items():
-        run.restore(PART if name == "tuned" else name, model)
+def compared(config: Config, policy: Captioner, run: Run, images: int) -> tuple[Reward, Tensor, Words]:
+    """The reward, and the first test images with their references: for `foveate analyse`."""
     test = _data(config, "test")
-    seen, references = _seen(models["tuned"], test), _references(test, models["tuned"].words, run.device)
+    seen, references = _seen(policy, test), _references(test, policy.words, run.device)
     some, first = split((seen, references), images)[0]
-    return models, _reward(references), _inputs(models["tuned"], some), first
+    return _reward(references), _inputs(policy, some), first
 
 
 def _score(config: Config, policy: Captioner, shown: tuple[Tensor, Words], reward: Reward) -> dict[str, float]:
@@ -321,9 +317,8 @@ def picture(
         rows = torch.linspace(0, len(data) - 1, min(9, len(data))).long()
         images = data.pixels[rows].float() / 255
         said["reference"] = [" ".join(data.sentences[row][0]) for row in rows.tolist()]
-    start = build(config).to(run.device)
-    if run.restore("likelihood", start):
-        said = {"mle": predict(config, start.eval(), images)["captions"], **said}
+    for start in restored(run, {"mle": "likelihood"}, partial(build, config)).values():
+        said = {"mle": predict(config, start, images)["captions"], **said}
     said = {"tuned": predict(config, policy, images)["captions"], **said}
     told = [
         [f"{name}: {each}" for name, each in zip(said, row, strict=True)] for row in zip(*said.values(), strict=True)

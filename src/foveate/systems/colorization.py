@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from foveate.colors import CHROMA, coloured, light_and_chroma
 from foveate.data.classification import check_images
 from foveate.data.photographs import evaluation_split, held_out_split, load_photographs
 from foveate.data.picture_folders import Split, read_pictures
-from foveate.learn.answers import Precision, Tuning, answering
+from foveate.learn.answers import Precision, Reward, Tuning, answering
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
@@ -45,7 +45,7 @@ from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words, kept
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput
 
 
@@ -102,6 +102,7 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the policy
+ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 HELD_OUT = 200  # pictures on which weights are chosen
 _load = lru_cache(maxsize=4)(load_photographs)
 
@@ -204,21 +205,8 @@ def train(config: Config, run: Run) -> None:
         run, "likelihood", config.likelihood_share, start, answers, optimizer, validate=look(start), **likelihood
     )
     policy, optimizer = parts[PART]
-    tune_on_reward(
-        run,
-        "reward",
-        share,
-        policy,
-        reward,
-        inputs,
-        _tuning(config),
-        optimizer,
-        average,
-        start,
-        keeper=keeper,
-        validate=look(policy),
-        every=25,
-    )
+    learner = policy, reward, inputs, _tuning(config), optimizer, average, start
+    tune_on_reward(run, "reward", share, *learner, keeper=keeper, validate=look(policy), every=25)
     control, optimizer = parts["control"]
     learn_likelihood(run, "control", share, control, answers, optimizer, start=start, **likelihood)
 
@@ -260,14 +248,19 @@ def evaluate(config: Config, policy: Coded, run: Run, elsewhere: bool = False) -
     light, true = light_and_chroma(images)
     metrics = _scores(config, policy, light, true)
     baselines: dict[str, dict[str, float]] = {}
-    for name, part in (("mle", "likelihood"), ("control", "control")):
-        other = build(config).to(run.device)
-        if run.restore(part, other):
-            baselines[name] = _scores(config, other, light, true)
-            if name == "mle":
-                baselines["chroma x 2"] = _score(light, 2 * _paint(config, other, light, True), true)
+    for name, other in restored(run, ROWS, partial(build, config)).items():
+        baselines[name] = _scores(config, other, light, true)
+        if name == "mle":
+            baselines["chroma x 2"] = _score(light, 2 * _paint(config, other, light, True), true)
     baselines["truth"] = _score(light, true, true)
     return Evaluation(metrics, baselines)
+
+
+def compared(config: Config, policy: Coded, run: Run, images: int) -> tuple[Reward, Tensor, Tensor]:
+    """The reward, and the light of the first held-out pictures: for `foveate analyse`."""
+    shown = _data(config, held_out_split(config.data, config.root), run.device)[:images]
+    light, _ = light_and_chroma(shown.float() / 255)
+    return reward, light, light
 
 
 def _scores(config: Config, policy: Coded, light: Tensor, true: Tensor) -> dict[str, float]:
@@ -328,9 +321,8 @@ def picture(
     columns = {"grey": coloured(light, torch.zeros_like(light.expand(-1, 2, -1, -1)))}
     if known:
         columns["truth"] = images
-    start = build(config).to(run.device)
-    if run.restore("likelihood", start):
-        columns["likelihood"] = predict(config, start, images)["images"]
+    for name, start in restored(run, {"likelihood": "likelihood"}, partial(build, config)).items():
+        columns[name] = predict(config, start, images)["images"]
     columns["tuned"] = predict(config, policy, images)["images"]
     tiles = torch.stack(list(columns.values()), 1).flatten(0, 1).cpu()
     return {"colours": pictures.image_grid(tiles, list(columns) * len(images), len(columns), 128)}

@@ -35,15 +35,15 @@ from foveate.data.detection import Detections, chosen, load_detections, mirrored
 from foveate.data.picture_folders import read_pictures
 from foveate.data.zoom import zoomed
 from foveate.geometry import Boxes, joined
-from foveate.learn.answers import Precision, Tuning
+from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.models.backbones import stem
-from foveate.models.box_tokens import BoxTokens, BoxWriter
+from foveate.models.box_tokens import BoxTokens, BoxWriter, by_token
 from foveate.models.encoder_decoder import Tokens
 from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, Tree, map_tree, split
 
 Control = Literal["likelihood", "confidence"]
@@ -107,6 +107,8 @@ class Config:
     """answers to each of them"""
     tuning_rate: float = 1e-4
     """learning rate of the reward, constant after a warm-up"""
+    credit: Literal["to-go", "answer"] = "to-go"
+    """weigh a token by what its box and those after it gain, or by the whole answer"""
     anchor: float = 0.0
     """weight of the KL to the start"""
     precision: Precision = "fp32"
@@ -119,7 +121,7 @@ PART = "policy"  # the tracked part that holds the policy
 PARTS: dict[Control, str] = {"likelihood": "control", "confidence": "confidence"}  # control → its tracked part
 ROWS = {"mle": "likelihood", "control": "control", "confidence": "confidence"}  # baseline → its tracked part
 # by what the boxes of a part are ranked: likelihood alone learns no confidence
-SCORES = {"likelihood": "class", "control": "class", PART: "confidence", "confidence": "confidence"}
+SCORES = {"likelihood": "class", "control": "class", PART: "both", "confidence": "both"}
 _load = lru_cache(maxsize=6)(load_detections)
 
 
@@ -160,16 +162,17 @@ def build(config: Config) -> BoxWriter:
 
 
 def _tuning(config: Config) -> Tuning:
-    how = {"samples": config.samples, "anchor": config.anchor, "learning_rate": config.tuning_rate}
-    return Tuning(**how, precision=config.precision)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"samples": config.samples, "anchor": config.anchor, "learning_rate": config.tuning_rate}
+    return Tuning(**how, credit=config.credit, precision=config.precision)
 
 
-def _reward(config: Config, data: Detections) -> DetectionReward:
+def _reward(config: Config, data: Detections) -> Reward:
     weights = None
     if config.reward == "map":
         labels = data.boxes.labels[data.boxes.wanted]
         weights = class_weights(labels.bincount(minlength=len(data.classes)))
-    return DetectionReward(duplicate=config.duplicate, false_positive=config.false_positive, class_weights=weights)
+    how: dict[str, Any] = {"duplicate": config.duplicate, "false_positive": config.false_positive}
+    return by_token(DetectionReward(**how, class_weights=weights))
 
 
 def train(config: Config, run: Run) -> None:
@@ -264,33 +267,29 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
 
     Baselines: `mle`, the start; `mle unending`, the start made to fill all its places; `control`, the start with more
     likelihood; `confidence` and `confidence unending`, that with the confidence learned on its own answers, without a
-    reward. Boxes of models that learned no confidence are scored by the probability of their class.
+    reward. Boxes of models that learned no confidence are scored by the probability of their class, those of others by
+    that times their confidence.
     """
     data = _data(config, "test")
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
-    metrics = _score(config, policy, data, run, "confidence")
+    metrics = _score(config, policy, data, run, SCORES[PART])
     if config.skip_bad:
         metrics["left_out"] = float(sum(_data(config, part).skipped for part in ("train", "val", "test")))
     baselines = {}
-    for name, part in ROWS.items():
-        other = build(config).to(run.device)
-        if run.restore(part, other):
-            baselines[name] = _score(config, other.eval(), data, run, SCORES[part])
-            if name != "control":
-                baselines[f"{name} unending"] = _score(config, other.unending().eval(), data, run, SCORES[part])
+    for name, other in restored(run, ROWS, partial(build, config)).items():
+        ranked = SCORES[ROWS[name]]
+        baselines[name] = _score(config, other, data, run, ranked)
+        if name != "control":
+            baselines[f"{name} unending"] = _score(config, other.unending().eval(), data, run, ranked)
     return Evaluation(metrics, baselines)
 
 
-def compared(config: Config, run: Run, images: int) -> tuple[dict[str, BoxWriter], DetectionReward, Tensor, Boxes]:
-    """The start and the tuned model, the reward, and the first test images with their boxes: for `foveate analyse`."""
-    models = {}
-    for name, part in (("likelihood", "likelihood"), ("tuned", PART)):
-        models[name] = build(config).to(run.device).eval()
-        run.restore(part, models[name])
+def compared(config: Config, policy: BoxWriter, run: Run, images: int) -> tuple[Reward, Tensor, Boxes]:
+    """The reward, and the first test images with their boxes: for `foveate analyse`."""
     test = _data(config, "test")
     inputs, targets = chosen(test, torch.arange(min(images, len(test)), device=run.device))
-    return models, _reward(config, _data(config, "train")), inputs, targets
+    return _reward(config, _data(config, "train")), inputs, targets
 
 
 def _score(config: Config, policy: BoxWriter, data: Detections, run: Run, score: Any) -> dict[str, float]:
@@ -300,7 +299,7 @@ def _score(config: Config, policy: BoxWriter, data: Detections, run: Run, score:
     return corpus_average_precision(boxes, data.boxes, len(data.classes))
 
 
-def _found(policy: BoxWriter, images: Tensor, score: Any = "confidence") -> Boxes:
+def _found(policy: BoxWriter, images: Tensor, score: Any = "both") -> Boxes:
     keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)  # greedy: nothing is drawn
     return policy.detect(images, keys, score)
 
@@ -331,8 +330,9 @@ def picture(
     """Boxes on test pictures beside the true ones and those of the start; or on pictures of the user."""
     shown: dict[str, Boxes] = {}
     if images is None:
-        models, _, images, shown["truth"] = compared(config, run, 6)
-        shown["likelihood"] = _found(models["likelihood"], images, "class")
+        _, images, shown["truth"] = compared(config, policy, run, 6)
+        for name, start in restored(run, {"likelihood": "likelihood"}, partial(build, config)).items():
+            shown[name] = _found(start, images, "class")
     found = predict(config, policy, images)
     shown["tuned"] = Boxes(found["boxes"], found["labels"], found["mask"], found["scores"])
     return {"boxes": pictures.box_grid(images, shown, config.classes or ())}

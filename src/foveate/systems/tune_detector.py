@@ -42,17 +42,11 @@ from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.adapters import load_weights, named, take_coco
 from foveate.models.candidates import Candidates
-from foveate.rewards.boxes import (
-    THRESHOLDS,
-    DetectionReward,
-    average_precision,
-    class_weights,
-    corpus_average_precision,
-)
+from foveate.rewards.boxes import DetectionReward, average_precision, class_weights, corpus_average_precision
 from foveate.rewards.combine import load_reward
 from foveate.rewards.sets import above, best_level, placing_loss, set_scores, without_each
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, tune_on_reward
+from foveate.two_steps import held_out_scores, restored, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, concatenate, map_tree
 
 
@@ -170,7 +164,8 @@ def _reward(config: Config, data: Detections) -> Reward:
     if config.reward in ("map", "matches"):
         counts = data.boxes.labels[data.boxes.wanted].bincount(minlength=len(data.classes))
         weights = class_weights(counts) if config.reward == "map" else None
-        return DetectionReward(THRESHOLDS, config.duplicate, config.false_positive, weights, "difference")
+        costs: dict[str, Any] = {"duplicate": config.duplicate, "false_positive": config.false_positive}
+        return DetectionReward(**costs, class_weights=weights, credited="difference")
     reward = average_precision if config.reward == "average-precision" else load_reward(config.reward)
     return without_each(reward) if config.credit == "difference" else reward
 
@@ -280,14 +275,18 @@ def evaluate(config: Config, policy: Candidates, run: Run, elsewhere: bool = Fal
     metrics, baselines = _score(policy, data, run)[0], dict[str, dict[str, float]]()
     if config.skip_bad:
         metrics["left_out"] = float(sum(_data(config, split).skipped for split in ("train", "val", "test")))
-    for name, part in ROWS.items():
-        other = build(config).to(run.device)
-        if run.restore(part, other):
-            scores, ranked = _score(other.eval(), data, run)
-            tried = _over(val, run, other.ranked)
-            kept = above(ranked, best_level(tried, val.boxes))
-            baselines |= {name: scores, f"{name} threshold": scores | set_scores(kept, data.boxes)}
+    for name, other in restored(run, ROWS, partial(build, config)).items():
+        scores, ranked = _score(other, data, run)
+        kept = above(ranked, best_level(_over(val, run, other.ranked), val.boxes))
+        baselines |= {name: scores, f"{name} threshold": scores | set_scores(kept, data.boxes)}
     return Evaluation(metrics, baselines)
+
+
+def compared(config: Config, policy: Candidates, run: Run, images: int) -> tuple[Reward, Tensor, Boxes]:
+    """The reward, and the first test images with their boxes: for `foveate analyse`."""
+    test = _data(config, "test")
+    inputs, targets = chosen(test, torch.arange(min(images, len(test)), device=run.device))
+    return _reward(config, _data(config, "train")), inputs, targets
 
 
 def _score(policy: Candidates, data: Detections, run: Run) -> tuple[dict[str, float], Boxes]:
@@ -329,9 +328,8 @@ def picture(
     if images is None:
         data = _data(config, "test")
         images, shown["truth"] = chosen(data, torch.linspace(0, len(data) - 1, min(6, len(data))).long().to(run.device))
-        start = build(config).to(run.device)
-        if run.restore("likelihood", start):
-            shown["start"] = _greedy(start.eval(), images)
+        for name, start in restored(run, {"start": "likelihood"}, partial(build, config)).items():
+            shown[name] = _greedy(start, images)
     found = predict(config, policy, images)
     shown["tuned"] = Boxes(found["boxes"], found["labels"], found["mask"], found["scores"])
     return {"boxes": pictures.box_grid(images, shown, config.classes)}

@@ -44,8 +44,8 @@ from foveate.models.segmenter import Labels, Segmenter, tiled_logits
 from foveate.rewards.combine import check_output, load_reward
 from foveate.rewards.masks import credited, dice_reward, iou_reward
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, RewardOutput
+from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
+from foveate.types import Evaluation, InputError, RewardOutput, split
 
 PIXELS = 2**19  # of images that are scored in one pass
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
@@ -114,6 +114,7 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the tuned segmenter
+ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 _load = lru_cache(maxsize=6)(load_segmented)
 
 
@@ -184,7 +185,9 @@ def train(config: Config, run: Run) -> None:
     keepers = {"keeper": Keeper(start), "control_keeper": Keeper(start)}
     run.track(**learners, **keepers)
     optimizers = {name: torch.optim.Adam(learner.parameters()) for name, learner in learners.items()}
-    average, reward, looks = MovingAverage(), _reward(config), _looks(config, val)
+    average, reward = MovingAverage(), _reward(config)
+    held_out = _windows(config, val, config.looks)
+    looks = split(held_out, max(1, PIXELS // held_out[0][0, 0].numel()))
     run.track(**{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}, average=average)
 
     def windows(step: int, phase: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -222,13 +225,17 @@ def train(config: Config, run: Run) -> None:
     learn_likelihood(**further, learning_rate=config.control_rate, start=start, keeper=keepers["control_keeper"])
 
 
-def _looks(config: Config, data: Segmented) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
-    """Fixed windows of held-out images, in batches."""
-    ids = torch.arange(config.looks)
+def _windows(config: Config, data: Segmented, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Fixed windows of held-out images."""
+    ids = torch.arange(count)
     keys = noise.key("looks", ids).to(data.labels.device)
     images, labels = crops(data, (ids % len(data)).to(keys), keys, config.crop, flip=False)
-    parts = zip(images.split(size := max(1, PIXELS // labels[0].numel())), labels.split(size), strict=True)
-    return [(some, masks_of(marks, len(data.classes))) for some, marks in parts]
+    return images, masks_of(labels, len(data.classes))
+
+
+def compared(config: Config, policy: Segmenter, run: Run, images: int) -> tuple[Reward, Tensor, tuple[Tensor, Tensor]]:
+    """The reward, and windows of the first test images with their masks: for `foveate analyse`."""
+    return _reward(config), *_windows(config, _data(config, "test").to(run.device), images)
 
 
 def _check_reward(config: Config, segmenter: Segmenter, reward: Reward, images: Tensor, targets: Any) -> None:
@@ -250,11 +257,7 @@ def evaluate(config: Config, policy: Segmenter, run: Run, elsewhere: bool = Fals
     if test.classes != config.names:
         found, expected = ", ".join(test.classes), ", ".join(config.names or ())
         raise InputError(f"data: classes {found}, but the segmenter was trained on {expected}; name --classes")
-    segmenters = {"tuned": policy}
-    for name, part in (("mle", "likelihood"), ("control", "control")):
-        restored = build(config).to(run.device)
-        if run.restore(part, restored):
-            segmenters[name] = restored.eval()
+    segmenters = {"tuned": policy} | restored(run, ROWS, partial(build, config))
     scores = {name: _scores(config, segmenter, test) for name, segmenter in segmenters.items()}
     baselines = {name: found[0.5] for name, found in scores.items() if name != "tuned"}
     if config.exclusive:
@@ -324,9 +327,8 @@ def picture(
         ids = torch.linspace(0, len(data) - 1, min(5, len(data))).long()
         images, labels = crops(data, ids, noise.key("picture", ids), 3 * config.crop, flip=False)
         columns["truth"] = masks_of(labels, len(data.classes))[0]
-    start = build(config).to(run.device)
-    if run.restore("likelihood", start):
-        columns["start"] = predict(config, start.eval(), images)["masks"].cpu()
+    for name, start in restored(run, {"start": "likelihood"}, partial(build, config)).items():
+        columns[name] = predict(config, start, images)["masks"].cpu()
     columns["tuned"] = predict(config, policy, images)["masks"].cpu()
     tiles = torch.stack([images.cpu(), *(pictures.painted(images.cpu(), masks) for masks in columns.values())], 1)
     captions = ["image", *columns] * len(images)
