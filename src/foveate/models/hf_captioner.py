@@ -1,6 +1,6 @@
-"""Captioners of others as samplers: Hugging Face's VisionEncoderDecoder and BLIP, and a base for any that writes tokens.
+"""Captioners of others as samplers: Hugging Face's VisionEncoderDecoder and BLIP, and a base for all that write tokens.
 
-    policy = captioner("hf:FOLDER", length=20)
+    policy = adapted(VisionEncoderDecoderModel.from_pretrained(FOLDER), tokenizer, side=224, length=20)
     policy.decode(policy.sample(images, 5, greedy=False, keys=keys))      # five sentences on each image
 
 Images are as everywhere, in [0, 1]; the mean and the deviation that a model is used to are taken off inside.
@@ -9,6 +9,7 @@ Images are as everywhere, in [0, 1]; the mean and the deviation that a model is 
 from __future__ import annotations
 
 import inspect
+import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
@@ -51,6 +52,8 @@ class TextCaptioner(Sampler):
     """
 
     letters: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -196,11 +199,10 @@ class VisionText(TextCaptioner):
     def __init__(self, model: Any, tokenizer: Any, side: int, length: int, prompt: Sequence[int] = (), **how: Any):
         start = _setting(model, "decoder_start_token_id")
         start = start if start is not None else _setting(model, "bos_token_id")
-        places = model.decoder.config.max_position_embeddings
         super().__init__(
             tokenizer,
             side,
-            _short_enough(length, prompt, places),
+            _short_enough(length, prompt, model.decoder.config),
             [*_several(start), *prompt],
             _several(_setting(model, "eos_token_id")),
             model.decoder.config.vocab_size,
@@ -230,7 +232,7 @@ class Blip(TextCaptioner):
         super().__init__(
             tokenizer,
             side,
-            _short_enough(length, prompt, text.max_position_embeddings),
+            _short_enough(length, prompt, text),
             [*_several(text.bos_token_id), *prompt],
             _several(text.sep_token_id),
             text.vocab_size,
@@ -296,7 +298,8 @@ def _setting(model: Any, name: str) -> Any:
     return next((found for place in places if (found := getattr(place, name, None)) is not None), None)
 
 
-def _short_enough(length: int, prompt: Sequence[int], places: int) -> int:
+def _short_enough(length: int, prompt: Sequence[int], config: Any) -> int:
+    places = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if length + len(prompt) > places:
         raise InputError(
             f"length: found {length}, but the model has places for {places - len(prompt)} tokens; lower it"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from foveate.models.hf_captioner import HALF, TextCaptioner, adapted
+from foveate.models.hf_captioner import TextCaptioner, adapted
 from foveate.types import InputError
 
 SMALL = ("small", "small-blip")
@@ -77,7 +77,7 @@ def small_captioner(
         raise InputError(f"image_size: {side}x{side} pixels cannot be cut into patches of {patch}")
     if width % heads:
         raise InputError(f"width: {width} is no multiple of the {heads} heads")
-    marks = {"bos_token_id": vocabulary, "eos_token_id": 0, "pad_token_id": 0}
+    marks = {"bos_token_id": vocabulary, "eos_token_id": 0}
     eye = {"image_size": side, "patch_size": patch, "hidden_size": width, "intermediate_size": 4 * width}
     eye |= {"num_hidden_layers": depth, "num_attention_heads": heads}
     if name == "small":

@@ -9,9 +9,8 @@
 | learner | likelihood, then REINFORCE with the mean of the other captions of the image as baseline |
 | corner | policy |
 
-Rennie et al. 2017, "Self-critical sequence training for image captioning" (arXiv 1612.00563), with the baseline of Pinto
-et al. 2023, "Tuning computer vision models with task rewards" (arXiv 2302.08242). What differs here, and how to bring
-a model: docs/systems/tune-captioner.md.
+Rennie et al. 2017, "Self-critical sequence training" (arXiv 1612.00563), with the baseline of Pinto et al. 2023
+(arXiv 2302.08242). What differs here, and how to bring a model: docs/systems/tune-captioner.md.
 
     foveate train tune-captioner --minutes 10                                      a small model, rendered scenes
     foveate train tune-captioner --model hf:FOLDER --data coco --root FOLDER --minutes 60
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +55,7 @@ class Config:
     root: Path | None = None
     """folder of the data; not needed for scenes"""
     image_size: int | None = None
-    """side in pixels to which pictures are stretched; None: as the model reads them, small 48 for scenes, 128 for coco"""
+    """side in pixels to which pictures are stretched; None: as the model reads them; small: 48 for scenes, else 128"""
     skip_bad: bool = False
     """leave out pictures and captions with which something is wrong, and count them, instead of stopping"""
     scenes: int = 8000
@@ -105,7 +104,6 @@ class Config:
     """small: words that can be written, with the end and the unknown word; taken from the data"""
 
 
-T = TypeVar("T")
 PART = "policy"  # the tracked part that holds the tuned captioner
 AT_ONCE = 100  # images looked at together where nothing is learned
 _load = lru_cache(maxsize=6)(load_captions)
@@ -132,11 +130,10 @@ def resolve(config: Config) -> Config:
 
 
 def _small(config: Config) -> Config:
-    """Image size, words and length, from the data."""
-    sizes = {"image_size": 48, "least_count": 1} if config.data == "scenes" else {"image_size": 128, "least_count": 5}
-    config = replace(config, **{name: value for name, value in sizes.items() if getattr(config, name) is None})
+    side, least = (48, 1) if config.data == "scenes" else (128, 5)
+    config = replace(config, image_size=config.image_size or side, least_count=config.least_count or least)
     data = _data(config, "train")
-    _, count = vocabulary(data.sentences, _known(config.least_count))
+    _, count = vocabulary(data.sentences, config.least_count or 1)
     if count == len(RESERVED):
         raise InputError(f"least_count: no word occurs {config.least_count} times in training; lower it")
     longest = 1 + max(len(sentence) for sentences in data.sentences for sentence in sentences)
@@ -144,44 +141,29 @@ def _small(config: Config) -> Config:
 
 
 def _brought(config: Config) -> Config:
-    """Image size and length, from the model."""
     policy = build(config)
     if config.image_size not in (None, policy.side):
-        raise InputError(
-            f"image_size: found {config.image_size}, but {config.model} reads pictures of {policy.side}; leave it out"
-        )
+        raise InputError(f"image_size: found {config.image_size}, but the model reads {policy.side}; leave it out")
     return replace(config, image_size=policy.side, length=policy.length)
 
 
-def _known(value: T | None) -> T:
-    """A field that `resolve` has filled in."""
-    assert value is not None
-    return value
-
-
 def _data(config: Config, part: Part) -> Captioned:
-    return _load(config.data, config.root, part, _known(config.image_size), config.skip_bad, config.scenes, _say)
+    return _load(config.data, config.root, part, config.image_size or 0, config.skip_bad, config.scenes, _say)
 
 
 def _tuning(config: Config) -> Tuning:
-    samples, anchor, rate = config.samples, config.anchor, config.tuning_rate
-    return Tuning(samples=samples, anchor=anchor, learning_rate=rate, precision=config.precision)
+    return Tuning(config.samples, anchor=config.anchor, learning_rate=config.tuning_rate, precision=config.precision)
 
 
 def build(config: Config, data: Captioned | None = None) -> TextCaptioner:
-    """The policy of a resolved config: untrained if small, else with the weights it comes with.
-
-    Args:
-        config: resolved.
-        data: of training, whose words a small model is told; None: they come with its weights.
-    """
+    """The policy of a resolved config: with the weights it comes with, or small, and told the words of `data`."""
     sizes: dict[str, int] = {}
     if config.model in SMALL:
-        sizes = {name: _known(getattr(config, name)) for name in ("patch", "vocabulary", "width", "depth", "heads")}
-        sizes["side"] = _known(config.image_size)
+        sizes = {name: getattr(config, name) for name in ("patch", "vocabulary", "width", "depth", "heads")}
+        sizes["side"] = config.image_size or 0
     policy = named_captioner(config.model, config.length, config.prompt, **sizes)
     if data is not None and config.model in SMALL:
-        words, count = vocabulary(data.sentences, _known(config.least_count))
+        words, count = vocabulary(data.sentences, config.least_count or 1)
         policy.spell(words[:count])
     return policy
 
@@ -194,26 +176,30 @@ def _images(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.to(device).float() / 255
 
 
-def _references(data: Captioned, words: tuple[str, ...], device: torch.device) -> Words:
-    return Words(*(tensor.to(device) for tensor in numbered(data.sentences, words)))
+def _numbered(sentences: Any, words: tuple[str, ...], device: torch.device) -> Words:
+    return Words(*(tensor.to(device) for tensor in numbered(sentences, words)))
 
 
 def _reward(references: Words, words: tuple[str, ...]) -> Reward:
-    """CIDEr-D of texts; `words` number those of references, and any other word has a number of its own."""
+    """CIDEr-D of texts; `words` are those of all references, and any other word of a text matches nothing."""
     cider = Cider(document_frequency(references))
 
     def reward(captions: list[str], targets: Words) -> RewardOutput:
-        ids, mask = (each.to(targets.ids.device) for each in numbered([[words_of(text)] for text in captions], words))
-        return cider(Words(ids[:, 0], mask[:, 0]), targets)
+        said = _numbered([[words_of(text)] for text in captions], words, targets.ids.device)
+        return cider(Words(said.ids[:, 0], said.mask[:, 0]), targets)
 
     return reward
 
 
-def train(config: Config, run: Run) -> None:
-    """Learn by likelihood, then by the reward; then by more likelihood from the same start, for as long as the reward.
+def _judge(data: Captioned, device: torch.device) -> tuple[Words, Reward]:
+    """References of a split, and the reward with the document frequencies of these alone, as in pycocoevalcap."""
+    words, _ = vocabulary(data.sentences, 1)
+    references = _numbered(data.sentences, words, device)
+    return references, _reward(references, words)
 
-    Each phase ends with those of its weights that wrote the best captions of the validation split.
-    """
+
+def train(config: Config, run: Run) -> None:
+    """Likelihood, then the reward; then more likelihood from the same start. Each ends with the weights best on val."""
     data, val = _data(config, "train"), _data(config, "val")
     parts: dict[str, tuple[Any, ...]] = {}
     for name in ("likelihood", PART, "control"):
@@ -227,42 +213,39 @@ def train(config: Config, run: Run) -> None:
             raise InputError("from: that run writes other words than this data has; train from the beginning")
     (average,), (start, *_) = run.track(average=MovingAverage()), parts["likelihood"]
     words, _ = vocabulary((*data.sentences, *val.sentences), 1)
-    references = _references(data, words, run.device)
-    learned = tuple(each.to(run.device) for each in start.answers(_texts(data)))
+    references, targets = (_numbered(part.sentences, words, run.device) for part in (data, val))
+    reward, learned = (
+        _reward(references, words),
+        map_tree(lambda leaf: leaf.to(run.device), start.answers(_texts(data))),
+    )
     _tell(config, run, references.mask, learned[1])
-    reward = _reward(references, words)
-    held_out = val.pixels, _references(val, words, run.device)
 
     def look(policy: TextCaptioner) -> dict[str, Any]:
-        some = ((_images(pixels, run.device), targets) for pixels, targets in split(held_out, AT_ONCE))
-        return held_out_scores(policy, reward, some, config.seed, config.precision)
+        parts = ((_images(pixels, run.device), wanted) for pixels, wanted in split((val.pixels, targets), AT_ONCE))
+        return held_out_scores(policy, reward, parts, config.seed, config.precision)
 
-    def rows(step: int, batch: int) -> Tensor:
-        return noise.examples(config.seed, step, batch, len(data))[run.rows(batch)]
+    def some(step: int, batch: int, tree: Any) -> tuple[Tensor, Any]:
+        here = noise.examples(config.seed, step, batch, len(data))[run.rows(batch)]
+        return _images(data.pixels[here], run.device), map_tree(lambda leaf: leaf[here.to(leaf.device)], tree)
 
     def answered(step: int) -> tuple[Tensor, Tokens]:
-        here = rows(step, config.batch)
-        ids, mask = (each[here.to(run.device)].flatten(0, 1) for each in learned)
-        used = slice(max(1, int(mask.sum(1).max())))
-        return _images(data.pixels[here], run.device), Tokens(ids[:, used], mask[:, used])
-
-    def scored(step: int) -> tuple[Tensor, Words]:
-        here = rows(step, config.tuning_batch)
-        return _images(data.pixels[here], run.device), map_tree(lambda leaf: leaf[here.to(run.device)], references)
-
-    def kept(name: str) -> dict[str, Any]:
-        return {"keeper": parts[name][2], "validate": partial(look, parts[name][0]), "every": config.every}
+        images, (ids, mask) = some(step, config.batch, learned)
+        used = slice(max(1, int(mask.sum(2).max())))
+        return images, Tokens(ids[..., used].flatten(0, 1), mask[..., used].flatten(0, 1))
 
     def learn(name: str, share: float, start: TextCaptioner | None = None) -> None:
-        policy, optimizer, _ = parts[name]
-        how = {"start": start, "precision": config.precision, **kept(name)}
-        learn_likelihood(run, name, share, policy, answered, optimizer, config.learning_rate, **how)
+        policy, optimizer, keeper = parts[name]
+        how: Any = {"keeper": keeper, "validate": partial(look, policy), "every": config.every, "start": start}
+        learner = policy, answered, optimizer, config.learning_rate
+        learn_likelihood(run, name, share, *learner, precision=config.precision, **how)
 
     if config.likelihood_share:
         learn("likelihood", config.likelihood_share)
-    share, (policy, optimizer, _) = (1 - config.likelihood_share) / 2, parts[PART]
+    share, (policy, optimizer, keeper) = (1 - config.likelihood_share) / 2, parts[PART]
+    scored = partial(some, batch=config.tuning_batch, tree=references)
     learner = policy, reward, scored, _tuning(config), optimizer, average, start
-    tune_on_reward(run, "reward", share, *learner, **kept(PART))
+    how: Any = {"keeper": keeper, "validate": partial(look, policy), "every": config.every}
+    tune_on_reward(run, "reward", share, *learner, **how)
     learn("control", share, start)
 
 
@@ -282,9 +265,8 @@ def _tell(config: Config, run: Run, references: Tensor, learned: Tensor) -> None
 def evaluate(config: Config, policy: TextCaptioner, run: Run, elsewhere: bool = False) -> Evaluation:
     """CIDEr-D, from 0 to 10, on the test split; `elsewhere`: on every picture of other data.
 
-    `cider` is that of greedy captions, `sampled_cider` that of one drawn for each image. Document frequencies are those
-    of the references that are scored against, as in pycocoevalcap. Baselines: `mle`, the start; `control`, the start
-    with more likelihood instead of the reward. `left_out` counts what `skip_bad` left out of the data.
+    `cider` is that of greedy captions, `sampled_cider` that of one drawn for each image. Baselines: `mle`, the start;
+    `control`, the start with more likelihood instead of the reward. `left_out` counts what `skip_bad` left out.
     """
     data = _data(config, "all" if elsewhere else "test")
     score = _scorer(config, data, run.device)
@@ -301,19 +283,16 @@ def evaluate(config: Config, policy: TextCaptioner, run: Run, elsewhere: bool = 
 def compared(config: Config, run: Run, images: int) -> tuple[dict[str, TextCaptioner], Reward, Tensor, Words]:
     """The start and the tuned model, the reward, and the first test images with their references: for `analyse`."""
     models = {name: build(config).to(run.device).eval() for name in ("likelihood", "tuned")}
-    for name, model in models.items():
-        run.restore(PART if name == "tuned" else name, model)
+    for name, part in (("likelihood", "likelihood"), ("tuned", PART)):
+        run.restore(part, models[name])
     test = _data(config, "test")
-    words, _ = vocabulary(test.sentences, 1)
-    references = _references(test, words, run.device)
+    references, reward = _judge(test, run.device)
     pixels, first = split((test.pixels, references), images)[0]
-    return models, _reward(references, words), _images(pixels, run.device), first
+    return models, reward, _images(pixels, run.device), first
 
 
 def _scorer(config: Config, data: Captioned, device: torch.device) -> Callable[[TextCaptioner], dict[str, float]]:
-    words, _ = vocabulary(data.sentences, 1)
-    references = _references(data, words, device)
-    reward = _reward(references, words)
+    references, reward = _judge(data, device)
     keys = noise.key(config.seed, "evaluation", torch.arange(len(data))).to(device)
 
     def score(policy: TextCaptioner) -> dict[str, float]:
@@ -330,11 +309,7 @@ def _scorer(config: Config, data: Captioned, device: torch.device) -> Callable[[
 def predict(
     config: Config, policy: TextCaptioner, images: Float[Tensor, "batch channels height width"]
 ) -> dict[str, Any]:
-    """Say what is in images in [0, 1]: `captions`, a list of texts, and `ids` [batch, tokens], 0 after the end.
-
-    Raises:
-        InputError: the images break the convention, or are not RGB.
-    """
+    """Say what is in RGB images in [0, 1]: `captions`, a list of texts, and `ids` [batch, tokens], 0 after the end."""
     check_images(images, "images")
     if images.shape[1] != 3:
         raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
@@ -359,20 +334,17 @@ def picture(
     if run.restore("likelihood", start):
         said = {"mle": predict(config, start.eval(), images)["captions"], **said}
     said = {"tuned": predict(config, policy, images)["captions"], **said}
-    told = [
-        [f"{name}: {each}" for name, each in zip(said, row, strict=True)] for row in zip(*said.values(), strict=True)
-    ]
-    return {"captions": pictures.sentence_grid(images.cpu(), told)}
+    columns = [[f"{name}: {text}" for text in texts] for name, texts in said.items()]
+    return {"captions": pictures.sentence_grid(images.cpu(), list(zip(*columns, strict=True)))}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
     """The user's picture, or the pictures of a folder."""
-    return read_pictures(path, 3, None if path.is_file() else 4 * _known(config.image_size))
+    return read_pictures(path, 3, None if path.is_file() else 4 * (config.image_size or 0))
 
 
 def check(config: Config) -> dict[str, Any]:
     """The first pictures, each with its captions."""
     data = _data(config, "train")
-    rows = torch.linspace(0, len(data) - 1, min(9, len(data))).long().tolist()
-    told = [[" ".join(words) for words in data.sentences[row]] for row in rows]
-    return {"data": pictures.sentence_grid(data.pixels[rows].float() / 255, told)}
+    rows, texts = torch.linspace(0, len(data) - 1, min(9, len(data))).long().tolist(), _texts(data)
+    return {"data": pictures.sentence_grid(data.pixels[rows].float() / 255, [texts[row] for row in rows])}
