@@ -26,6 +26,7 @@ from foveate.models.encoder_decoder import Tokens
 from foveate.types import Decisions, InputError, Sampler
 
 HALF = (0.5, 0.5, 0.5)
+TOKENS = 20  # of a sentence at most, where nothing else is said; what BLIP writes by default
 LETTERS = 48  # bytes of a word at most, where words are kept with the weights
 
 
@@ -196,7 +197,9 @@ class TextCaptioner(Sampler):
 class VisionText(TextCaptioner):
     """Hugging Face's `VisionEncoderDecoderModel`; the arguments after `model` are those of `TextCaptioner`."""
 
-    def __init__(self, model: Any, tokenizer: Any, side: int, length: int, prompt: Sequence[int] = (), **how: Any):
+    def __init__(
+        self, model: Any, tokenizer: Any, side: int, length: int | None, prompt: Sequence[int] = (), **how: Any
+    ):
         start = _setting(model, "decoder_start_token_id")
         start = start if start is not None else _setting(model, "bos_token_id")
         super().__init__(
@@ -227,7 +230,9 @@ class VisionText(TextCaptioner):
 class Blip(TextCaptioner):
     """Hugging Face's `BlipForConditionalGeneration`; the arguments after `model` are those of `TextCaptioner`."""
 
-    def __init__(self, model: Any, tokenizer: Any, side: int, length: int, prompt: Sequence[int] = (), **how: Any):
+    def __init__(
+        self, model: Any, tokenizer: Any, side: int, length: int | None, prompt: Sequence[int] = (), **how: Any
+    ):
         text = model.config.text_config
         super().__init__(
             tokenizer,
@@ -253,14 +258,14 @@ class Blip(TextCaptioner):
         return self.model.text_decoder(input_ids=ids, encoder_hidden_states=seen, **given).logits
 
 
-def adapted(model: Any, tokenizer: Any, side: int, length: int, prompt: str = "", **how: Any) -> TextCaptioner:
+def adapted(model: Any, tokenizer: Any, side: int, length: int | None, prompt: str = "", **how: Any) -> TextCaptioner:
     """A captioner of a known family as one of ours; the other arguments are those of `TextCaptioner`.
 
     Args:
         model: of the class `VisionEncoderDecoderModel` or `BlipForConditionalGeneration`.
         tokenizer: of the model; None: one word a token.
         side: of the images, in pixels.
-        length: tokens in a sentence at most.
+        length: tokens in a sentence at most; None: 20, or as many as the model has places for.
         prompt: what every sentence begins with; it is given, and no part of the answer.
 
     Raises:
@@ -298,13 +303,11 @@ def _setting(model: Any, name: str) -> Any:
     return next((found for place in places if (found := getattr(place, name, None)) is not None), None)
 
 
-def _short_enough(length: int, prompt: Sequence[int], config: Any) -> int:
-    places = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    if length + len(prompt) > places:
-        raise InputError(
-            f"length: found {length}, but the model has places for {places - len(prompt)} tokens; lower it"
-        )
-    return length
+def _short_enough(length: int | None, prompt: Sequence[int], config: Any) -> int:
+    room = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - len(prompt)
+    if (length or 1) > room:
+        raise InputError(f"length: found {length or 1}, but the model has places for {room} tokens; lower it")
+    return length or min(TOKENS, room)
 
 
 def _past_name(decoder: nn.Module) -> str:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from foveate.models.hf_captioner import TextCaptioner, adapted
+from foveate.models.hf_captioner import TOKENS, TextCaptioner, adapted
 from foveate.types import InputError
 
 SMALL = ("small", "small-blip")
 EXPECTED = "small, small-blip, hf:FOLDER_OR_REPOSITORY or package.module:function"
-TOKENS = 20  # of a caption at most, where nothing else is said; what BLIP writes by default
 FILES = {
     "config.json": ("config.json",),
     "a tokenizer": ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"),
@@ -37,7 +37,7 @@ def named_captioner(name: str, length: int | None = None, prompt: str = "", **si
     """
     where, _, which = name.partition(":")
     if where == "hf" and which:
-        return _read(which, length or TOKENS, prompt)
+        return _read(which, length, prompt)
     if prompt:
         raise InputError(f"prompt: found {prompt!r}, but model {name} takes none; leave it out")
     if name in SMALL:
@@ -79,7 +79,7 @@ def small_captioner(
         raise InputError(f"width: {width} is no multiple of the {heads} heads")
     marks = {"bos_token_id": vocabulary, "eos_token_id": 0}
     eye = {"image_size": side, "patch_size": patch, "hidden_size": width, "intermediate_size": 4 * width}
-    eye |= {"num_hidden_layers": depth, "num_attention_heads": heads}
+    eye |= {"num_hidden_layers": depth, "num_attention_heads": heads, "initializer_range": 0.02}  # BLIP's own is 1e-10
     if name == "small":
         sizes = {
             "vocab_size": vocabulary + 1,
@@ -104,7 +104,7 @@ def small_captioner(
     return adapted(model, None, side, length)
 
 
-def _read(name: str, length: int, prompt: str) -> TextCaptioner:
+def _read(name: str, length: int | None, prompt: str) -> TextCaptioner:
     """A captioner from a folder, without the network, or else from a repository."""
     transformers = _transformers()
     folder = Path(name).expanduser()
@@ -119,7 +119,10 @@ def _read(name: str, length: int, prompt: str) -> TextCaptioner:
         "vision-encoder-decoder": transformers.VisionEncoderDecoderModel,
         "blip": transformers.BlipForConditionalGeneration,
     }
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
     try:
+        bars.disable_progress_bar()  # a run reads it several times
         config = transformers.AutoConfig.from_pretrained(place, **how)
         if config.model_type not in kinds:
             raise InputError(f"model: {name} is a {config.model_type!r}, expected a captioner: {' or '.join(kinds)}")
@@ -130,8 +133,11 @@ def _read(name: str, length: int, prompt: str) -> TextCaptioner:
         )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"model: {name} cannot be read: {_line(error)}") from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)  # what is pooled is not read here
     if missing:
         raise InputError(f"model: {name} lacks the weights {missing[0]!r}: it is no captioner, or cut; save it anew")
