@@ -402,6 +402,22 @@ def test_a_folder_is_tuned_without_a_first_step_and_can_be_taken_away(
         tune_captioner.resolve(Config(model=f"hf:{path}", image_size=32))
 
 
+def test_any_reward_of_texts_tunes_a_captioner(tmp_path: Path) -> None:
+    """`foveate.tune`: captions come to hold the word that is asked for."""
+
+    def says_red(captions: list[str], targets: Tensor) -> Tensor:
+        return torch.tensor([float("red" in text.split()) for text in captions])
+
+    def share() -> float:
+        return float(says_red(model.decode(model.sample(images(8), 16, False, keys(8))), torch.zeros(8)).mean())
+
+    model = small("small")
+    before = share()
+    batches = lambda step: (images(8), torch.zeros(8))  # noqa: E731
+    foveate.tune(model, says_red, batches, out=tmp_path / "run", steps=20, samples=8, learning_rate=1e-2)
+    assert share() > before + 0.2
+
+
 def test_the_reward_of_drawn_captions_rises_above_the_start(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """Likelihood says each of two sentences half the time; one of them agrees better with both."""
     settings = TINY | {"tuning_rate": 3e-3, "learning_rate": 1e-2, "samples": 8, "least_count": 2, "length": 6}
