@@ -78,7 +78,12 @@ def small_captioner(
     if width % heads:
         raise InputError(f"width: {width} is no multiple of the {heads} heads")
     marks = {"bos_token_id": vocabulary, "eos_token_id": 0}
-    eye = {"image_size": side, "patch_size": patch, "hidden_size": width, "intermediate_size": 4 * width}
+    eye: dict[str, Any] = {
+        "image_size": side,
+        "patch_size": patch,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+    }
     eye |= {"num_hidden_layers": depth, "num_attention_heads": heads, "initializer_range": 0.02}  # BLIP's own is 1e-10
     if name == "small":
         sizes = {
