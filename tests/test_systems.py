@@ -31,6 +31,7 @@ QUICK = {
     },
     "colorization": {"image_size": 16, "width": 16, "depth": 1, "code_width": 8, "batch": 4, "tuning_batch": 2},
     "foveating-grid": {"batch": 16, "episodes": 200},
+    "tune-captioner": {"scenes": 64, "image_size": 16, "width": 16, "depth": 1, "batch": 4, "tuning_batch": 4},
     "tune-segmenter": {"batch": 4, "looks": 4, "image_size": 24, "width": 8},
 }
 NAMES = ("Config", "PART", "resolve", "build", "train", "evaluate", "predict", "picture", "read", "check")

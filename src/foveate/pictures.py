@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +72,14 @@ def image_grid(
     pictures = [_enlarge(image, SHARPER * cell) for image in images]
     tiles = [ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER) for picture in pictures]
     return _grid(tiles, captions, columns)
+
+
+def sentence_grid(
+    images: Float[Tensor, "batch channels height width"], sentences: Sequence[Sequence[str]], columns: int = 3
+) -> Image.Image:
+    """Lay images out in rows, each with its sentences below, which begin a line and are wrapped."""
+    lines = ["\n".join(line for one in several for line in textwrap.wrap(one, 32)) for several in sentences]
+    return image_grid(images, lines, columns, cell=320)
 
 
 def box_grid(

@@ -65,15 +65,24 @@ class Captioner(EncoderDecoder):
 
     def spell(self, words: Sequence[str]) -> None:
         """Be told how the words of all ids are written, in their order."""
-        rows = [list(word.encode().ljust(self.letters.shape[1], b"\0")) for word in words]
-        self.letters.copy_(torch.tensor(rows, dtype=torch.uint8))
+        self.letters.copy_(spelling(words, self.letters.shape[1]))
 
     @property
     def words(self) -> tuple[str, ...]:
         """How the words of all ids are written."""
-        return tuple(bytes(row).rstrip(b"\0").decode() for row in self.letters.tolist())
+        return spelled(self.letters)
 
     def sentences(self, ids: Int[Tensor, "batch length"]) -> list[str]:
         """Sentences as texts, up to their ends."""
         words, rows = self.words, ids.tolist()
         return [" ".join(words[number] for number in row[: (*row, self.end).index(self.end)]) for row in rows]
+
+
+def spelling(words: Sequence[str], letters: int) -> UInt8[Tensor, "words letters"]:
+    """Words as bytes in UTF-8, so many each at most: what a checkpoint can hold."""
+    return torch.tensor([list(word.encode().ljust(letters, b"\0")) for word in words], dtype=torch.uint8)
+
+
+def spelled(letters: UInt8[Tensor, "words letters"]) -> tuple[str, ...]:
+    """The words again."""
+    return tuple(bytes(row).rstrip(b"\0").decode() for row in letters.tolist())

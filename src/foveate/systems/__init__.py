@@ -8,4 +8,5 @@ SYSTEMS = {
     "foveating-grid": "find a bright cell on a grid by glimpses and warmer/colder cues, within any budget",
     "tune-segmenter": "tune any segmenter on the Dice or IoU of its masks, each pixel by its own effect",
     "tune-detector": "tune any detector on the score of its sets of boxes, each box by what the set gains from it",
+    "tune-captioner": "tune any image captioner of Hugging Face, or your own, on CIDEr-D",
 }

@@ -19,7 +19,6 @@ et al. 2017, "Self-critical sequence training". What differs here, and the numbe
 from __future__ import annotations
 
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -323,12 +322,7 @@ def picture(
     told = [
         [f"{name}: {each}" for name, each in zip(said, row, strict=True)] for row in zip(*said.values(), strict=True)
     ]
-    return {"captions": _page(images.cpu(), told)}
-
-
-def _page(images: Tensor, told: list[list[str]]) -> Any:
-    lines = ["\n".join(line for one in sentences for line in textwrap.wrap(one, 32)) for sentences in told]
-    return pictures.image_grid(images, lines, columns=3, cell=320)
+    return {"captions": pictures.sentence_grid(images.cpu(), told)}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
@@ -341,5 +335,7 @@ def check(config: Config) -> dict[str, Any]:
     data = _data(config, "train")
     rows = torch.linspace(0, len(data) - 1, min(9, len(data))).long().tolist()
     return {
-        "data": _page(data.pixels[rows].float() / 255, [[" ".join(one) for one in data.sentences[k]] for k in rows])
+        "data": pictures.sentence_grid(
+            data.pixels[rows].float() / 255, [[" ".join(one) for one in data.sentences[k]] for k in rows]
+        )
     }
