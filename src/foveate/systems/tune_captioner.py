@@ -42,7 +42,7 @@ from foveate.models.hf_captioner import TextCaptioner
 from foveate.models.named_captioners import SMALL, named_captioner
 from foveate.rewards.captions import Cider, Words, document_frequency
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput, map_tree, split
 
 
@@ -105,6 +105,7 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the tuned captioner
+ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 AT_ONCE = 100  # images looked at together where nothing is learned
 _load = lru_cache(maxsize=6)(load_captions)
 _say = partial(print, file=sys.stderr)  # before there is a run
@@ -273,22 +274,17 @@ def evaluate(config: Config, policy: TextCaptioner, run: Run, elsewhere: bool = 
     metrics, baselines = score(policy), {}
     if config.skip_bad:
         metrics["left_out"] = float(len(data.skipped if elsewhere else _left_out(config)))
-    for name, part in (("mle", "likelihood"), ("control", "control")):
-        other = build(config).to(run.device)
-        if run.restore(part, other):
-            baselines[name] = score(other.eval())
+    for name, other in restored(run, ROWS, partial(build, config)).items():
+        baselines[name] = score(other)
     return Evaluation(metrics, baselines)
 
 
-def compared(config: Config, run: Run, images: int) -> tuple[dict[str, TextCaptioner], Reward, Tensor, Words]:
-    """The start and the tuned model, the reward, and the first test images with their references: for `analyse`."""
-    models = {name: build(config).to(run.device).eval() for name in ("likelihood", "tuned")}
-    for name, part in (("likelihood", "likelihood"), ("tuned", PART)):
-        run.restore(part, models[name])
+def compared(config: Config, policy: TextCaptioner, run: Run, images: int) -> tuple[Reward, Tensor, Words]:
+    """The reward, and the first test images with their references: for `foveate analyse`."""
     test = _data(config, "test")
     references, reward = _judge(test, run.device)
     pixels, first = split((test.pixels, references), images)[0]
-    return models, reward, _images(pixels, run.device), first
+    return reward, _images(pixels, run.device), first
 
 
 def _scorer(config: Config, data: Captioned, device: torch.device) -> Callable[[TextCaptioner], dict[str, float]]:
@@ -330,9 +326,8 @@ def picture(
         rows = torch.linspace(0, len(data) - 1, min(9, len(data))).long()
         images = data.pixels[rows].float() / 255
         said["reference"] = [" ".join(data.sentences[row][0]) for row in rows.tolist()]
-    start = build(config).to(run.device)
-    if run.restore("likelihood", start):
-        said = {"mle": predict(config, start.eval(), images)["captions"], **said}
+    for start in restored(run, {"mle": "likelihood"}, partial(build, config)).values():
+        said = {"mle": predict(config, start, images)["captions"], **said}
     said = {"tuned": predict(config, policy, images)["captions"], **said}
     columns = [[f"{name}: {text}" for text in texts] for name, texts in said.items()]
     return {"captions": pictures.sentence_grid(images.cpu(), list(zip(*columns, strict=True)))}
