@@ -84,7 +84,7 @@ class GlimpsePolicy(Policy):
     ) -> None:
         super().__init__()
         self.looking, self.spread, self.detach = looking, 1.0, detach
-        self.what: nn.Module = _mlp_eye(what) if glimpse_network == "mlp" else _ConvolutionalEye(what, precision)
+        self.what: nn.Module = _mlp_eye(what) if glimpse_network == "mlp" else ConvolutionalEye(what, precision)
         self.where = nn.Sequential(nn.Linear(where, 128), nn.ReLU())
         self.join = nn.Linear(128 + 128, hidden)
         self.core: nn.Module = _RectifiedCell(hidden, hidden) if core == "rnn" else nn.LSTMCell(hidden, hidden)
@@ -134,7 +134,7 @@ def _mlp_eye(what: tuple[int, int, int]) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(what[0] * what[1] * what[2], 128), nn.ReLU())
 
 
-class _ConvolutionalEye(nn.Module):
+class ConvolutionalEye(nn.Module):
     def __init__(self, what: tuple[int, int, int], precision: Precision) -> None:
         super().__init__()
         self.precision = precision
