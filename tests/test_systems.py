@@ -29,6 +29,15 @@ QUICK = {
         "samples": 2,
     },
     "colorization": {"image_size": 16, "width": 16, "depth": 1, "code_width": 8, "batch": 4, "tuning_batch": 2},
+    "sequential-detection": {
+        "image_size": 32,
+        "scenes": 40,
+        "patch": 6,
+        "hidden": 16,
+        "batch": 4,
+        "samples": 2,
+        "glimpses": 3,
+    },
     "foveating-grid": {"batch": 16, "episodes": 200},
     "tune-segmenter": {"batch": 4, "looks": 4, "image_size": 24, "width": 8},
 }

@@ -19,10 +19,11 @@ docs/systems/sequential-detection.md and docs/results.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -35,26 +36,27 @@ from foveate.data.detection import Detections, chosen, load_detections, mirrored
 from foveate.data.picture_folders import read_pictures
 from foveate.data.zoom import zoomed
 from foveate.geometry import Boxes
-from foveate.learn.answers import Tuning
+from foveate.learn.answers import Scored, Tuning, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.learn.returns import reward_to_go
-from foveate.models.sequential import Looking, SequentialDetector, Walk, candidate_losses
-from foveate.rewards.boxes import THRESHOLDS, average_precision, corpus_average_precision
-from foveate.rewards.sets import set_scores
+from foveate.models.sequential import SequentialDetector, Walk, candidate_losses, near_objects, raster
+from foveate.rewards.boxes import THRESHOLDS, corpus_average_precision
+from foveate.rewards.sets import precision_so_far, set_scores
 from foveate.run import Run
 from foveate.two_steps import held_out_scores, tune_on_reward
-from foveate.types import Evaluation, InputError, RewardOutput, concatenate, map_tree, split
+from foveate.types import Decisions, Evaluation, InputError, RewardOutput, Tree, concatenate, map_tree, split
 
-Control = Literal["random", "raster", "all"]
+Control = Literal["random", "raster"]
+Pictures: TypeAlias = Float[Tensor, "batch channels height width"]
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of `foveate train sequential-detection`. What defaults to None is chosen by the data and printed."""
 
-    data: str = "scenes"
-    """scenes (rendered), voc, or coco"""
+    data: str = "digits"
+    """digits (scenes of embedded ones), scenes (rendered objects), voc, or coco"""
     root: Path | None = None
     """folder of the data; not needed for scenes"""
     image_size: int = 96
@@ -74,15 +76,13 @@ class Config:
     start_share: float = 0.4
     """part of the budget for candidates at random places; the rest is shared evenly by the agent and its controls"""
     controls: tuple[Control, ...] = ("random", "raster")
-    """trained beside the agent from the same start: looking at random places, row after row, or emitting all"""
+    """trained beside the agent from the same start: looking at random places, or at places row after row"""
     glimpses: int = 6
     """in a walk at most"""
     patch: int = 12
     """side of a glimpse in pixels"""
     scales: int = 3
-    """patches in a glimpse, each wider than the one before"""
-    factor: int = 2
-    """how much wider"""
+    """patches in a glimpse, each twice as wide as the one before"""
     hidden: int = 192
     """width of the core"""
     std: float = 0.15
@@ -95,21 +95,19 @@ class Config:
     """taken off for each emitted box, so that declining pays"""
     discount: float = 0.9
     """of what later glimpses gain, a glimpse"""
-    entropy: float = 0.0
-    """weight of the entropy, which is sought"""
-    batch: int = 32
+    batch: int = 16
     """images in an update"""
     samples: int = 4
     """walks over each of them"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """of Adam; it falls evenly to 0 in every phase"""
-    every: int = 100
-    """updates between looks at held-out images"""
     classes: tuple[str, ...] | None = None
     """names of the classes; taken from the data"""
 
 
 PART = "policy"  # the tracked part that holds the policy
+# baseline → the tracked part whose weights it has
+ROWS = {"start": "start", "all": PART, "random": "random", "raster": "raster"}
 AT_ONCE = 100  # images looked at together where nothing is learned
 _load = lru_cache(maxsize=6)(load_detections)
 
@@ -122,6 +120,13 @@ def resolve(config: Config) -> Config:
     """
     if not 0 < config.start_share < 1:
         raise InputError(f"start_share: found {config.start_share}, expected more than 0 and less than 1")
+    for name in ("glimpses", "scales", "hidden", "batch", "scenes", "objects"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    if not 2 <= config.patch <= config.image_size:
+        raise InputError(f"patch: found {config.patch}, expected 2 to the image's {config.image_size} pixels")
+    if not 0 < config.std < math.inf:
+        raise InputError(f"std: found {config.std}, expected a number above 0")
     data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours
     _tuning(config, PART)
     return replace(config, classes=data.classes)
@@ -138,10 +143,19 @@ def build(config: Config) -> SequentialDetector:
 
 def _detector(config: Config, part: str) -> SequentialDetector:
     assert config.classes is not None
-    looking: dict[str, Looking] = {"start": "random", "random": "random", "raster": "raster"}
-    sizes = config.image_size, len(config.classes), config.glimpses, config.patch, config.scales, config.factor
-    emits: Any = "all" if part == "all" else "drawn"
-    return SequentialDetector(*sizes, config.hidden, config.std, looking.get(part, "learned"), emits)
+    sizes = config.image_size, len(config.classes), config.glimpses, config.patch, config.scales, config.hidden
+    return SequentialDetector(*sizes, config.std, "all" if part == "all" else "drawn")
+
+
+def _shown(config: Config, part: str, images: Tensor, keys: Tensor, targets: Boxes | None = None) -> Tree:
+    """Images, and with them the places to look at for parts that do not choose them."""
+    if part in (PART, "all"):
+        return images
+    if part == "start" and targets is not None:
+        return images, near_objects(targets, keys, config.glimpses, config.image_size)
+    if part == "raster":
+        return images, raster(config.glimpses).to(images.device).expand(len(images), -1, -1)
+    return images, noise.uniform(noise.fold(keys, "places"), config.glimpses, 2) * 2 - 1
 
 
 @dataclass(frozen=True)
@@ -162,23 +176,14 @@ class WalkReward:
 
     def __call__(self, walk: Walk, targets: Boxes) -> RewardOutput:
         """Score each walk."""
-        worth = self.prefixes(walk, targets)
+        worth = precision_so_far(walk.found, targets, self.thresholds)
         gains = worth.diff(dim=1) - self.glimpse_cost * walk.mask - self.box_cost * walk.found.mask
         returns = reward_to_go(gains, walk.mask, self.discount)
         after = F.pad(self.discount * returns[:, 1:], (0, 1))
         counts = {"glimpses": walk.mask.sum(1).float(), "boxes": walk.found.mask.sum(1).float()}
         total = worth[:, -1] - self.glimpse_cost * counts["glimpses"] - self.box_cost * counts["boxes"]
-        return RewardOutput(
-            total, {"average_precision": worth[:, -1], **counts}, torch.stack((returns, after), -1).flatten(1)
-        )
-
-    def prefixes(self, walk: Walk, targets: Boxes) -> Float[Tensor, "batch more"]:
-        """Average precision of what was emitted before the first glimpse, after it, ..., after the last."""
-        count = walk.mask.shape[1] + 1
-        first = torch.ones(count, count - 1, dtype=torch.bool, device=walk.mask.device).tril(-1)
-        sets, wanted = (map_tree(lambda leaf: leaf.repeat_interleave(count, 0), each) for each in (walk.found, targets))
-        sets = replace(sets, mask=sets.mask & first.repeat(len(walk.mask), 1))
-        return average_precision(sets, wanted, self.thresholds).total.view(-1, count)
+        credit = torch.stack((returns, after), -1).flatten(1)
+        return RewardOutput(total, {"average_precision": worth[:, -1], **counts}, credit)
 
 
 def _reward(config: Config) -> WalkReward:
@@ -187,9 +192,9 @@ def _reward(config: Config) -> WalkReward:
 
 
 def _tuning(config: Config, part: str) -> Tuning:
-    settings: dict[str, Any] = {"learning_rate": config.learning_rate, "anneal": True, "entropy": config.entropy}
-    if part == "start":  # nothing is decided
-        return Tuning(config.samples, "none", **settings | {"entropy": 0.0})
+    settings: dict[str, Any] = {"learning_rate": config.learning_rate, "anneal": True}
+    if part == "start":  # no decision is learned yet, so there is nothing to compare
+        return Tuning(1, "none", **settings)
     return Tuning(config.samples, credit="difference", **settings)
 
 
@@ -204,65 +209,75 @@ def train(config: Config, run: Run) -> None:
         parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, f"{name}_keeper": Keeper(policy)})
     (average,) = run.track(average=MovingAverage())
     reward, share = _reward(config), (1 - config.start_share) / (1 + len(config.controls))
-    held_out = split(chosen(val, torch.arange(len(val)).to(run.device)), AT_ONCE)
+    images, targets = chosen(val, torch.arange(len(val)).to(run.device))
+    keys = noise.key(config.seed, "held out places", torch.arange(len(val))).to(run.device)
     for name, (policy, optimizer, keeper) in parts.items():
-        begin = name == "start"
-        tune_on_reward(
-            run,
-            name,
-            config.start_share if begin else share,
-            policy,
-            reward,
-            partial(_batch, config, data, run, name),
-            _tuning(config, name),
-            optimizer,
-            average,
-            None if begin else parts["start"][0],
-            beside=lambda decisions, scored, targets: candidate_losses(
-                decisions.extras, scored.actions, targets, config.image_size
-            ),
-            keeper=keeper,
-            validate=partial(held_out_scores, policy, reward, held_out, config.seed),
-            every=config.every,
-        )
+        reference, much = (None, config.start_share) if name == "start" else (parts["start"][0], share)
+        batches, tuning = partial(_batch, config, data, run, name), _tuning(config, name)
+        held_out = split((_shown(config, name, images, keys), targets), AT_ONCE)
+        how: dict[str, Any] = {"keeper": keeper, "beside": partial(_candidates, config)}
+        how["validate"] = partial(held_out_scores, policy, reward, held_out, config.seed)
+        tune_on_reward(run, name, much, policy, reward, batches, tuning, optimizer, average, reference, **how)
 
 
-def _batch(config: Config, data: Detections, run: Run, phase: str, step: int) -> tuple[Tensor, Boxes]:
-    """Images of a step, zoomed and half of them mirrored, and their boxes."""
+def _candidates(config: Config, decisions: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
+    return candidate_losses(decisions.extras, scored.actions, targets, config.image_size)
+
+
+def _batch(config: Config, data: Detections, run: Run, part: str, step: int) -> tuple[Tree, Boxes]:
+    """Images of a step, zoomed and, but for digits, half of them mirrored; with them places to look at; their boxes."""
     here = run.rows(config.batch)
     rows = noise.examples(config.seed, step, config.batch, len(data))[here].to(run.device)
-    keys = noise.key(config.seed, phase, "view", step, torch.arange(config.batch)[here]).to(run.device)
-    flip = noise.uniform(noise.fold(keys, "flip"), 1)[:, 0] < 0.5
-    return zoomed(*mirrored(*chosen(data, rows), flip), keys)
+    keys = noise.key(config.seed, part, "view", step, torch.arange(config.batch)[here]).to(run.device)
+    flip = (noise.uniform(noise.fold(keys, "flip"), 1)[:, 0] < 0.5) & (config.data != "digits")
+    images, boxes = zoomed(*mirrored(*chosen(data, rows), flip), keys)
+    if part == "start":  # as many walks, each by other places
+        keys = noise.fold(keys[:, None], torch.arange(config.samples, device=keys.device)).flatten()
+        images, boxes = repeat(images, config.samples), repeat(boxes, config.samples)
+    return _shown(config, part, images, keys, boxes), boxes
 
 
 def evaluate(config: Config, policy: SequentialDetector, run: Run, elsewhere: bool = False) -> Evaluation:
-    """COCO's metrics of greedy walks on the test split, in [0, 1]."""
+    """COCO's metrics of greedy walks on the test split, in [0, 1], and how many boxes and glimpses they take.
+
+    Baselines: `start`, candidates at random places before anything else was learned; `random` and `raster`, as much
+    longer at random places, or at places row after row, with emission learned likewise; `all`, the agent's own walks
+    with every candidate emitted. They take all glimpses, but for the last.
+    """
     data = _data(config, "test")
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
-    metrics, curve = _score(config, policy, data)
+    metrics, curve, walk = _score(config, policy, PART, data)
+    if config.skip_bad:
+        metrics["left_out"] = float(sum(_data(config, part).skipped for part in ("train", "val", "test")))
+    objects = data.boxes.wanted.sum(1)
+    counts = sorted(set(objects[objects > 0].tolist()))
     baselines, series = {}, {"agent": curve}
-    for name in ("start", *config.controls):
-        other = _detector(config, name).to(run.device)
-        if run.restore(name, other):
-            baselines[name], series[name] = _score(config, other.eval(), data)
-    return Evaluation(metrics, baselines, {"map against glimpses": series})
+    for row, part in ROWS.items():
+        other = _detector(config, row).to(run.device)
+        if run.restore(part, other):
+            baselines[row], series[row], _ = _score(config, other.eval(), row, data)
+    curves = {"map against glimpses": series}
+    for name, number in (("glimpses", walk.mask.sum(1)), ("boxes", walk.found.mask.sum(1))):
+        means = [(float(count), float(number[objects == count].float().mean())) for count in counts]
+        curves[f"{name} against objects in the image"] = {"agent": means}
+    return Evaluation(metrics, baselines, curves)
 
 
-def _walks(config: Config, policy: SequentialDetector, data: Detections, greedy: bool = True) -> Walk:
-    rows = torch.arange(len(data), device=policy.where.weight.device).split(AT_ONCE)
-    keys = noise.key(config.seed, "evaluation", torch.arange(len(data))).to(rows[0].device)
-    found = [policy.sample(chosen(data, some)[0], 1, greedy, keys[some]) for some in rows]
+def _walks(config: Config, policy: SequentialDetector, part: str, data: Detections, greedy: bool) -> Walk:
+    found = []
+    for rows in torch.arange(len(data), device=policy.where.weight.device).split(AT_ONCE):
+        keys = noise.key(config.seed, "evaluation", rows)
+        found.append(policy.sample(_shown(config, part, chosen(data, rows)[0], keys), 1, greedy, keys))
     return map_tree(lambda leaf: leaf.cpu(), concatenate(found, 0))
 
 
 def _score(
-    config: Config, policy: SequentialDetector, data: Detections
-) -> tuple[dict[str, float], list[tuple[float, float]]]:
-    walk, drawn = _walks(config, policy, data), _walks(config, policy, data, False)
-    count = len(data.classes)
-    curve = []
+    config: Config, policy: SequentialDetector, part: str, data: Detections
+) -> tuple[dict[str, float], list[tuple[float, float]], Walk]:
+    """Metrics, mAP by the number of glimpses, and greedy walks."""
+    walk, drawn = (_walks(config, policy, part, data, greedy) for greedy in (True, False))
+    count, curve = len(data.classes), []
     for step in range(1, config.glimpses + 1):
         few = replace(walk.found, mask=walk.found.mask & (torch.arange(config.glimpses) < step))
         found = corpus_average_precision(few, data.boxes, count)
@@ -270,14 +285,27 @@ def _score(
     scores = {"map": found["map"], "ap50": found["map50"]}
     scores["sampled_map"] = corpus_average_precision(drawn.found, data.boxes, count)["map"]
     scores |= set_scores(walk.found, data.boxes)
+    numbers = walk.found.mask.sum(1), data.boxes.wanted.sum(1)
+    scores["count_error"] = float((numbers[0] - numbers[1]).abs().float().mean())
     scores["glimpses"] = float(walk.mask.sum(1).float().mean())
-    return scores, curve
+    return scores, curve, walk
 
 
-def predict(
-    config: Config, policy: SequentialDetector, images: Float[Tensor, "batch channels height width"]
-) -> dict[str, Tensor]:
+def compared(config: Config, run: Run, images: int) -> tuple[dict[str, SequentialDetector], WalkReward, Tensor, Boxes]:
+    """The start let loose and the tuned agent, the reward, and the first test images: for `foveate analyse`."""
+    models = {name: build(config).to(run.device).eval() for name in ("start", "tuned")}
+    for name, model in models.items():
+        run.restore(PART if name == "tuned" else name, model)
+    test = _data(config, "test")
+    inputs, targets = chosen(test, torch.arange(min(images, len(test)), device=run.device))
+    return models, _reward(config), inputs, targets
+
+
+def predict(config: Config, policy: SequentialDetector, images: Pictures) -> dict[str, Tensor]:
     """Walk over images in [0, 1].
+
+    Returns `boxes` [batch, glimpses, 4] in pixels of the images, `labels` and `scores`, `mask` true where the candidate
+    of a glimpse was emitted, `taken` where a glimpse was, and its place, `locations` [batch, glimpses, 2].
 
     Raises:
         InputError: the images break the convention, or are not RGB.
@@ -288,35 +316,34 @@ def predict(
     height, width = images.shape[2:]
     side = config.image_size
     seen = F.interpolate(images.to(policy.where.weight.device), (side, side), mode="bilinear", antialias=True)
-    keys = noise.key(config.seed, "predict", torch.arange(len(images))).to(seen.device)
+    keys = torch.zeros(len(images), dtype=torch.int64, device=seen.device)  # greedy: nothing is drawn
     walk = policy.sample(seen, 1, True, keys)
     scale = walk.boxes.new_tensor([width, height, width, height]) / side
-    found = walk.found
-    assert found.scores is not None
-    return {
-        "boxes": found.boxes * scale,
-        "labels": found.labels,
-        "scores": found.scores,
-        "mask": found.mask,
-        "locations": walk.places.clamp(-1, 1),
-        "taken": walk.mask,
-    }
+    found = {"labels": walk.labels, "scores": walk.scores, "mask": walk.found.mask, "taken": walk.mask}
+    return found | {"boxes": walk.boxes * scale, "locations": walk.places.clamp(-1, 1)}
 
 
-def picture(
-    config: Config, policy: SequentialDetector, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
-) -> dict[str, Any]:
-    """Walks."""
-    shown: dict[str, Boxes] = {}
+def picture(config: Config, policy: SequentialDetector, run: Run, images: Pictures | None = None) -> dict[str, Any]:
+    """Walks over test pictures beside the true boxes, or over pictures of the user; the first one as an animation."""
+    truth = None
     if images is None:
         test = _data(config, "test")
-        images, shown["truth"] = chosen(test, torch.arange(min(6, len(test)), device=run.device))
-    found = predict(config, policy, images)
-    shown["emitted"] = Boxes(found["boxes"], found["labels"], found["mask"], found["scores"])
-    return {"boxes": pictures.box_grid(images, shown, config.classes or (), least=0.0)}
+        images, truth = chosen(test, torch.arange(min(8, len(test)), device=run.device))
+    elif images.shape[-1] != images.shape[-2]:  # the retina's squares are those of the square it looks at
+        side = max(images.shape[-2:])
+        images = F.interpolate(images, (side, side), mode="bilinear")
+    walk = {name: value.cpu() for name, value in predict(config, policy, images).items()}
+    found = Boxes(walk["boxes"], walk["labels"], walk["mask"], walk["scores"])
+    patch = round(config.patch * images.shape[-1] / config.image_size)
+    retina, classes = (patch, config.scales), config.classes or ()
+    first = map_tree(lambda leaf: leaf[:1], found)
+    path = walk["locations"][0][walk["taken"][0]]
+    frames = pictures.glimpse_frames(images[0].cpu(), path, *retina, found=first, classes=classes)
+    walks = pictures.box_walks(images.cpu(), walk["locations"], walk["taken"], found, classes, *retina, truth=truth)
+    return {"walks": walks, "first walk": frames}
 
 
-def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
+def read(config: Config, path: Path) -> Pictures:
     """The user's picture, or the pictures of a folder."""
     return read_pictures(path, 3, None if path.is_file() else 4 * config.image_size)
 
