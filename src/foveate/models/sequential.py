@@ -130,7 +130,8 @@ class SequentialDetector(Sampler):
         self.where = nn.Linear(3, 128)
         self.core = nn.GRUCell(128, hidden)
         # the heads read the present glimpse too: what it shows is learned far sooner than through the core
-        self.candidate = nn.Sequential(nn.Linear(hidden + 128, 128), nn.ReLU(), nn.Linear(128, 4 + 1 + classes))
+        self.candidate = nn.Sequential(nn.Linear(hidden + 128, 128), nn.ReLU(), nn.Linear(128, 4 + 1))
+        self.classify = nn.Linear(hidden + 128, classes)
         last = nn.Linear(128, 4)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -196,6 +197,11 @@ class SequentialDetector(Sampler):
         extras = {"boxes": boxes, "labels": labels, "scores": scores}
         return Decisions(ways, log_probs=ways.log_prob(walk), mask=mask, extras=extras)
 
+    @property
+    def reach(self) -> float:
+        """How far from its middle the retina sees, in pixels."""
+        return self.patch * FACTOR ** (self.scales - 1) / 2
+
     def decode(self, actions: Walk) -> Walk:
         """A walk is its own prediction: what it cost counts beside what it found."""
         return actions
@@ -206,8 +212,7 @@ class SequentialDetector(Sampler):
     def _glimpse(self, pyramid: Pyramid, walk: Walk, step: int) -> Tensor:
         """What the retina sees at a step, and over its widest scale the boxes emitted before."""
         place = walk.places[:, step].clamp(-1, 1)
-        reach = self.patch * FACTOR ** (self.scales - 1)
-        offsets = (torch.arange(self.patch, device=place.device) + 0.5) / self.patch * reach - reach / 2
+        offsets = ((torch.arange(self.patch, device=place.device) + 0.5) / self.patch * 2 - 1) * self.reach
         x, y = (to_pixels(place, (self.side, self.side))[:, :, None] + offsets).unbind(1)  # [batch, patch] each
         left, top, right, bottom = walk.boxes[:, :step, :, None].unbind(2)
         columns = (x[:, None] > left) & (x[:, None] < right)
@@ -222,13 +227,13 @@ class SequentialDetector(Sampler):
 
     def _heads(self, memory: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Steps]:
         """Boxes in pixels; logits of the confidence and the classes; the decisions."""
-        box, score, labels = self.candidate(memory).tensor_split((4, 5), -1)
+        box, score = self.candidate(memory).split((4, 1), -1)
         middle = to_pixels(places.clamp(-1, 1), (self.side, self.side)) + self.side / 8 * box[..., :2]
         half = self.side / 8 * box[..., 2:].clamp(-3, 2).exp()
         score, decided = score.squeeze(-1), self.decide(memory)
         place = Gaussian(decided[..., 2:].tanh(), decided.new_full((*decided.shape[:-1], 2), self.std))
         ways = Steps(Bernoulli(score.detach() + decided[..., 0]), Bernoulli(decided[..., 1] - 3), place)
-        return torch.cat((middle - half, middle + half), -1), score, labels, ways
+        return torch.cat((middle - half, middle + half), -1), score, self.classify(memory), ways
 
 
 def _parted(inputs: Tree) -> tuple[Tensor, Tensor | None]:
@@ -287,11 +292,12 @@ def near_objects(targets: Boxes, keys: Int[Tensor, " batch"], time: int, side: i
 
 
 def candidate_losses(
-    candidates: dict[str, Tensor], walk: Walk, targets: Boxes, side: int
+    candidates: dict[str, Tensor], walk: Walk, targets: Boxes, side: int, reach: float
 ) -> dict[str, Float[Tensor, ""]]:
     """What is taught by the true boxes: place and class of the assigned object, and how much the candidate is it.
 
-    "box_loss" is 1 - IoU and the distance of the corners in parts of the object's size; "class_loss" a cross-entropy,
+    "box_loss" is 1 - IoU and the distance of the corners in parts of the object's size, where its middle lies within
+    `reach` pixels of the place in x and in y, as far as the retina goes; "class_loss" a cross-entropy,
     where the place lies within the object: from afar nothing tells it; "confidence_loss" that of the IoU with the
     assigned object if the class is right, else of 0. Means over glimpses.
     """
@@ -300,7 +306,8 @@ def candidate_losses(
     aims = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
     labels = targets.labels.gather(1, index)
     within = there & ((places >= aims[..., :2]) & (places <= aims[..., 2:])).all(-1)
-    boxes, count = candidates["boxes"], there.sum().clamp(min=1)
+    seen = there & ((places - (aims[..., :2] + aims[..., 2:]) / 2).abs() <= reach).all(-1)
+    boxes = candidates["boxes"]
     iou = overlaps(boxes.reshape(-1, 1, 4), aims.reshape(-1, 1, 4)).view(there.shape)
     size = (aims[..., 2:] - aims[..., :2]).clamp(min=1).repeat(1, 1, 2)
     distance = ((boxes - aims).abs() / size).mean(-1)
@@ -308,7 +315,7 @@ def candidate_losses(
     entropies = F.cross_entropy(candidates["labels"].flatten(0, 1), labels.flatten(), reduction="none").view_as(iou)
     sure = F.binary_cross_entropy_with_logits(candidates["scores"], (iou * right).detach(), reduction="none")
     return {
-        "box_loss": torch.where(there, 1 - iou + distance, 0.0).sum() / count,
+        "box_loss": torch.where(seen, 1 - iou + distance, 0.0).sum() / seen.sum().clamp(min=1),
         "class_loss": torch.where(within, entropies, 0.0).sum() / within.sum().clamp(min=1),
         "confidence_loss": torch.where(walk.mask, sure, 0.0).sum() / walk.mask.sum(),
     }

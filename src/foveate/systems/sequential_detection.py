@@ -13,13 +13,11 @@ Yeung, Russakovsky, Mori, Fei-Fei 2016, "End-to-end learning of action detection
 arXiv 1511.06984), carried from videos to images. What differs here and why, and the numbers:
 docs/systems/sequential-detection.md and docs/results.md.
 
-    foveate train sequential-detection --minutes 10                                    rendered scenes
-    foveate train sequential-detection --data voc --root FOLDER --glimpses 12 --minutes 30
+    foveate train sequential-detection --minutes 10
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,7 +45,6 @@ from foveate.run import Run
 from foveate.two_steps import held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, RewardOutput, Tree, concatenate, map_tree, split
 
-Control = Literal["random", "raster"]
 Pictures: TypeAlias = Float[Tensor, "batch channels height width"]
 
 
@@ -75,7 +72,7 @@ class Config:
     """wall-clock budget of all phases together"""
     start_share: float = 0.4
     """part of the budget for candidates at random places; the rest is shared evenly by the agent and its controls"""
-    controls: tuple[Control, ...] = ("random", "raster")
+    controls: tuple[Literal["random", "raster"], ...] = ("random", "raster")
     """trained beside the agent from the same start: looking at random places, or at places row after row"""
     glimpses: int = 6
     """in a walk at most"""
@@ -106,8 +103,7 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the policy
-# baseline → the tracked part whose weights it has
-ROWS = {"start": "start", "all": PART, "random": "random", "raster": "raster"}
+ROWS = {"start": "start", "all": PART, "random": "random", "raster": "raster"}  # baseline → its tracked part
 AT_ONCE = 100  # images looked at together where nothing is learned
 _load = lru_cache(maxsize=6)(load_detections)
 
@@ -125,10 +121,10 @@ def resolve(config: Config) -> Config:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
     if not 2 <= config.patch <= config.image_size:
         raise InputError(f"patch: found {config.patch}, expected 2 to the image's {config.image_size} pixels")
-    if not 0 < config.std < math.inf:
+    if not config.std > 0:
         raise InputError(f"std: found {config.std}, expected a number above 0")
-    data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours
     _tuning(config, PART)
+    data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours
     return replace(config, classes=data.classes)
 
 
@@ -165,8 +161,7 @@ class WalkReward:
     total = average precision of the emitted boxes - `glimpse_cost` · glimpses - `box_cost` · boxes. Its parts are
     "average_precision", "glimpses" and "boxes". A box gains what it adds to the average precision of those before it:
     the gains sum to the whole (Ng et al. 1999, "Policy invariance under reward transformations"). `credit` [batch,
-    2 · time] is what followed a decision, discounted a glimpse: of emitting or declining its own glimpse on, of moving
-    or stopping from the next one on.
+    2 · time] is what followed a decision: emitting or declining from its own glimpse on, moving from the next one on.
     """
 
     thresholds: tuple[float, ...]
@@ -187,8 +182,8 @@ class WalkReward:
 
 
 def _reward(config: Config) -> WalkReward:
-    thresholds = THRESHOLDS if config.reward == "map" else (0.5,)
-    return WalkReward(thresholds, config.glimpse_cost, config.box_cost, config.discount)
+    costs = config.glimpse_cost, config.box_cost
+    return WalkReward(THRESHOLDS if config.reward == "map" else (0.5,), *costs, config.discount)
 
 
 def _tuning(config: Config, part: str) -> Tuning:
@@ -209,28 +204,30 @@ def train(config: Config, run: Run) -> None:
         parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, f"{name}_keeper": Keeper(policy)})
     (average,) = run.track(average=MovingAverage())
     reward, share = _reward(config), (1 - config.start_share) / (1 + len(config.controls))
-    images, targets = chosen(val, torch.arange(len(val)).to(run.device))
-    keys = noise.key(config.seed, "held out places", torch.arange(len(val))).to(run.device)
+    rows = torch.arange(len(val), device=run.device)
+    (images, targets), keys = chosen(val, rows), noise.key(config.seed, "held out places", rows)
     for name, (policy, optimizer, keeper) in parts.items():
         reference, much = (None, config.start_share) if name == "start" else (parts["start"][0], share)
         batches, tuning = partial(_batch, config, data, run, name), _tuning(config, name)
         held_out = split((_shown(config, name, images, keys), targets), AT_ONCE)
-        how: dict[str, Any] = {"keeper": keeper, "beside": partial(_candidates, config)}
+        how: dict[str, Any] = {"keeper": keeper, "beside": partial(_candidates, policy)}
         how["validate"] = partial(held_out_scores, policy, reward, held_out, config.seed)
         tune_on_reward(run, name, much, policy, reward, batches, tuning, optimizer, average, reference, **how)
 
 
-def _candidates(config: Config, decisions: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
-    return candidate_losses(decisions.extras, scored.actions, targets, config.image_size)
+def _candidates(policy: SequentialDetector, decisions: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
+    return candidate_losses(decisions.extras, scored.actions, targets, policy.side, policy.reach)
 
 
 def _batch(config: Config, data: Detections, run: Run, part: str, step: int) -> tuple[Tree, Boxes]:
-    """Images of a step, zoomed and, but for digits, half of them mirrored; with them places to look at; their boxes."""
+    """Images of a step, other than digits zoomed and half of them mirrored, with places to look at; and their boxes."""
     here = run.rows(config.batch)
     rows = noise.examples(config.seed, step, config.batch, len(data))[here].to(run.device)
     keys = noise.key(config.seed, part, "view", step, torch.arange(config.batch)[here]).to(run.device)
-    flip = (noise.uniform(noise.fold(keys, "flip"), 1)[:, 0] < 0.5) & (config.data != "digits")
-    images, boxes = zoomed(*mirrored(*chosen(data, rows), flip), keys)
+    images, boxes = chosen(data, rows)
+    if config.data != "digits":  # of which there are as many views as are rendered, and mirrored they are others
+        flip = noise.uniform(noise.fold(keys, "flip"), 1)[:, 0] < 0.5
+        images, boxes = zoomed(*mirrored(images, boxes, flip), keys)
     if part == "start":  # as many walks, each by other places
         keys = noise.fold(keys[:, None], torch.arange(config.samples, device=keys.device)).flatten()
         images, boxes = repeat(images, config.samples), repeat(boxes, config.samples)
@@ -251,7 +248,7 @@ def evaluate(config: Config, policy: SequentialDetector, run: Run, elsewhere: bo
     if config.skip_bad:
         metrics["left_out"] = float(sum(_data(config, part).skipped for part in ("train", "val", "test")))
     objects = data.boxes.wanted.sum(1)
-    counts = sorted(set(objects[objects > 0].tolist()))
+    counts = objects[objects > 0].unique().tolist()
     baselines, series = {}, {"agent": curve}
     for row, part in ROWS.items():
         other = _detector(config, row).to(run.device)
@@ -282,9 +279,8 @@ def _score(
         few = replace(walk.found, mask=walk.found.mask & (torch.arange(config.glimpses) < step))
         found = corpus_average_precision(few, data.boxes, count)
         curve.append((float(step), found["map"]))
-    scores = {"map": found["map"], "ap50": found["map50"]}
-    scores["sampled_map"] = corpus_average_precision(drawn.found, data.boxes, count)["map"]
-    scores |= set_scores(walk.found, data.boxes)
+    sampled = corpus_average_precision(drawn.found, data.boxes, count)["map"]
+    scores = {"map": found["map"], "ap50": found["map50"], "sampled_map": sampled, **set_scores(walk.found, data.boxes)}
     numbers = walk.found.mask.sum(1), data.boxes.wanted.sum(1)
     scores["count_error"] = float((numbers[0] - numbers[1]).abs().float().mean())
     scores["glimpses"] = float(walk.mask.sum(1).float().mean())
@@ -336,8 +332,7 @@ def picture(config: Config, policy: SequentialDetector, run: Run, images: Pictur
     found = Boxes(walk["boxes"], walk["labels"], walk["mask"], walk["scores"])
     patch = round(config.patch * images.shape[-1] / config.image_size)
     retina, classes = (patch, config.scales), config.classes or ()
-    first = map_tree(lambda leaf: leaf[:1], found)
-    path = walk["locations"][0][walk["taken"][0]]
+    path, first = walk["locations"][0][walk["taken"][0]], split(found, 1)[0]
     frames = pictures.glimpse_frames(images[0].cpu(), path, *retina, found=first, classes=classes)
     walks = pictures.box_walks(images.cpu(), walk["locations"], walk["taken"], found, classes, *retina, truth=truth)
     return {"walks": walks, "first walk": frames}
