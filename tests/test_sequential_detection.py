@@ -15,12 +15,16 @@ from foveate import commands, noise
 from foveate.cli import main
 from foveate.data.detection import load_detections
 from foveate.geometry import Boxes
+from foveate.learn.answers import Scored, Tuning
+from foveate.learn.baselines import MovingAverage
 from foveate.models.sequential import SequentialDetector, Walk, assigned, candidate_losses, near_objects, raster
 from foveate.rewards.boxes import average_precision
 from foveate.rewards.sets import precision_so_far
+from foveate.run import Run
 from foveate.systems import sequential_detection
 from foveate.systems.sequential_detection import WalkReward
-from foveate.types import InputError, map_tree
+from foveate.two_steps import tune_on_reward
+from foveate.types import Decisions, InputError, map_tree
 from test_detection_data import three
 
 SIDE = 24
@@ -162,7 +166,9 @@ def test_losses_are_none_for_a_perfect_candidate() -> None:
     doubled = {**made, "scores": torch.tensor([[30.0, 30.0]]), "boxes": walk.boxes.repeat(1, 2, 1)}
     doubled["labels"] = logits.repeat(1, 2, 1)
     twice = walk_of([[10.0, 10.0]] * 2, [[0.0, 0, 20, 20]] * 2, [True, True], [0, 0])
-    assert candidate_losses(doubled, twice, TRUE, 100, 50.0)["confidence_loss"] > 5, "the second box at an object is none"
+    assert candidate_losses(doubled, twice, TRUE, 100, 50.0)["confidence_loss"] > 5, (
+        "the second box at an object is none"
+    )
 
 
 def test_gains_sum_to_the_average_precision_and_credit_is_what_followed() -> None:
@@ -193,6 +199,50 @@ def test_places_to_learn_at_are_half_near_objects_and_a_raster_is_even() -> None
         assert raster(count).shape == (count, 2)
         assert raster(count).mean(0).abs().max() < 0.1
         assert len(raster(count).unique(dim=0)) == count
+
+
+def squares(step: int, size: int = 16) -> tuple[Tensor, Boxes]:
+    """One bright square of 8 pixels in one of nine places of an image of 48."""
+    cell = noise.integers(noise.key(0, "squares", step, torch.arange(size)), 9, 1)
+    corner = torch.cat((cell % 3, cell // 3), 1) * 16 + 4
+    place = torch.arange(48)
+    inside = [(place >= corner[:, axis, None]) & (place < corner[:, axis, None] + 8) for axis in (0, 1)]
+    images = (inside[1][:, :, None] & inside[0][:, None]).float()[:, None].expand(-1, 3, -1, -1)
+    boxes = torch.cat((corner, corner + 8), 1).float()[:, None]
+    return images, Boxes(boxes, torch.zeros(size, 1, dtype=torch.int64), torch.ones(size, 1, dtype=torch.bool))
+
+
+def test_it_learns_where_to_look(tmp_path: Path) -> None:
+    """Two glimpses after a first one in the middle: chosen places find more than as many anywhere, by the same eyes."""
+    torch.manual_seed(0)
+    model = SequentialDetector(48, 1, 3, patch=8, scales=3, hidden=32, std=0.2)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    average = MovingAverage()
+    run = Run(tmp_path / "run", system="test", config={}, steps=180, device="cpu", quiet=True)
+    run.track(policy=model, optimizer=optimizer, average=average)
+    reward = WalkReward((0.5, 0.75), 0.0, 0.0, 1.0)
+
+    def near(step: int) -> tuple[tuple[Tensor, Tensor], Boxes]:
+        images, targets = squares(step, 32)
+        return (images, near_objects(targets, noise.key(0, step, torch.arange(32)), 3, 48)), targets
+
+    def beside(made: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
+        return candidate_losses(made.extras, scored.actions, targets, 48, model.reach)
+
+    how = Tuning(1, "none", learning_rate=3e-3)
+    tune_on_reward(run, "start", 1 / 3, model, reward, near, how, optimizer, average, beside=beside)
+    images, targets = squares(9000, 200)
+    keys = noise.key(1, torch.arange(200))
+    blind = noise.uniform(keys, 3, 2) * 2 - 1
+    how = Tuning(8, credit="difference", learning_rate=3e-3)
+    tune_on_reward(
+        run, "policy", 2 / 3, model, reward, lambda step: squares(step, 8), how, optimizer, average, beside=beside
+    )
+    agent, random = (
+        float(reward(model.sample(inputs, 1, True, keys), targets).total.mean()) for inputs in (images, (images, blind))
+    )
+    assert agent > 1.3 * random
+    assert random > 0.05, "the candidates were learned before"
 
 
 def test_scenes_of_digits_have_boxes_around_their_ink() -> None:

@@ -10,8 +10,7 @@
 | corner | policy |
 
 Yeung, Russakovsky, Mori, Fei-Fei 2016, "End-to-end learning of action detection from frame glimpses in videos" (CVPR;
-arXiv 1511.06984), carried from videos to images. What differs here and why, and the numbers:
-docs/systems/sequential-detection.md and docs/results.md.
+arXiv 1511.06984), carried to images. What differs here and why, and the numbers: docs/systems/sequential-detection.md.
 
     foveate train sequential-detection --minutes 10
 """
@@ -87,10 +86,10 @@ class Config:
     reward: Literal["map", "ap50"] = "map"
     """average precision: the mean over ten thresholds of the IoU, or at 0.5"""
     glimpse_cost: float = 0.01
-    """taken off the reward for each glimpse, so that stopping pays"""
-    box_cost: float = 0.02
-    """taken off for each emitted box, so that declining pays"""
-    discount: float = 0.9
+    """taken off the reward for each glimpse, so that stopping pays; in learning it rises evenly from 0"""
+    box_cost: float = 0.01
+    """the same for each emitted box, so that declining pays"""
+    discount: float = 0.7
     """of what later glimpses gain, a glimpse"""
     batch: int = 16
     """images in an update"""
@@ -109,11 +108,7 @@ _load = lru_cache(maxsize=6)(load_detections)
 
 
 def resolve(config: Config) -> Config:
-    """Check the fields, and fill in what the data decides.
-
-    Raises:
-        InputError: a field is out of its range, or the data cannot be read.
-    """
+    """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
     if not 0 < config.start_share < 1:
         raise InputError(f"start_share: found {config.start_share}, expected more than 0 and less than 1")
     for name in ("glimpses", "scales", "hidden", "batch", "scenes", "objects"):
@@ -181,8 +176,8 @@ class WalkReward:
         return RewardOutput(total, {"average_precision": worth[:, -1], **counts}, credit)
 
 
-def _reward(config: Config) -> WalkReward:
-    costs = config.glimpse_cost, config.box_cost
+def _reward(config: Config, share: float = 1.0) -> WalkReward:
+    costs = share * config.glimpse_cost, share * config.box_cost
     return WalkReward(THRESHOLDS if config.reward == "map" else (0.5,), *costs, config.discount)
 
 
@@ -191,6 +186,11 @@ def _tuning(config: Config, part: str) -> Tuning:
     if part == "start":  # no decision is learned yet, so there is nothing to compare
         return Tuning(1, "none", **settings)
     return Tuning(config.samples, credit="difference", **settings)
+
+
+def _rising(config: Config, run: Run, walk: Walk, targets: Boxes) -> RewardOutput:
+    """The reward with costs that rise from nothing: before boxes are found it would pay to stop, and stay at that."""
+    return _reward(config, run.progress)(walk, targets)
 
 
 def train(config: Config, run: Run) -> None:
@@ -203,7 +203,7 @@ def train(config: Config, run: Run) -> None:
         optimizer = torch.optim.Adam(policy.parameters(), config.learning_rate, fused=True)
         parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, f"{name}_keeper": Keeper(policy)})
     (average,) = run.track(average=MovingAverage())
-    reward, share = _reward(config), (1 - config.start_share) / (1 + len(config.controls))
+    reward, share = partial(_rising, config, run), (1 - config.start_share) / (1 + len(config.controls))
     rows = torch.arange(len(val), device=run.device)
     (images, targets), keys = chosen(val, rows), noise.key(config.seed, "held out places", rows)
     for name, (policy, optimizer, keeper) in parts.items():
@@ -211,12 +211,12 @@ def train(config: Config, run: Run) -> None:
         batches, tuning = partial(_batch, config, data, run, name), _tuning(config, name)
         held_out = split((_shown(config, name, images, keys), targets), AT_ONCE)
         how: dict[str, Any] = {"keeper": keeper, "beside": partial(_candidates, policy)}
-        how["validate"] = partial(held_out_scores, policy, reward, held_out, config.seed)
+        how["validate"] = partial(held_out_scores, policy, _reward(config), held_out, config.seed)
         tune_on_reward(run, name, much, policy, reward, batches, tuning, optimizer, average, reference, **how)
 
 
-def _candidates(policy: SequentialDetector, decisions: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
-    return candidate_losses(decisions.extras, scored.actions, targets, policy.side, policy.reach)
+def _candidates(policy: SequentialDetector, made: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
+    return candidate_losses(made.extras, scored.actions, targets, policy.side, policy.reach)
 
 
 def _batch(config: Config, data: Detections, run: Run, part: str, step: int) -> tuple[Tree, Boxes]:
