@@ -318,7 +318,7 @@ def test_pictures_of_a_user_are_walked_over(agent: commands.Agent, tmp_path: Pat
         ({"std": 0.0}, "^std: found 0"),
         ({"samples": 1}, "^samples: found 1"),
         ({"data": "coco"}, "^root: not given"),
-        ({"data": "numbers"}, "^data: found 'numbers', expected one of digits, scenes"),
+        ({"data": "numbers"}, "^data: found 'numbers', expected one of scenes, voc, coco, digits"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(settings: dict[str, object], message: str) -> None:

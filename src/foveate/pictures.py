@@ -247,7 +247,7 @@ def _draw_boxes(
         if score is not None and score < least:
             continue
         label = int(boxes.labels[row, place])
-        colour = PALETTE[label % len(PALETTE)]
+        colour = PALETTE[label % (len(PALETTE) - 1)]  # its last is black, as is much of what boxes are drawn on
         left, top, right, bottom = (boxes.boxes[row, place] * zoom).tolist()
         draw.rectangle((left, top, max(left, right), max(top, bottom)), None, colour, round(1.6 * unit))
         text = classes[label] + ("" if score is None else f" {score:.2f}")

@@ -26,10 +26,10 @@ from foveate.geometry import Boxes
 from foveate.types import InputError, concatenate, map_tree
 
 DATASETS: dict[str, str] = {
-    "digits": "rendered scenes of embedded handwritten digits, nothing to download",
     "scenes": "rendered scenes of textured objects, nothing to download",
     "voc": "ROOT/Annotations/*.xml, ROOT/JPEGImages, ROOT/ImageSets/Main (or ROOT/VOCdevkit/VOC*/...)",
     "coco": "ROOT/annotations/instances_*.json and the pictures in ROOT/*/",
+    "digits": "rendered scenes of embedded handwritten digits, nothing to download",
 }
 SCENES = {"val": 250, "test": 500}
 _AT_ONCE = 64  # scenes drawn together: their layers then stay in the processor's cache
