@@ -160,7 +160,8 @@ def box_walks(
             tiles.append(_box_tile(image, truth, row, classes, cell, 0.0))
             captions.append("truth")
         tiles.append(_path_tile(image, path[seen], patch, scales, factor, cell, (found, row, classes)))
-        captions.append(f"{int(seen.sum())} glimpses, {int(found.mask[row].sum())} boxes")
+        count = int(found.mask[row].sum())
+        captions.append(f"{int(seen.sum())} glimpses, {count} {'box' if count == 1 else 'boxes'}")
     return _grid(tiles, captions, columns * (1 if truth is None else 2))
 
 
