@@ -115,7 +115,7 @@ def test_what_is_not_finite_is_never_the_best(value):
 
 
 def test_nothing_is_marked_where_the_direction_is_unknown_or_there_is_nothing_to_compare():
-    assert "best" not in report.metric_table({"trained": {"glimpses": 3.0}, "a": {"glimpses": 4.0}})
+    assert "best" not in report.metric_table({"trained": {"places": 3.0}, "a": {"places": 4.0}})
     assert "class='best'" not in report.metric_table({"trained": {"accuracy": 0.5}})
 
 

@@ -11,6 +11,7 @@ import itertools
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -127,17 +128,50 @@ def glimpse_frames(
     factor: int = 2,
     captions: Sequence[str] | None = None,
     cell: int = 256,
+    found: Boxes | None = None,
+    classes: Sequence[str] = (),
 ) -> list[Image.Image]:
     """Draw one frame a glimpse: the path so far on the left, on the right all that the agent has seen of the image.
 
-    The arguments are those of `glimpse_paths`; `captions` has one line for each glimpse.
+    The arguments are those of `glimpse_paths` and, with boxes of this one image, those of `box_walks`; `captions` has
+    one line for each glimpse.
     """
     steps = range(1, len(locations) + 1)
-    paths = [_path_tile(image, locations[:step], patch, scales, factor, cell) for step in steps]
+    boxes = [None if found is None else (_up_to(found, step), 0, classes) for step in steps]
+    paths = [_path_tile(image, locations[:step], patch, scales, factor, cell, boxes[step - 1]) for step in steps]
     sights = _seen(_rgb(image), locations, patch, scales, factor, cell)
     seen = [ImageOps.expand(_to_pillow(sight), MARGIN, "white") for sight in sights]
     lines = captions or [f"glimpse {step} of {len(locations)}" for step in steps]
     return [_grid(pair, [line, "what it has seen"], 2) for *pair, line in zip(paths, seen, lines, strict=True)]
+
+
+def box_walks(
+    images: Float[Tensor, "batch channels height width"],
+    locations: Float[Tensor, "batch time 2"],
+    taken: Bool[Tensor, "batch time"],
+    found: Boxes,
+    classes: Sequence[str],
+    patch: int,
+    scales: int,
+    factor: int = 2,
+    truth: Boxes | None = None,
+    columns: int = 2,
+    cell: int = 224,
+) -> Image.Image:
+    """Draw glimpses and the boxes emitted at them, each with its glimpse's number, beside the true boxes if given.
+
+    As `glimpse_paths`; `taken` is true where there was a glimpse, `found` the candidate of each, in pixels, whose
+    `mask` is true where it was emitted, `truth` what there is to be found.
+    """
+    tiles, captions = [], []
+    for row, (image, path, seen) in enumerate(zip(images, locations, taken, strict=True)):
+        if truth is not None:
+            tiles.append(_box_tile(image, truth, row, classes, cell, 0.0))
+            captions.append("truth")
+        tiles.append(_path_tile(image, path[seen], patch, scales, factor, cell, (found, row, classes)))
+        count = int(found.mask[row].sum())
+        captions.append(f"{int(seen.sum())} glimpses, {count} {'box' if count == 1 else 'boxes'}")
+    return _grid(tiles, captions, columns * (1 if truth is None else 2))
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], milliseconds: int = 600) -> None:
@@ -159,10 +193,20 @@ def save_gif(path: Path, frames: Sequence[Image.Image], milliseconds: int = 600)
     os.replace(partial, path)
 
 
-def _path_tile(image: Tensor, path: Tensor, patch: int, scales: int, factor: int, cell: int) -> Image.Image:
+def _path_tile(
+    image: Tensor,
+    path: Tensor,
+    patch: int,
+    scales: int,
+    factor: int,
+    cell: int,
+    found: tuple[Boxes, int, Sequence[str]] | None = None,
+) -> Image.Image:
     height, width = image.shape[-2:]
     picture = _enlarge(image, SHARPER * cell)
     zoom, unit, final = SHARPER * cell / max(height, width), SHARPER * cell / 192, len(path) - 1
+    if found is not None:
+        _draw_boxes(picture, zoom, unit, *found, numbered=True)
     points = geometry.to_pixels(path.detach().float().cpu().clamp(-1, 1), (height, width)).numpy() * zoom
     draw = ImageDraw.Draw(picture, "RGBA")  # this mode mixes colours
     for step, point in enumerate(points):
@@ -189,21 +233,38 @@ def _path_tile(image: Tensor, path: Tensor, patch: int, scales: int, factor: int
 
 def _box_tile(image: Tensor, boxes: Boxes, row: int, classes: Sequence[str], cell: int, least: float) -> Image.Image:
     picture = _enlarge(image, SHARPER * cell)
-    zoom, unit = SHARPER * cell / max(image.shape[-2:]), SHARPER * cell / 192
+    _draw_boxes(picture, SHARPER * cell / max(image.shape[-2:]), SHARPER * cell / 192, boxes, row, classes, least)
+    return ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER)
+
+
+def _up_to(boxes: Boxes, count: int) -> Boxes:
+    return replace(boxes, mask=boxes.mask & (torch.arange(boxes.mask.shape[1]) < count))
+
+
+def _draw_boxes(
+    picture: Image.Image,
+    zoom: float,
+    unit: float,
+    boxes: Boxes,
+    row: int,
+    classes: Sequence[str],
+    least: float = 0.0,
+    numbered: bool = False,
+) -> None:
     draw, font = ImageDraw.Draw(picture), _font(round(9 * unit), True)
     for place in boxes.mask[row].nonzero().flatten().tolist():
         score = None if boxes.scores is None else float(boxes.scores[row, place])
         if score is not None and score < least:
             continue
         label = int(boxes.labels[row, place])
-        colour = PALETTE[label % len(PALETTE)]
+        colour = PALETTE[label % (len(PALETTE) - 1)]  # its last is black, as is much of what boxes are drawn on
         left, top, right, bottom = (boxes.boxes[row, place] * zoom).tolist()
         draw.rectangle((left, top, max(left, right), max(top, bottom)), None, colour, round(1.6 * unit))
         text = classes[label] + ("" if score is None else f" {score:.2f}")
+        text = f"{place + 1}: {text}" if numbered else text
         under = draw.textbbox((left, max(top, 10 * unit)), text, font, anchor="lb")
         draw.rectangle(under, colour)
         draw.text((left, max(top, 10 * unit)), text, "white", font, anchor="lb")
-    return ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER)
 
 
 def _seen(image: Tensor, locations: Tensor, patch: int, scales: int, factor: int, side: int) -> list[Tensor]:

@@ -17,7 +17,9 @@ from PIL import Image
 
 from foveate.types import Evaluation, InputError
 
-LOWER_IS_BETTER = frozenset(("deviation", "distance", "error", "loss", "minutes", "nll", "regret", "seconds"))
+LOWER_IS_BETTER = frozenset(
+    ("boxes", "deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds")
+)
 HIGHER_IS_BETTER = frozenset(
     (
         "accuracy",

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data.box_files import Item, Part, coco_items, voc_items
+from foveate.data.classification import load_images
+from foveate.data.digit_scenes import digit_scenes
 from foveate.data.picture_folders import check_memory, read_stretched
 from foveate.data.scenes import SHAPES, describe, draw
 from foveate.geometry import Boxes
@@ -27,6 +29,7 @@ DATASETS: dict[str, str] = {
     "scenes": "rendered scenes of textured objects, nothing to download",
     "voc": "ROOT/Annotations/*.xml, ROOT/JPEGImages, ROOT/ImageSets/Main (or ROOT/VOCdevkit/VOC*/...)",
     "coco": "ROOT/annotations/instances_*.json and the pictures in ROOT/*/",
+    "digits": "rendered scenes of embedded handwritten digits, nothing to download",
 }
 SCENES = {"val": 250, "test": 500}
 _AT_ONCE = 64  # scenes drawn together: their layers then stay in the processor's cache
@@ -68,6 +71,7 @@ def load_detections(
 ) -> Detections:
     """Read one split of a data set into memory.
 
+    - digits: `scenes` scenes of handwritten digits to train on, others as for scenes; classes are the digits.
     - scenes: `scenes` of them to train on, up to `SCENES` others to choose by and to test on; classes are shapes.
     - voc: the lists of ImageSets/Main (train.txt, val.txt, test.txt); what is missing is held out of train by the
       pictures' names. Numbers are taken as they stand.
@@ -93,10 +97,10 @@ def load_detections(
         raise InputError(f"data: found {name!r}, expected one of {', '.join(DATASETS)}")
     if image_size < 8:
         raise InputError(f"image_size: found {image_size}, expected at least 8 pixels")
-    if name == "scenes":
+    if name in ("scenes", "digits"):
         count = scenes if split == "train" else min(SCENES[split], scenes)
-        check_memory("scenes", (count, 3, image_size, image_size))
-        return _rendered(split, count, image_size, most, say)
+        check_memory(name, (count, 3, image_size, image_size))
+        return (_digits if name == "digits" else _rendered)(split, count, image_size, most, say)
     if root is None:
         raise InputError(f"root: not given; data {name!r} needs the folder in which it lies: --root FOLDER")
     if not root.is_dir():
@@ -131,6 +135,13 @@ def _rendered(split: Part, count: int, side: int, most: int, say: Callable[[str]
     drawn = [draw(describe(some, 1, most), side) for some in keys.split(_AT_ONCE)]
     pixels = torch.cat([(one.images * 255).round().byte() for one in drawn])
     return Detections(pixels, concatenate([one.boxes for one in drawn], 0), SHAPES, "scenes", split)
+
+
+def _digits(split: Part, count: int, side: int, most: int, say: Callable[[str], None] | None) -> Detections:
+    keys, images = noise.key("digit scenes", split, torch.arange(count)), load_images("digits", None, split)
+    drawn = [digit_scenes(images, some, side, most) for some in keys.split(_AT_ONCE)]
+    pixels = torch.cat([(one[0] * 255).round().byte() for one in drawn])
+    return Detections(pixels, concatenate([one[1] for one in drawn], 0), images.classes, "digits", split)
 
 
 def _check(item: Item, classes: tuple[str, ...]) -> None:

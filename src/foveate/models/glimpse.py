@@ -84,7 +84,7 @@ class GlimpsePolicy(Policy):
     ) -> None:
         super().__init__()
         self.looking, self.spread, self.detach = looking, 1.0, detach
-        self.what: nn.Module = _mlp_eye(what) if glimpse_network == "mlp" else _ConvolutionalEye(what, precision)
+        self.what: nn.Module = _mlp_eye(what) if glimpse_network == "mlp" else ConvolutionalEye(what, precision)
         self.where = nn.Sequential(nn.Linear(where, 128), nn.ReLU())
         self.join = nn.Linear(128 + 128, hidden)
         self.core: nn.Module = _RectifiedCell(hidden, hidden) if core == "rnn" else nn.LSTMCell(hidden, hidden)
@@ -134,16 +134,23 @@ def _mlp_eye(what: tuple[int, int, int]) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(what[0] * what[1] * what[2], 128), nn.ReLU())
 
 
-class _ConvolutionalEye(nn.Module):
-    def __init__(self, what: tuple[int, int, int], precision: Precision) -> None:
+class ConvolutionalEye(nn.Module):
+    """Two convolutions and a layer: glimpses [batch, channels, patch, patch] to [batch, 128].
+
+    `normalised` puts group norms behind the convolutions, for pictures of which more is to be told than ink from paper.
+    """
+
+    def __init__(self, what: tuple[int, int, int], precision: Precision = "fp32", normalised: bool = False) -> None:
         super().__init__()
         self.precision = precision
         # The first layer strides: at full resolution a few channels cost five times the rest of the network on a CPU.
         side = (what[1] // 2) * (what[2] // 2)
         self.layers = nn.Sequential(
             nn.Conv2d(what[0], 32, 4, stride=2, padding=1),
+            *([nn.GroupNorm(8, 32)] if normalised else []),
             nn.ReLU(),
             nn.Conv2d(32, 32, 3, padding=1),
+            *([nn.GroupNorm(8, 32)] if normalised else []),
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(32 * side, 128),
@@ -151,5 +158,6 @@ class _ConvolutionalEye(nn.Module):
         )
 
     def forward(self, glimpses: Tensor) -> Tensor:
+        """See glimpses."""
         with torch.autocast(glimpses.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.layers(glimpses).float()

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.geometry import Boxes
-from foveate.rewards.boxes import DetectionReward, matched_iou
+from foveate.rewards.boxes import THRESHOLDS, DetectionReward, average_precision, matched_iou
 from foveate.types import RewardOutput, map_tree
 
 
@@ -54,6 +54,20 @@ def _together(boxes: Boxes) -> tuple[Boxes, Int[Tensor, "batch few"]]:
         return leaf.gather(1, index.expand(-1, -1, *leaf.shape[2:]))
 
     return map_tree(take, boxes), places
+
+
+def precision_so_far(
+    boxes: Boxes, targets: Boxes, thresholds: tuple[float, ...] = THRESHOLDS
+) -> Float[Tensor, "batch more"]:
+    """Average precision of the first 0, 1, ..., count boxes of each image: what each box adds are the differences.
+
+    The differences sum to that of all, less that of no box, which is 1 where there is no target and else 0.
+    """
+    count = boxes.mask.shape[1]
+    first = torch.ones(count + 1, count, dtype=torch.bool, device=boxes.mask.device).tril(-1)
+    sets, wanted = (map_tree(lambda leaf: leaf.repeat_interleave(count + 1, 0), each) for each in (boxes, targets))
+    sets = replace(sets, mask=sets.mask & first.repeat(len(boxes.mask), 1))
+    return average_precision(sets, wanted, thresholds).total.view(-1, count + 1)
 
 
 def placing_loss(chosen: Boxes, placed: Float[Tensor, "batch count 4"], targets: Boxes) -> Float[Tensor, ""]:

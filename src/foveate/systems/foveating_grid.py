@@ -242,7 +242,7 @@ def picture(
     captions = [f"{CLASSES[guess]} ({share:.2f})" for guess, share in zip(found["classes"].tolist(), sure, strict=True)]
     steps = [f"glimpse {step + 1}" for step in range(found["locations"].shape[1])]
     steps[-1] += f": {captions[0]}"
-    retina = {"patch": PATCH, "scales": 1}
+    retina: dict[str, Any] = {"patch": PATCH, "scales": 1}
     return {
         "glimpse paths": pictures.glimpse_paths(
             images,

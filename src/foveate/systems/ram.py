@@ -326,7 +326,7 @@ def picture(
             for label, caption in zip(labels.tolist(), captions, strict=True)
         ]
         correct = (labels == found["classes"]).tolist()
-    retina = {"patch": _known(config.patch), "scales": _known(config.scales), "factor": config.factor}
+    retina: dict[str, Any] = {"patch": _known(config.patch), "scales": _known(config.scales), "factor": config.factor}
     steps = [f"glimpse {step + 1}" for step in range(found["locations"].shape[1])]
     steps[-1] += f": {captions[0]}"
     return {
