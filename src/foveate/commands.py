@@ -252,8 +252,10 @@ def analyse(
     if samples < 100:
         raise InputError(f"samples: found {samples}, expected at least 100, as the best hundredth is looked at")
     config = config_from(run.system, run.config, f"{folder}/run.json")
-    parts = {"likelihood": "likelihood", "tuned": module.PART}
-    models: dict[str, Any] = {name: _restored(module, config, run, part) for name, part in parts.items()}
+    first, *_ = module.ROWS.items()  # its start
+    models: dict[str, Any] = {
+        name: _restored(module, config, run, part) for name, part in (first, ("tuned", module.PART))
+    }
     reward, inputs, targets = module.compared(config, models["tuned"], run, images)
     numbers, values, curves = compare_models(models, reward, inputs, targets, samples, run.seed)
     drawn: dict[str, Any] = {
