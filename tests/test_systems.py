@@ -29,6 +29,16 @@ QUICK = {
         "samples": 2,
     },
     "colorization": {"image_size": 16, "width": 16, "depth": 1, "code_width": 8, "batch": 4, "tuning_batch": 2},
+    "panoptic": {
+        "image_size": 16,
+        "scenes": 64,
+        "width": 16,
+        "depth": 1,
+        "code_width": 8,
+        "batch": 4,
+        "tuning_batch": 2,
+        "samples": 2,
+    },
     "foveating-grid": {"batch": 16, "episodes": 200},
     "tune-segmenter": {"batch": 4, "looks": 4, "image_size": 24, "width": 8},
 }

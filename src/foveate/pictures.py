@@ -12,10 +12,11 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional
@@ -97,6 +98,32 @@ def box_grid(
             tiles.append(_box_tile(image, boxes, row, classes, cell, least))
             captions.append(name)
     return _grid(tiles, captions, columns or len(sets))
+
+
+def segment_grid(
+    images: Float[Tensor, "batch channels height width"],
+    sets: Mapping[str, tuple[Int[Tensor, "batch height width"], Int[Tensor, "batch _"]]],
+    classes: Sequence[str],
+    columns: int | None = None,
+    cell: int = 192,
+) -> Image.Image:
+    """Draw images, each beside its sets of segments: a colour a class, an edge around each segment, and its class.
+
+    Args:
+        images: in [0, 1].
+        sets: name → ids of the pixels, 0 for none, and the class of segment 1, 2, ...
+        classes: their names.
+        columns: tiles in a row; None: an image and its sets.
+        cell: longer side of an image as drawn.
+    """
+    tiles, captions = [], []
+    for row, image in enumerate(images):
+        tiles.append(ImageOps.expand(_enlarge(image, SHARPER * cell), SHARPER * MARGIN, "white").reduce(SHARPER))
+        captions.append("image")
+        for name, (ids, labels) in sets.items():
+            tiles.append(_segment_tile(image, ids[row].cpu().numpy(), labels[row].tolist(), classes, cell))
+            captions.append(name)
+    return _grid(tiles, captions, columns or 1 + len(sets))
 
 
 def painted(
@@ -195,6 +222,38 @@ def _box_tile(image: Tensor, boxes: Boxes, row: int, classes: Sequence[str], cel
         draw.rectangle(under, colour)
         draw.text((left, max(top, 10 * unit)), text, "white", font, anchor="lb")
     return ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER)
+
+
+def _segment_tile(
+    image: Tensor, ids: np.ndarray[Any, Any], labels: Sequence[int], classes: Sequence[str], cell: int
+) -> Image.Image:
+    rows, columns = _size(image, SHARPER * cell)
+    hues = [ImageColor.getrgb(f"hsv({int(k * 222.5) % 360},{55 + k % 3 * 20}%,{95 - k % 2 * 20}%)") for k in labels]
+    base = np.asarray(_enlarge(image, SHARPER * cell)).mean(2, keepdims=True)
+    down, across = (np.arange(size) * count // size for size, count in zip((rows, columns), ids.shape, strict=True))
+    where = ids[down[:, None], across]
+    shown = 0.35 * base + 0.65 * np.array([(0, 0, 0), *hues], float)[where]
+    edge = np.zeros(where.shape, bool)
+    for axis in (0, 1):
+        edge |= where != np.roll(where, SHARPER, axis)
+    edge[:SHARPER], edge[:, :SHARPER] = False, False
+    shown[edge] = 255
+    picture = Image.fromarray(shown.round().astype(np.uint8))
+    draw, font = ImageDraw.Draw(picture), _font(round(9.5 * SHARPER * cell / 192), True)
+    for number in np.unique(ids[ids > 0]).tolist():
+        y, x = _inside(where == number)
+        name = classes[labels[number - 1]]
+        half = min(font.getlength(name) / 2, columns / 2)
+        place = (min(max(x, half), columns - half), y)
+        draw.text(place, name, "white", font, anchor="mm", stroke_width=SHARPER // 2, stroke_fill=DARK)
+    return ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER)
+
+
+def _inside(mask: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """The pixel of a mask that is nearest to the mean of its pixels: row and column."""
+    places = np.argwhere(mask)
+    best = places[((places - places.mean(0)) ** 2).sum(1).argmin()]
+    return int(best[0]), int(best[1])
 
 
 def _seen(image: Tensor, locations: Tensor, patch: int, scales: int, factor: int, side: int) -> list[Tensor]:

@@ -36,7 +36,9 @@ HIGHER_IS_BETTER = frozenset(
         "recall",
         "return",
         "reward",
+        "rq",
         "score",
+        "sq",
         "success",
         "vividness",
     )
