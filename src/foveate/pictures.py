@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
 from foveate import geometry
 from foveate.colors import PALETTE
-from foveate.geometry import Boxes
+from foveate.geometry import Boxes, Segments
 from foveate.types import InputError
 
 PATH = ((255, 236, 153), (253, 141, 60), (214, 22, 82))  # light to strong, the order of the glimpses
@@ -102,7 +102,7 @@ def box_grid(
 
 def segment_grid(
     images: Float[Tensor, "batch channels height width"],
-    sets: Mapping[str, tuple[Int[Tensor, "batch height width"], Int[Tensor, "batch _"]]],
+    sets: Mapping[str, Segments],
     classes: Sequence[str],
     columns: int | None = None,
     cell: int = 192,
@@ -111,7 +111,7 @@ def segment_grid(
 
     Args:
         images: in [0, 1].
-        sets: name → ids of the pixels, 0 for none, and the class of segment 1, 2, ...
+        sets: name → segments of all images.
         classes: their names.
         columns: tiles in a row; None: an image and its sets.
         cell: longer side of an image as drawn.
@@ -120,8 +120,9 @@ def segment_grid(
     for row, image in enumerate(images):
         tiles.append(ImageOps.expand(_enlarge(image, SHARPER * cell), SHARPER * MARGIN, "white").reduce(SHARPER))
         captions.append("image")
-        for name, (ids, labels) in sets.items():
-            tiles.append(_segment_tile(image, ids[row].cpu().numpy(), labels[row].tolist(), classes, cell))
+        for name, segments in sets.items():
+            ids = segments.ids[row].cpu().numpy()
+            tiles.append(_segment_tile(image, ids, segments.labels[row].tolist(), classes, cell))
             captions.append(name)
     return _grid(tiles, captions, columns or 1 + len(sets))
 
@@ -241,19 +242,21 @@ def _segment_tile(
     picture = Image.fromarray(shown.round().astype(np.uint8))
     draw, font = ImageDraw.Draw(picture), _font(round(9.5 * SHARPER * cell / 192), True)
     for number in np.unique(ids[ids > 0]).tolist():
-        y, x = _inside(where == number)
-        name = classes[labels[number - 1]]
+        name, (y, x) = classes[labels[number - 1]], _middle(ids == number)
         half = min(font.getlength(name) / 2, columns / 2)
-        place = (min(max(x, half), columns - half), y)
+        place = min(max(x * columns / ids.shape[1], half), columns - half), y * rows / ids.shape[0]
         draw.text(place, name, "white", font, anchor="mm", stroke_width=SHARPER // 2, stroke_fill=DARK)
     return ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER)
 
 
-def _inside(mask: np.ndarray[Any, Any]) -> tuple[int, int]:
-    """The pixel of a mask that is nearest to the mean of its pixels: row and column."""
-    places = np.argwhere(mask)
-    best = places[((places - places.mean(0)) ** 2).sum(1).argmin()]
-    return int(best[0]), int(best[1])
+def _middle(mask: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """A place deep inside of a mask, (y, x) in pixels: what is left last when its edges are taken away."""
+    left = np.pad(mask, 1)
+    while left.any():
+        last = left
+        left = left & np.roll(left, 1, 0) & np.roll(left, -1, 0) & np.roll(left, 1, 1) & np.roll(left, -1, 1)
+    y, x = np.argwhere(last)[0]
+    return float(y) - 0.5, float(x) - 0.5
 
 
 def _seen(image: Tensor, locations: Tensor, patch: int, scales: int, factor: int, side: int) -> list[Tensor]:

@@ -7,20 +7,21 @@ gone. Splits are fixed: they depend on the data alone, never on the seed of a ru
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
 from foveate.data.box_files import Part, coco_content, held_out, inside
 from foveate.data.picture_folders import check_memory, read_stretched
 from foveate.data.scenes import SHAPES, STUFF, describe, draw
-from foveate.types import InputError
+from foveate.geometry import Segments
+from foveate.types import InputError, map_tree
 
 DATASETS: dict[str, str] = {
     "scenes": "rendered scenes: objects are things, sky and ground are stuff; nothing to download",
@@ -38,9 +39,7 @@ class PanopticMaps:
 
     Attributes:
         pixels: RGB, 0 to 255.
-        ids: 0 for a pixel that nobody labelled (void), k for one of segment k of its image.
-        labels: the class of segment 1, 2, ...; a segment without a pixel is not there.
-        crowd: true where a segment is many things that nobody told apart.
+        segments: of each, ids as int16; a segment without a pixel is not there.
         classes: their names, things first.
         things: how many of them are things.
         name: of the data set, one of `DATASETS`.
@@ -49,9 +48,7 @@ class PanopticMaps:
     """
 
     pixels: UInt8[Tensor, "size 3 side side"]
-    ids: Int[Tensor, "size side side"]
-    labels: Int[Tensor, "size segments"]
-    crowd: Bool[Tensor, "size segments"]
+    segments: Segments
     classes: tuple[str, ...]
     things: int
     name: str
@@ -125,14 +122,27 @@ def _rendered(split: Part, count: int, side: int, most: int, say: Callable[[str]
     known = torch.cat(labels)
     return PanopticMaps(
         torch.cat(pixels),
-        torch.cat(ids),
-        known,
-        torch.zeros_like(known, dtype=torch.bool),
+        Segments(torch.cat(ids), known, torch.zeros_like(known, dtype=torch.bool)),
         (*SHAPES, *STUFF),
         len(SHAPES),
         "scenes",
         split,
     )
+
+
+def chosen(data: PanopticMaps, rows: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch 3 side side"], Segments]:
+    """Images in [0, 1] and segments of some rows, on the device of the rows."""
+    pixels, found = map_tree(lambda leaf: leaf[rows.to(leaf.device)].to(rows.device), (data.pixels, data.segments))
+    return pixels.float() / 255, replace(found, ids=found.ids.long())
+
+
+def mirrored(
+    images: Float[Tensor, "batch 3 side side"], segments: Segments, flip: Bool[Tensor, " batch"]
+) -> tuple[Float[Tensor, "batch 3 side side"], Segments]:
+    """Images and segments with left and right exchanged where `flip` says so."""
+    where = flip[:, None, None]
+    ids = torch.where(where, segments.ids.flip(2), segments.ids)
+    return torch.where(where[:, None], images.flip(3), images), replace(segments, ids=ids)
 
 
 # COCO
@@ -190,8 +200,8 @@ def _read_coco(root: Path, split: Part, side: int, skip_bad: bool, supercategori
     for row, (*_, of_item, many) in enumerate(read):
         labels[row, : len(of_item)], crowd[row, : len(of_item)] = of_item, many
     pixels, ids = (torch.from_numpy(np.stack([item[place] for item in read])) for place in (0, 1))
-    told = torch.from_numpy(labels), torch.from_numpy(crowd)
-    return PanopticMaps(pixels, ids, *told, known.classes, known.things, "coco", split, tuple(skipped))
+    segments = Segments(ids, torch.from_numpy(labels), torch.from_numpy(crowd))
+    return PanopticMaps(pixels, segments, known.classes, known.things, "coco", split, tuple(skipped))
 
 
 def _categories(contents: dict[str, dict[str, Any]], supercategories: bool) -> _Categories:
@@ -240,7 +250,7 @@ def _read(item: _Item, side: int, known: _Categories) -> tuple[Array, Array, lis
     """Pixels [3, side, side], ids [side, side], and class and crowd of each segment."""
     if item.map is None:
         raise InputError(f"{item.where} has no annotation: add one")
-    listed = {segment.get("id"): segment for segment in item.segments}
+    listed: dict[Any, dict[str, Any]] = {segment.get("id"): segment for segment in item.segments}
     for number, segment in listed.items():
         if segment.get("category_id") not in known.of:
             raise InputError(

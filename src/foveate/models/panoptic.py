@@ -1,102 +1,99 @@
 """Panoptic maps as channels that a network draws, and back: scores of classes, scores of the numbers of things.
 
-A map has two numbers a pixel: the class, and, where that is a thing, which thing it is. Of the classes 0 ... C - 1 the
-first `things` can be counted; the others are stuff, of which an image has one segment a class. Things are numbered in
-the order in which squares of `patch` pixels, read row by row, first show them: the order in which a text with a word a
-square meets them. Nothing here loops over examples.
+A map has two numbers a pixel: the class, and, where that is a thing, which thing it is. Of the classes the first ones
+are things, which can be counted; the others are stuff, of which an image has one segment a class. Things are numbered
+in the order in which squares of pixels, read row by row, first show them: the order in which a text with a word a
+square meets them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from foveate.geometry import Segments
 
-def classes_and_numbers(
-    ids: Int[Tensor, "batch height width"],
-    labels: Int[Tensor, "batch segments"],
-    crowd: Bool[Tensor, "batch segments"],
-    things: int,
-    most: int,
-    patch: int,
-) -> tuple[Int[Tensor, "batch height width"], Int[Tensor, "batch height width"]]:
-    """Class and number of every pixel, -1 where there is none to learn from.
-
-    Args:
-        ids: 0 for void, k for a pixel of segment k.
-        labels: the class of segment 1, 2, ...
-        crowd: segments that are many things nobody told apart; they are as void.
-        things: how many of the classes, the first ones, are things.
-        most: things beyond this many in an image have no number.
-        patch: side in pixels of the squares by which things are numbered; it divides height and width.
-    """
-    batch, height, width = ids.shape
-    row, column = (torch.arange(side, device=ids.device) for side in (height, width))
-    square = row[:, None] // patch * (width // patch) + column // patch
-    place = (square * patch + row[:, None] % patch) * patch + column % patch
-    first = torch.full((batch, labels.shape[1] + 1), height * width, device=ids.device)
-    first = first.scatter_reduce(1, ids.flatten(1).long(), place.flatten().expand(batch, -1), "amin")[:, 1:]
-    counted = (labels < things) & ~crowd & (first < height * width)
-    number = first.masked_fill(~counted, height * width).argsort(1).argsort(1)
-    number = number.masked_fill(~counted | (number >= most), -1)
-    known = labels.masked_fill(crowd, -1)
-
-    def spread(values: Tensor) -> Tensor:
-        return F.pad(values, (1, 0), value=-1).gather(1, ids.flatten(1).long()).view(ids.shape)
-
-    return spread(known), spread(number)
+Maps: TypeAlias = tuple[Tensor, Tensor]  # class and number of each pixel, -1 for none: [batch, height, width]
 
 
-def channels(
-    classes: Int[Tensor, "batch height width"], numbers: Int[Tensor, "batch height width"], count: int, most: int
-) -> Float[Tensor, "batch channels height width"]:
-    """Maps as an oracle sees them: a channel for each of `count` classes, then one for each of `most` numbers."""
+@dataclass(frozen=True)
+class PanopticChannels:
+    """Which channels there are, and what they say: one for each class, then one for each number.
 
-    def one_hot(values: Tensor, size: int) -> Tensor:
-        return values[:, None] == torch.arange(size, device=values.device)[:, None, None]
-
-    return torch.cat((one_hot(classes, count), one_hot(numbers, most)), 1).float()
-
-
-def drawing_losses(
-    scores: Float[Tensor, "batch channels height width"],
-    classes: Int[Tensor, "batch height width"],
-    numbers: Int[Tensor, "batch height width"],
-    count: int,
-) -> dict[str, Tensor]:
-    """Cross-entropy a pixel, in nats, of drawn scores: "class_loss" and "number_loss"; pixels at -1 do not count."""
-    drawn = scores[:, :count], scores[:, count:]
-    sums = [
-        F.cross_entropy(*pair, ignore_index=-1, reduction="sum") for pair in zip(drawn, (classes, numbers), strict=True)
-    ]
-    sizes = [(truth >= 0).sum().clamp(min=1) for truth in (classes, numbers)]
-    return {name: total / size for name, total, size in zip(("class_loss", "number_loss"), sums, sizes, strict=True)}
-
-
-def segments_of(
-    scores: Float[Tensor, "batch channels height width"], count: int, things: int, least_area: int = 1
-) -> tuple[Int[Tensor, "batch height width"], Int[Tensor, "batch segments"]]:
-    """What drawn scores say: the id of every pixel, 0 for void, and the class of segments 1, 2, ...
-
-    Each pixel takes its best class and, if that is a thing, its best number. A thing is all pixels of a number; its
-    class is that of most of them. Stuff is all pixels of a class. Which of the ids occur is up to the image: there is
-    one for every number and every class of stuff.
-
-    Args:
-        scores: of `count` classes, then of the numbers.
-        count: of classes.
+    Attributes:
+        classes: how many.
         things: how many of them, the first ones, are things.
-        least_area: segments of fewer pixels become void.
+        most: numbers; of an image's things beyond them nothing is learned but the class.
+        patch: side in pixels of the squares by which things are numbered; it divides height and width.
+        least_area: drawn segments of fewer pixels become void.
     """
-    batch, most = len(scores), scores.shape[1] - count
-    classes, numbers = scores[:, :count].argmax(1), scores[:, count:].argmax(1)
-    ids = torch.where(classes < things, 1 + numbers, 1 + most + classes - things)
-    image = torch.arange(batch, device=ids.device)[:, None, None]
-    votes = ((image * (1 + most + count - things) + ids) * count + classes).flatten()
-    votes = votes.bincount(minlength=batch * (1 + most + count - things) * count).view(batch, -1, count)
-    ids = ids.masked_fill(votes.sum(2).gather(1, ids.flatten(1)).view(ids.shape) < least_area, 0)
-    # the pixels of a number are all of things, those of stuff all of its class
-    stuff = torch.arange(things, count, device=ids.device).expand(batch, -1)
-    return ids, torch.cat((votes[:, 1 : 1 + most].argmax(2), stuff), 1)
+
+    classes: int
+    things: int
+    most: int
+    patch: int
+    least_area: int = 1
+
+    @property
+    def count(self) -> int:
+        """Channels of a map."""
+        return self.classes + self.most
+
+    def maps(self, segments: Segments) -> tuple[Int[Tensor, "batch height width"], Int[Tensor, "batch height width"]]:
+        """Class and number of every pixel, -1 where there is none: in void, in a crowd; no number in stuff."""
+        ids, labels = segments.ids, segments.labels
+        crowd = torch.zeros_like(labels, dtype=torch.bool) if segments.crowd is None else segments.crowd
+        batch, height, width = ids.shape
+        row, column = torch.arange(height, device=ids.device)[:, None], torch.arange(width, device=ids.device)
+        square = row // self.patch * (width // self.patch) + column // self.patch
+        place = (square * self.patch + row % self.patch) * self.patch + column % self.patch
+        never, where = height * width, ids.flatten(1).long()
+        first = torch.full((batch, labels.shape[1] + 1), never, device=ids.device)
+        first = first.scatter_reduce(1, where, place.flatten().expand(batch, -1), "amin")[:, 1:]
+        counted = (labels < self.things) & ~crowd & (first < never)
+        number = first.masked_fill(~counted, never).argsort(1).argsort(1)
+
+        def spread(values: Tensor) -> Tensor:
+            return F.pad(values, (1, 0), value=-1).gather(1, where).view(ids.shape)
+
+        return spread(labels.masked_fill(crowd, -1)), spread(number.masked_fill(~counted | (number >= self.most), -1))
+
+    def seen(self, maps: Maps) -> Float[Tensor, "batch channels height width"]:
+        """Maps as an oracle sees them: 1 in the channels of class and number, 0 elsewhere."""
+        hot = [
+            values[:, None] == torch.arange(size, device=values.device)[:, None, None]
+            for values, size in zip(maps, (self.classes, self.most), strict=True)
+        ]
+        return torch.cat(hot, 1).float()
+
+    def losses(self, scores: Float[Tensor, "batch channels height width"], maps: Maps) -> dict[str, Tensor]:
+        """Cross-entropy of drawn scores, in nats a pixel: "class_loss" and "number_loss". Pixels at -1 do not count."""
+        drawn = scores.split((self.classes, self.most), 1)
+        return {
+            name: F.cross_entropy(each, truth, ignore_index=-1, reduction="sum") / (truth >= 0).sum().clamp(min=1)
+            for name, each, truth in zip(("class_loss", "number_loss"), drawn, maps, strict=True)
+        }
+
+    def segments(self, scores: Float[Tensor, "batch channels height width"]) -> Segments:
+        """What drawn scores say.
+
+        Each pixel takes its best class and, if that is a thing, its best number. A thing is all pixels of a number; its
+        class is that of most of them. Stuff is all pixels of a class. The segments stand for every number, then for
+        every class of stuff; those that an image does not have are without a pixel.
+        """
+        classes, numbers = (each.argmax(1) for each in scores.split((self.classes, self.most), 1))
+        ids = torch.where(classes < self.things, 1 + numbers, 1 + self.most + classes - self.things)
+        batch, size = len(scores), 1 + self.most + self.classes - self.things
+        image = torch.arange(batch, device=ids.device)[:, None, None]
+        votes = (
+            ((image * size + ids) * self.classes + classes).flatten().bincount(minlength=batch * size * self.classes)
+        )
+        votes = votes.view(batch, size, self.classes)
+        ids = ids.masked_fill(votes.sum(2).gather(1, ids.flatten(1)).view(ids.shape) < self.least_area, 0)
+        stuff = torch.arange(self.things, self.classes, device=ids.device).expand(batch, -1)
+        return Segments(ids, torch.cat((votes[:, 1 : 1 + self.most].argmax(2), stuff), 1))

@@ -11,25 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from foveate.geometry import Segments
 from foveate.types import InputError, RewardOutput
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Panoptic maps: a tree of [batch, ...].
-
-    Attributes:
-        ids: 0 for a pixel that belongs to nothing (void), k for one of segment k.
-        labels: the class of segment 1, 2, ..., from 0.
-        crowd: true where a true segment is many objects that nobody told apart.
-    """
-
-    ids: Int[Tensor, "batch height width"]
-    labels: Int[Tensor, "batch segments"]
-    crowd: Bool[Tensor, "batch segments"] | None = None
 
 
 @dataclass(frozen=True)

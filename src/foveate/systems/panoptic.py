@@ -33,19 +33,19 @@ from torch import Tensor
 from foveate import noise, pictures
 from foveate.data.box_files import Part
 from foveate.data.classification import check_images
-from foveate.data.panoptic import PanopticMaps, load_panoptic
+from foveate.data.panoptic import PanopticMaps, chosen, load_panoptic, mirrored
 from foveate.data.picture_folders import read_pictures
-from foveate.learn.answers import Precision, Reward, Tuning, answering
+from foveate.geometry import Segments
+from foveate.learn.answers import Reward, Tuning, answering
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
-from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.backbones import convolutions
-from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words, kept_words
+from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
-from foveate.models.panoptic import channels, classes_and_numbers, drawing_losses, segments_of
-from foveate.rewards.panoptic import Segments, class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
+from foveate.models.panoptic import Maps, PanopticChannels
+from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
 from foveate.run import Run
-from foveate.two_steps import learn_likelihood, tune_on_reward
+from foveate.two_steps import learn_code, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
 
 
@@ -109,12 +109,6 @@ class Config:
     """maps of each of them"""
     tuning_rate: float = 1e-3
     """learning rate of the reward, constant after a warm-up"""
-    anchor: float = 0.0
-    """weight of the KL to the start"""
-    every: int = 50
-    """updates between looks at the validation split"""
-    precision: Precision = "fp32"
-    """bf16 is faster on processors that compute in it"""
     classes: tuple[str, ...] | None = None
     """names of the classes, things first; taken from the data"""
     things: int | None = None
@@ -124,7 +118,7 @@ class Config:
 T = TypeVar("T")
 PART = "policy"  # the tracked part that holds the policy
 AT_ONCE = 50  # images looked at together where nothing is learned
-ROWS = {"mle": "likelihood", "control": "control"}
+EVERY = 50  # updates on the reward between looks at the validation split; four times as many in other phases
 _load = lru_cache(maxsize=6)(load_panoptic)
 _say = partial(print, file=sys.stderr)  # before there is a run
 
@@ -136,17 +130,16 @@ def resolve(config: Config) -> Config:
         InputError: a field is out of its range, or the data cannot be read.
     """
     found = {"image_size": 48, "most": 4} if config.data == "scenes" else {"image_size": 96, "most": 20}
-    config = replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
-    for name in ("code_share", "likelihood_share"):
-        if not 0 < getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected more than 0 and less than 1")
-    if config.code_share + config.likelihood_share >= 1:
-        raise InputError("code_share, likelihood_share: together they leave nothing for the reward; lower one")
-    for name in ("batch", "tuning_batch", "every", "scenes", "most", "least_area"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
-    if config.unmatched < 0:
-        raise InputError(f"unmatched: found {config.unmatched}, expected 0 or more: it is taken off the reward")
+    image_size, most = config.image_size or found["image_size"], found["most"] if config.most is None else config.most
+    config = replace(config, image_size=image_size, most=most)
+    shares = config.code_share, config.likelihood_share
+    if min(shares) <= 0 or sum(shares) >= 1:
+        told = f"found {shares[0]} and {shares[1]}, expected more than 0 each and less than 1 together"
+        raise InputError(f"code_share, likelihood_share: {told}, so that the reward has its part")
+    lowest = dict.fromkeys(("batch", "tuning_batch", "scenes", "most", "least_area"), 1) | {"unmatched": 0}
+    for name, low in lowest.items():
+        if getattr(config, name) < low:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least {low}")
     _tuning(config)
     data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours
     config = replace(config, classes=data.classes, things=data.things)
@@ -162,169 +155,101 @@ def _known(value: T | None) -> T:
 
 
 def _data(config: Config, part: Part) -> PanopticMaps:
-    side, most = _known(config.image_size), _known(config.most) if config.data == "scenes" else 0
-    return _load(
-        config.data, config.root, part, side, config.skip_bad, config.scenes, most, config.supercategories, _say
-    )
+    most = _known(config.most) if config.data == "scenes" else 0
+    how = config.skip_bad, config.scenes, most, config.supercategories, _say
+    return _load(config.data, config.root, part, _known(config.image_size), *how)
 
 
 def _tuning(config: Config) -> Tuning:
-    return Tuning(config.samples, anchor=config.anchor, learning_rate=config.tuning_rate, precision=config.precision)
+    return Tuning(config.samples, learning_rate=config.tuning_rate)
 
 
-def _sizes(config: Config) -> tuple[tuple[int, int, int], int]:
-    """Of the images; and channels of the maps."""
-    side = _known(config.image_size)
-    return (3, side, side), len(_known(config.classes)) + _known(config.most)
+def _channels(config: Config) -> PanopticChannels:
+    sizes = len(_known(config.classes)), _known(config.things), _known(config.most)
+    return PanopticChannels(*sizes, config.code_patch, config.least_area)
 
 
 def _code(config: Config) -> MapCode:
-    image, drawn = _sizes(config)
-    return MapCode(image, drawn, drawn, config.code_patch, config.levels, config.code_width)
+    side, drawn = _known(config.image_size), _channels(config).count
+    return MapCode((3, side, side), drawn, drawn, config.code_patch, config.levels, config.code_width)
 
 
 def build(config: Config) -> Coded:
     """The policy of a resolved config, untrained."""
-    image, drawn = _sizes(config)
-    side, words = image[1] // config.code_patch, Words(config.levels)
+    image, words = (3, _known(config.image_size), _known(config.image_size)), Words(config.levels)
+    side = image[1] // config.code_patch
     sizes: dict[str, Any] = {"width": config.width, "depth": config.depth, "heads": config.heads}
-    stem = convolutions(3, config.width, config.patch)
-    writer = EncoderDecoder(image, config.patch, words.count, side * side, stem=stem, **sizes)
-    return Coded(writer, words, Base(3, drawn, (side, side), config.code_patch, len(config.levels), config.code_width))
-
-
-def _segments(config: Config, scores: Tensor) -> Segments:
-    return Segments(*segments_of(scores, len(_known(config.classes)), _known(config.things), config.least_area))
+    sizes["stem"] = convolutions(3, config.width, config.patch)
+    writer = EncoderDecoder(image, config.patch, words.count, side * side, **sizes)
+    drawn = _channels(config).count, (side, side), config.code_patch, len(config.levels), config.code_width
+    return Coded(writer, words, Base(3, *drawn))
 
 
 def _reward(config: Config) -> Reward:
     """Of drawn scores, against true segments."""
-    score = panoptic_quality
-    if config.reward == "matched":
-        score = partial(matched_less_unmatched, unmatched=config.unmatched)
-    return lambda scores, targets: score(_segments(config, scores), targets)
-
-
-def _chosen(data: PanopticMaps, rows: Tensor) -> tuple[Tensor, Segments]:
-    """Images in [0, 1] and segments of some rows, on the device of the rows."""
-    images, *truth = (
-        leaf[rows.to(leaf.device)].to(rows.device) for leaf in (data.pixels, data.ids, data.labels, data.crowd)
-    )
-    return images.float() / 255, Segments(truth[0].long(), truth[1], truth[2])
-
-
-def _maps(config: Config, truth: Segments) -> tuple[Tensor, Tensor]:
-    """Class and number of every pixel."""
-    crowd = torch.zeros_like(truth.labels, dtype=torch.bool) if truth.crowd is None else truth.crowd
-    most = _known(config.most)
-    return classes_and_numbers(truth.ids, truth.labels, crowd, _known(config.things), most, config.code_patch)
-
-
-def _shown(config: Config, maps: tuple[Tensor, Tensor]) -> Tensor:
-    """Maps as the oracle sees them."""
-    return channels(*maps, len(_known(config.classes)), _known(config.most))
+    matched = partial(matched_less_unmatched, unmatched=config.unmatched)
+    score: Reward = matched if config.reward == "matched" else panoptic_quality
+    return lambda scores, truth: score(_channels(config).segments(scores), truth)
 
 
 def train(config: Config, run: Run) -> None:
-    """Learn the code, then by likelihood, then by the reward; then the control from the start of the reward.
-
-    Each phase ends with those of its weights that drew the best maps of the validation split.
-    """
+    """Code, likelihood, reward, then the control from the start of the reward; each ends with its best on val."""
     data, val = _data(config, "train"), _data(config, "val")
+    if skipped := _left_out(config):
+        run.say(f"{len(skipped)} pictures of the data are left out, the first: {skipped[0]}")
     torch.manual_seed(config.seed)
-    code = _code(config).to(run.device)
-    optimizer = torch.optim.Adam(code.parameters(), config.code_rate)
-    code_parts = run.track(code=code, code_optimizer=optimizer, code_keeper=Keeper(code))
+    (code, *code_parts), channels = _tracked(run, "code", _code(config), torch.optim.Adam), _channels(config)
     parts: dict[str, tuple[Any, ...]] = {}
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
-        policy = build(config).to(run.device)
-        kind = torch.optim.Adafactor if name == PART else torch.optim.Adam
-        keeper = "keeper" if name == PART else f"{name}_keeper"
-        optimizer = kind(policy.writer.parameters(), config.tuning_rate)
-        parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, keeper: Keeper(policy)})
+        parts[name] = _tracked(run, name, build(config), torch.optim.Adafactor if name == PART else torch.optim.Adam)
     (average,) = run.track(average=MovingAverage())
-    if skipped := _left_out(config):
-        run.say(f"{len(skipped)} pictures of the data are left out, the first: {skipped[0]}")
-    _learn_code(config, run, *code_parts, data, val)
-    for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
-        for coded in (policy, keeper.best):
-            coded.base.load_state_dict(code_parts[0].base.state_dict())
 
-    def batch(phase: str, step: int, size: int) -> tuple[Tensor, Segments]:
-        return _batch(config, data, run, phase, step, size)
+    def batch(phase: str, size: int, step: int) -> tuple[Tensor, Segments]:
+        rows = run.rows(size)
+        some = chosen(data, noise.examples(config.seed, step, size, len(data))[rows].to(run.device))
+        keys = noise.key(config.seed, phase, "mirrored", step, torch.arange(size)[rows])
+        return mirrored(*some, (noise.uniform(keys) < 0.5).to(run.device))
+
+    def maps(step: int) -> tuple[Tensor, Tensor, Maps]:
+        images, truth = batch("codes", config.batch, step)
+        found = channels.maps(truth)
+        return images, channels.seen(found), found
 
     def answers(step: int) -> tuple[Tensor, CodedAnswers]:
-        images, truth = batch("likelihood", step, config.batch)
+        images, seen, _ = maps(step)
         with torch.no_grad():
-            return images, start.answers(images, code_parts[0].encode(images, _shown(config, _maps(config, truth))))
+            return images, start.answers(images, code.encode(images, seen))
 
-    def look(policy: Coded) -> Callable[[], dict[str, Any]]:
-        return lambda: {f"held_out_{name}": value for name, value in _score(config, policy, val, run).items()}
+    def look(model: Coded | MapCode) -> Callable[[], dict[str, Any]]:
+        return lambda: {f"held_out_{name}": value for name, value in _score(config, model, val, run).items()}
+
+    (optimizer, keeper), every = code_parts, 4 * EVERY
+    how = channels.losses, optimizer, config.code_rate, keeper, look(code)
+    learn_code(run, config.code_share, code, maps, *how, every=every)
+    for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
+        for coded in (policy, keeper.best):
+            coded.base.load_state_dict(code.base.state_dict())
 
     def learn(name: str, share: float, source: Coded | None = None) -> None:
         policy, optimizer, keeper = parts[name]
-        how: dict[str, Any] = {"keeper": keeper, "validate": look(policy), "every": 4 * config.every}
-        how |= {"start": source, "precision": config.precision}
+        how = {"keeper": keeper, "validate": look(policy), "start": source, "every": every}
         learn_likelihood(run, name, share, policy, answers, optimizer, config.learning_rate, **how)
 
     share, start = (1 - config.code_share - config.likelihood_share) / 2, parts["likelihood"][0]
     learn("likelihood", config.likelihood_share)
     policy, optimizer, keeper = parts[PART]
-    tune_on_reward(
-        run,
-        "reward",
-        share,
-        policy,
-        _reward(config),
-        lambda step: batch("reward", step, config.tuning_batch),
-        _tuning(config),
-        optimizer,
-        average,
-        start,
-        keeper=keeper,
-        validate=look(policy),
-        every=config.every,
-    )
+    inputs, tuning = partial(batch, "reward", config.tuning_batch), (_tuning(config), optimizer, average, start)
+    looks = {"keeper": keeper, "validate": look(policy), "every": EVERY}
+    tune_on_reward(run, "reward", share, policy, _reward(config), inputs, *tuning, **looks)
     learn("control", share, start)
 
 
-def _learn_code(
-    config: Config, run: Run, code: MapCode, optimizer: Any, keeper: Keeper, data: PanopticMaps, val: PanopticMaps
-) -> None:
-    rows, count = run.rows(config.batch), len(_known(config.classes))
-
-    def look() -> None:
-        found = _score(config, code, val, run)
-        keeper.offer(code, found["reward"])
-        run.log(**{f"drawn_{name}": value for name, value in found.items()})
-
-    for step in run.steps("codes", config.code_share):
-        if step == 0:
-            keeper.begin()
-            look()
-        images, truth = _batch(config, data, run, "codes", step, config.batch)
-        maps = _maps(config, truth)
-        keep = kept_words(noise.key(config.seed, "kept", step, torch.arange(config.batch)[rows]), code.length)
-        losses = drawing_losses(code(images, _shown(config, maps), keep.to(run.device)), *maps, count)
-        set_learning_rate(optimizer, one_cycle(run.progress, config.code_rate))
-        run.optimise(torch.stack(list(losses.values())).sum(), optimizer, clip=1.0)
-        run.log(**{name: value.detach() for name, value in losses.items()})
-        if (step + 1) % (4 * config.every) == 0:
-            look()
-    keeper.offer(code, _score(config, code, val, run)["reward"])
-    code.load_state_dict(keeper.best.state_dict())
-    run.save()
-
-
-def _batch(config: Config, data: PanopticMaps, run: Run, phase: str, step: int, size: int) -> tuple[Tensor, Segments]:
-    """This process's images and segments of a step, half of them mirrored."""
-    rows = run.rows(size)
-    images, truth = _chosen(data, noise.examples(config.seed, step, size, len(data))[rows].to(run.device))
-    flip = noise.uniform(noise.key(config.seed, phase, "mirrored", step, torch.arange(size)[rows]), 1, 1) < 0.5
-    flip = flip.to(run.device)
-    images = torch.where(flip[:, None], images.flip(3), images)
-    return images, replace(truth, ids=torch.where(flip, truth.ids.flip(2), truth.ids))
+def _tracked(run: Run, name: str, model: torch.nn.Module, kind: Any) -> tuple[Any, ...]:
+    """A model, the optimizer of what it learns, and the keeper of its best weights, as parts of the run."""
+    model = model.to(run.device)
+    optimizer = kind([each for each in model.parameters() if each.requires_grad], 1e-3)
+    return tuple(run.track(**{name: model, f"{name}_optimizer": optimizer, f"{name}_keeper": Keeper(model)}))
 
 
 def _left_out(config: Config) -> list[str]:
@@ -333,26 +258,26 @@ def _left_out(config: Config) -> list[str]:
 
 def _score(config: Config, model: Coded | MapCode, data: PanopticMaps, run: Run) -> dict[str, float]:
     """Reward and corpus PQ of greedy maps; of a code, those of the maps that its own words draw."""
-    sums, rewards, reward = [], [], _reward(config)
-    with torch.no_grad(), answering(model, config.precision):
+    channels, reward, sums, rewards = _channels(config), _reward(config), [], []
+    with torch.no_grad(), answering(model):
         for rows in torch.arange(len(data), device=run.device).split(AT_ONCE):
-            images, truth = _chosen(data, rows)
+            images, truth = chosen(data, rows)
             if isinstance(model, MapCode):
-                scores = model(images, _shown(config, _maps(config, truth)))
+                scores = model(images, channels.seen(channels.maps(truth)))
             else:
                 scores = model.decode(model.sample(images, 1, True, noise.key(config.seed, "evaluation", rows)))
             rewards.append(reward(scores, truth).total)
-            sums.append(class_sums(_segments(config, scores), truth, len(data.classes)))
+            sums.append(class_sums(channels.segments(scores), truth, channels.classes))
     return corpus_quality(torch.stack(sums).sum(0)) | {"reward": float(torch.cat(rewards).mean())}
 
 
 def evaluate(config: Config, policy: Coded, run: Run, elsewhere: bool = False) -> Evaluation:
     """PQ, SQ and RQ of the test split as panopticapi gives them, in [0, 1], of the most likely words of each image.
 
-    Sums are over all images, then each class is divated, then comes the mean over classes; at the size to which pictures
-    are stretched. `reward` is the mean of what was tuned on. Baselines: `mle`, the start; `control`, the start with more
-    likelihood instead of the reward; `ceiling`, what the code itself says: maps drawn from the oracle's words, which
-    have seen the truth. `left_out` counts what `skip_bad` left out of the data. `elsewhere`: of other data.
+    IoU and counts of each class are summed over all images before they are divided, at the size to which pictures are
+    stretched. `reward` is the mean of what was tuned on. Baselines: `mle`, the start; `control`, the start with more
+    likelihood instead of the reward; `ceiling`, maps drawn from the words of the oracle, which has seen the truth:
+    what the code can say. `left_out` counts what `skip_bad` left out of the data. `elsewhere`: of other data.
 
     Raises:
         InputError: other data with other classes.
@@ -363,13 +288,10 @@ def evaluate(config: Config, policy: Coded, run: Run, elsewhere: bool = False) -
     metrics, baselines = _score(config, policy, data, run), {}
     if config.skip_bad:
         metrics["left_out"] = float(len(data.skipped if elsewhere else _left_out(config)))
-    for name, part in ROWS.items():
-        other = build(config).to(run.device)
-        if run.restore(part, other):
-            baselines[name] = _score(config, other, data, run)
-    code = _code(config).to(run.device)
-    if run.restore("code", code):
-        baselines["ceiling"] = _score(config, code, data, run)
+    for name, part in (("mle", "likelihood"), ("control", "control"), ("ceiling", "code")):
+        model = (_code if part == "code" else build)(config).to(run.device)
+        if run.restore(part, model):
+            baselines[name] = _score(config, model, data, run)
     return Evaluation(metrics, baselines)
 
 
@@ -379,13 +301,13 @@ def compared(config: Config, run: Run, images: int) -> tuple[dict[str, Coded], R
     for name, model in models.items():
         run.restore(PART if name == "tuned" else name, model)
     test = _data(config, "test")
-    return models, _reward(config), *_chosen(test, torch.arange(min(images, len(test)), device=run.device))
+    return models, _reward(config), *chosen(test, torch.arange(min(images, len(test)), device=run.device))
 
 
-def predict(config: Config, policy: Coded, images: Float[Tensor, "batch channels height width"]) -> dict[str, Any]:
+def predict(config: Config, policy: Coded, images: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
     """Segments of RGB images in [0, 1]: `ids` [batch, height, width], 0 for void; `labels` [batch, segments].
 
-    The class of segment k is `classes[labels[row, k - 1]]`, with the names `classes`. Not every segment occurs.
+    Segment k of a row is of class `config.classes[labels[row, k - 1]]`. Not every segment has pixels.
 
     Raises:
         InputError: the images break the convention, or are not RGB.
@@ -393,37 +315,29 @@ def predict(config: Config, policy: Coded, images: Float[Tensor, "batch channels
     check_images(images, "images")
     if images.shape[1] != 3:
         raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
-    side, size = _known(config.image_size), images.shape[2:]
-    stretched = images.to(next(policy.parameters()).device)
-    if size != (side, side):
-        stretched = F.interpolate(stretched, (side, side), mode="bilinear", antialias=True)
-    keys = torch.zeros(len(images), dtype=torch.int64, device=stretched.device)  # greedy: nothing is drawn
-    with torch.no_grad(), answering(policy, config.precision):
-        found = _segments(config, policy.decode(policy.sample(stretched, 1, True, keys)).float())
-    rows, columns = (((torch.arange(length, device=keys.device) + 0.5) * side / length).long() for length in size)
-    return {"ids": found.ids[:, rows[:, None], columns], "labels": found.labels, "classes": _known(config.classes)}
+    side, device = _known(config.image_size), next(policy.parameters()).device
+    stretched = F.interpolate(images.to(device), (side, side), mode="bilinear", antialias=True)
+    keys = torch.zeros(len(images), dtype=torch.int64, device=device)  # greedy: nothing is drawn
+    with torch.no_grad(), answering(policy):
+        found = _channels(config).segments(policy.decode(policy.sample(stretched, 1, True, keys)))
+    rows, columns = (((torch.arange(size, device=device) + 0.5) * side / size).long() for size in images.shape[2:])
+    return {"ids": found.ids[:, rows[:, None], columns], "labels": found.labels}
 
 
 def picture(
     config: Config, policy: Coded, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
 ) -> dict[str, Any]:
     """Image, true segments (of test pictures), those of the likelihood model, of the tuned one: a row a picture."""
-    sets: dict[str, Any] = {}
+    sets: dict[str, Segments] = {}
     if images is None:
         data = _data(config, "test")
         rows = torch.linspace(0, len(data) - 1, min(8, len(data))).long()
-        images, truth = _chosen(data, rows.to(run.device))
-        sets["truth"] = {"ids": truth.ids, "labels": truth.labels}
+        images, sets["truth"] = chosen(data, rows.to(run.device))
     start = build(config).to(run.device)
     if run.restore("likelihood", start):
-        sets["mle"] = predict(config, start, images)
-    sets["tuned"] = predict(config, policy, images)
-    return {"segments": _page(config, images, sets)}
-
-
-def _page(config: Config, images: Tensor, sets: dict[str, dict[str, Tensor]]) -> Any:
-    drawn = {name: (found["ids"], found["labels"]) for name, found in sets.items()}
-    return pictures.segment_grid(images, drawn, _known(config.classes))
+        sets["mle"] = Segments(**predict(config, start, images))
+    sets["tuned"] = Segments(**predict(config, policy, images))
+    return {"segments": pictures.segment_grid(images, sets, _known(config.classes))}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
@@ -433,5 +347,6 @@ def read(config: Config, path: Path) -> Float[Tensor, "batch channels height wid
 
 def check(config: Config) -> dict[str, Any]:
     """The first pictures, each beside its segments."""
-    images, truth = _chosen(data := _data(config, "train"), torch.arange(min(8, len(_data(config, "train")))))
-    return {"data": pictures.segment_grid(images, {"truth": (truth.ids, truth.labels)}, data.classes, columns=4)}
+    data = _data(config, "train")
+    images, truth = chosen(data, torch.arange(min(8, len(data))))
+    return {"data": pictures.segment_grid(images, {"truth": truth}, data.classes, columns=4)}
