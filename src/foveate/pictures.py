@@ -226,7 +226,7 @@ def _box_tile(image: Tensor, boxes: Boxes, row: int, classes: Sequence[str], cel
 
 
 def _segment_tile(
-    image: Tensor, ids: np.ndarray[Any, Any], labels: Sequence[int], classes: Sequence[str], cell: int
+    image: Tensor, ids: np.ndarray[Any, np.dtype[Any]], labels: Sequence[int], classes: Sequence[str], cell: int
 ) -> Image.Image:
     rows, columns = _size(image, SHARPER * cell)
     hues = [ImageColor.getrgb(f"hsv({int(k * 222.5) % 360},{55 + k % 3 * 20}%,{95 - k % 2 * 20}%)") for k in labels]
@@ -249,7 +249,7 @@ def _segment_tile(
     return ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER)
 
 
-def _middle(mask: np.ndarray[Any, Any]) -> tuple[float, float]:
+def _middle(mask: np.ndarray[Any, np.dtype[Any]]) -> tuple[float, float]:
     """A place deep inside of a mask, (y, x) in pixels: what is left last when its edges are taken away."""
     left = np.pad(mask, 1)
     while left.any():

@@ -5,7 +5,7 @@
 | state | the image, and the words written so far |
 | action | the next word of the code of its panoptic map |
 | reward | at the end: Σ IoU of the matched segments less a weight for each unmatched one, or PQ, of the map as drawn |
-| horizon | one word a square of 8×8 pixels: 36 words for 48×48 |
+| horizon | one word a square of 8×8 pixels: 16 words for 32×32 |
 | learner | maximum likelihood, then REINFORCE with the mean of the other answers as baseline |
 | corner | policy |
 
@@ -58,7 +58,7 @@ class Config:
     root: Path | None = None
     """folder of the data; not needed for scenes"""
     image_size: int | None = None
-    """side in pixels to which pictures are stretched; None: 48 for scenes, 96 for coco"""
+    """side in pixels to which pictures are stretched; None: 32 for scenes, 96 for coco"""
     skip_bad: bool = False
     """leave out pictures with which something is wrong, and count them, instead of stopping"""
     supercategories: bool = False
@@ -129,7 +129,7 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: a field is out of its range, or the data cannot be read.
     """
-    found = {"image_size": 48, "most": 4} if config.data == "scenes" else {"image_size": 96, "most": 20}
+    found = {"image_size": 32, "most": 4} if config.data == "scenes" else {"image_size": 96, "most": 20}
     image_size, most = config.image_size or found["image_size"], found["most"] if config.most is None else config.most
     config = replace(config, image_size=image_size, most=most)
     shares = config.code_share, config.likelihood_share
