@@ -186,7 +186,6 @@ def build(config: Config) -> Coded:
 
 
 def _reward(config: Config) -> Reward:
-    """Of drawn scores, against true segments."""
     matched = partial(matched_less_unmatched, unmatched=config.unmatched)
     score: Reward = matched if config.reward == "matched" else panoptic_quality
     return lambda scores, truth: score(_channels(config).segments(scores), truth)
@@ -213,8 +212,7 @@ def train(config: Config, run: Run) -> None:
 
     def maps(step: int) -> tuple[Tensor, Tensor, Maps]:
         images, truth = batch("codes", config.batch, step)
-        found = channels.maps(truth)
-        return images, channels.seen(found), found
+        return images, channels.seen(found := channels.maps(truth)), found
 
     def answers(step: int) -> tuple[Tensor, CodedAnswers]:
         images, seen, _ = maps(step)
