@@ -25,6 +25,7 @@ from foveate.types import InputError, split
 from test_mask_rewards import CLASSES, panopticapi, random_segments, shifted
 
 THINGS, MOST = 2, 3
+KINDS = 1 + CLASSES - THINGS  # a thing, or which stuff
 CHANNELS = PanopticChannels(CLASSES, THINGS, MOST, 4, 5)
 QUICK = {"image_size": 16, "scenes": 64, "width": 16, "depth": 1, "code_width": 8, "batch": 4, "tuning_batch": 2}
 
@@ -56,9 +57,10 @@ def test_segments_are_those_of_a_loop_over_pixels(seed: int) -> None:
         where = {}
         for place in range(144):
             one = scores[row, :, place // 12, place % 12].tolist()
-            label = max(range(CLASSES), key=lambda k: one[k])
-            number = max(range(MOST), key=lambda k: one[CLASSES + k])
-            where[place] = ("thing", number) if label < THINGS else ("stuff", label)
+            kinds, numbers = one[THINGS : THINGS + KINDS], one[THINGS + KINDS :]
+            kind, number = kinds.index(max(kinds)), numbers.index(max(numbers))
+            label = THINGS - 1 + kind if kind else one.index(max(one[:THINGS]))
+            where[place] = ("stuff", label) if kind else ("thing", number)
             pixels.setdefault(where[place], []).append(label)
         for place, ours in enumerate(found.ids[row].flatten().tolist()):
             labels = pixels[where[place]]
@@ -84,34 +86,45 @@ def test_things_are_numbered_as_squares_meet_them_and_only_so_far() -> None:
     assert [numbers[0, y, x].item() for y, x in places] == [2, 1, 0, -1, -1, -1, -1]
     assert [classes[0, y, x].item() for y, x in places] == [0, 1, 0, 1, -1, 2, -1]
     seen = CHANNELS.seen((classes, numbers))
-    assert seen.shape == (1, CLASSES + MOST, 8, 8)
+    assert seen.shape == (1, CHANNELS.count, 8, 8)
+    first = THINGS + KINDS
     assert [seen[0, :, y, x].nonzero().flatten().tolist() for y, x in places] == [
-        [0, CLASSES + 2],
-        [1, CLASSES + 1],
-        [0, CLASSES],
-        [1],
+        [0, THINGS, first + 2],
+        [1, THINGS, first + 1],
+        [0, THINGS, first],
+        [1, THINGS],
         [],
-        [2],
+        [THINGS + 1],
         [],
     ]
 
 
-def test_losses_ask_nothing_where_nobody_labelled_or_nothing_is_counted() -> None:
+def test_losses_ask_for_class_and_number_of_things_and_nothing_where_nobody_labelled() -> None:
     scores = noise.normal(noise.key("scores", torch.arange(2)), CHANNELS.count, 8, 8).requires_grad_()
     classes = noise.integers(noise.key("classes", torch.arange(2)), CLASSES, 8, 8)
     classes[0, :4] = -1
-    numbers = torch.full_like(classes, -1)
+    numbers = torch.where((classes >= 0) & (classes < THINGS), 1, -1)
     found = CHANNELS.losses(scores, (classes, numbers))
-    log_probs = scores[:, :CLASSES].log_softmax(1).gather(1, classes.clamp(min=0)[:, None]).squeeze(1)
-    torch.testing.assert_close(found["class_loss"], -log_probs[classes >= 0].mean())
-    assert found["number_loss"] == 0
-    (found["class_loss"] + found["number_loss"]).backward()
+    of_class, of_kind, of_number = (each.log_softmax(1) for each in scores.detach().split((THINGS, KINDS, MOST), 1))
+    things, stuff = (classes >= 0) & (classes < THINGS), classes >= THINGS
+    kind = torch.where(stuff, classes - THINGS + 1, 0)
+    for name, log_probs, answer, asked in (
+        ("class", of_class, classes.clamp(0, THINGS - 1), things),
+        ("kind", of_kind, kind, things | stuff),
+        ("number", of_number, numbers.clamp(min=0), things),
+    ):
+        expected = -log_probs.gather(1, answer[:, None]).squeeze(1)[asked].mean()
+        torch.testing.assert_close(found[f"{name}_loss"].detach(), expected)
+    torch.stack(list(found.values())).sum().backward()
     assert scores.grad[0, :, :4].eq(0).all()
-    assert scores.grad[:, CLASSES:].eq(0).all()
-    numbers[1, 5, 5] = 1
-    assert CHANNELS.losses(scores.detach(), (classes, numbers))["number_loss"] == pytest.approx(
-        -float(scores[1, CLASSES:, 5, 5].detach().log_softmax(0)[1])
-    )
+    assert scores.grad[:, :THINGS].mT.flatten(2).abs().sum() > 0
+    assert scores.grad.movedim(1, 3)[stuff][:, :THINGS].eq(0).all()
+
+
+def test_an_image_without_things_asks_for_no_number() -> None:
+    classes = torch.full((1, 8, 8), THINGS)
+    found = CHANNELS.losses(torch.zeros(1, CHANNELS.count, 8, 8), (classes, torch.full_like(classes, -1)))
+    assert found["class_loss"] == found["number_loss"] == 0
 
 
 # PQ of a data set
@@ -296,10 +309,15 @@ def test_data_that_cannot_be_found_are_refused(tmp_path: Path) -> None:
         (tmp_path / "annotations" / f"panoptic_{name}.json").write_text('{"images": 3}')
     with pytest.raises(InputError, match="is no COCO file of segments"):
         load_panoptic("coco", tmp_path, "test", 16)
-    stranger = {"images": [], "annotations": [{"image_id": 4}], "categories": []}
+    of_a_cat = {"image_id": 4, "segments_info": [{"id": 1, "category_id": 1}]}
+    stranger = {"images": [], "annotations": [of_a_cat], "categories": CATEGORIES}
     (tmp_path / "annotations" / "panoptic_val.json").write_text(json.dumps(stranger))
     (tmp_path / "annotations" / "panoptic_train.json").write_text(json.dumps(stranger | {"annotations": []}))
     with pytest.raises(InputError, match="annotation of image 4, which is not listed"):
+        load_panoptic("coco", tmp_path, "test", 16)
+    of_a_cat["segments_info"][0]["category_id"] = 92
+    (tmp_path / "annotations" / "panoptic_val.json").write_text(json.dumps(stranger))
+    with pytest.raises(InputError, match="no segment is of a thing"):
         load_panoptic("coco", tmp_path, "test", 16)
 
 

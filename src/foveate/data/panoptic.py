@@ -177,7 +177,7 @@ def _read_coco(root: Path, split: Part, side: int, skip_bad: bool, supercategori
             "expected panoptic_train*.json and panoptic_val*.json: correct --root"
         )
     contents = {part: coco_content(path, "segments") for part, path in parts.items()}
-    known = _categories(contents, supercategories)
+    known = _categories(root, contents, supercategories)
     own = "test" in parts
     source: Part = split if own else "train" if split == "val" else "val" if split == "test" else "train"
     items = {str(item.picture): item for item in _items(root, parts[source], contents[source])}
@@ -204,7 +204,7 @@ def _read_coco(root: Path, split: Part, side: int, skip_bad: bool, supercategori
     return PanopticMaps(pixels, segments, known.classes, known.things, "coco", split, tuple(skipped))
 
 
-def _categories(contents: dict[str, dict[str, Any]], supercategories: bool) -> _Categories:
+def _categories(root: Path, contents: dict[str, dict[str, Any]], supercategories: bool) -> _Categories:
     """The classes of the categories that occur in any part, things first, in the order of their ids."""
     listed = {entry.get("id"): entry for content in contents.values() for entry in content["categories"]}
     occur = {
@@ -219,6 +219,10 @@ def _categories(contents: dict[str, dict[str, Any]], supercategories: bool) -> _
         dict.fromkeys(str(entry.get(field)) for _, entry in used if bool(entry.get("isthing")) is thing)
         for thing in (True, False)
     ]
+    if not kinds[0]:
+        raise InputError(
+            f"{root}: no segment is of a thing (isthing 1), expected some; for stuff alone, tune-segmenter"
+        )
     places = [{name: place for place, name in enumerate(kinds[0])}]
     places.append({name: len(kinds[0]) + place for place, name in enumerate(kinds[1])})
     of = {number: places[0 if entry.get("isthing") else 1][str(entry.get(field))] for number, entry in used}

@@ -1,9 +1,12 @@
-"""Panoptic maps as channels that a network draws, and back: scores of classes, scores of the numbers of things.
+"""Panoptic maps as channels that a network draws, and back: what a pixel is, and if a thing, of which class and number.
 
-A map has two numbers a pixel: the class, and, where that is a thing, which thing it is. Of the classes the first ones
-are things, which can be counted; the others are stuff, of which an image has one segment a class. Things are numbered
-in the order in which squares of pixels, read row by row, first show them: the order in which a text with a word a
-square meets them.
+Of the classes the first ones are things, which can be counted; the others are stuff, of which an image has one segment
+a class. Things are numbered in the order in which squares of pixels, read row by row, first show them: the order in
+which a text with a word a square meets them.
+
+Class and number of things are drawn apart from the outlines: a pixel is scored as stuff of some class or as a thing,
+and what thing it would be is asked only where there is one. A word can then say the class of a whole square while the
+image says where its edges are.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ Maps: TypeAlias = tuple[Tensor, Tensor]  # class and number of each pixel, -1 fo
 
 @dataclass(frozen=True)
 class PanopticChannels:
-    """Which channels there are, and what they say: one for each class, then one for each number.
+    """Which channels there are: the classes of things, a thing or which stuff, the numbers of things.
 
     Attributes:
         classes: how many.
@@ -42,7 +45,11 @@ class PanopticChannels:
     @property
     def count(self) -> int:
         """Channels of a map."""
-        return self.classes + self.most
+        return sum(self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.things, 1 + self.classes - self.things, self.most
 
     def maps(self, segments: Segments) -> tuple[Int[Tensor, "batch height width"], Int[Tensor, "batch height width"]]:
         """Class and number of every pixel, -1 where there is none: in void, in a crowd; no number in stuff."""
@@ -63,31 +70,38 @@ class PanopticChannels:
 
         return spread(labels.masked_fill(crowd, -1)), spread(number.masked_fill(~counted | (number >= self.most), -1))
 
+    def _questions(self, maps: Maps) -> dict[str, Tensor]:
+        """The answer to each group of channels at every pixel, -1 where it is not asked."""
+        classes, numbers = maps
+        kind = (classes - self.things + 1).clamp(min=0).masked_fill(classes < 0, -1)
+        return {"class": classes.masked_fill(kind != 0, -1), "kind": kind, "number": numbers}
+
     def seen(self, maps: Maps) -> Float[Tensor, "batch channels height width"]:
-        """Maps as an oracle sees them: 1 in the channels of class and number, 0 elsewhere."""
+        """Maps as an oracle sees them: 1 in the channels of what a pixel is, 0 elsewhere."""
         hot = [
-            values[:, None] == torch.arange(size, device=values.device)[:, None, None]
-            for values, size in zip(maps, (self.classes, self.most), strict=True)
+            truth[:, None] == torch.arange(size, device=truth.device)[:, None, None]
+            for truth, size in zip(self._questions(maps).values(), self._sizes, strict=True)
         ]
         return torch.cat(hot, 1).float()
 
     def losses(self, scores: Float[Tensor, "batch channels height width"], maps: Maps) -> dict[str, Tensor]:
-        """Cross-entropy of drawn scores, in nats a pixel: "class_loss" and "number_loss". Pixels at -1 do not count."""
-        drawn = scores.split((self.classes, self.most), 1)
+        """Cross-entropy of drawn scores, in nats a pixel that is asked: "class_loss", "kind_loss", "number_loss"."""
         return {
-            name: F.cross_entropy(each, truth, ignore_index=-1, reduction="sum") / (truth >= 0).sum().clamp(min=1)
-            for name, each, truth in zip(("class_loss", "number_loss"), drawn, maps, strict=True)
+            f"{name}_loss": F.cross_entropy(each, truth, ignore_index=-1, reduction="sum")
+            / (truth >= 0).sum().clamp(min=1)
+            for each, (name, truth) in zip(scores.split(self._sizes, 1), self._questions(maps).items(), strict=True)
         }
 
     def segments(self, scores: Float[Tensor, "batch channels height width"]) -> Segments:
         """What drawn scores say.
 
-        Each pixel takes its best class and, if that is a thing, its best number. A thing is all pixels of a number; its
-        class is that of most of them. Stuff is all pixels of a class. The segments stand for every number, then for
-        every class of stuff; those that an image does not have are without a pixel.
+        Each pixel is a thing or some stuff, whichever scores best, and a thing has its best class and number. A segment
+        is all pixels of a number, its class that of most of them, or all pixels of a class of stuff. The segments stand
+        for every number, then for every class of stuff; those that an image does not have are without a pixel.
         """
-        classes, numbers = (each.argmax(1) for each in scores.split((self.classes, self.most), 1))
-        ids = torch.where(classes < self.things, 1 + numbers, 1 + self.most + classes - self.things)
+        classes, kinds, numbers = (each.argmax(1) for each in scores.split(self._sizes, 1))
+        ids = torch.where(kinds == 0, 1 + numbers, self.most + kinds)
+        classes = torch.where(kinds == 0, classes, self.things - 1 + kinds)
         batch, size = len(scores), 1 + self.most + self.classes - self.things
         image = torch.arange(batch, device=ids.device)[:, None, None]
         votes = (
