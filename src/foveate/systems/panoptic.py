@@ -117,7 +117,8 @@ class Config:
 
 T = TypeVar("T")
 PART = "policy"  # the tracked part that holds the policy
-AT_ONCE = 50  # images looked at together where nothing is learned
+GAIN = 8.0  # of words; at 1 the base model hardly came to read a class from them
+AT_ONCE = 50  # images in a pass where nothing is learned
 EVERY = 50  # updates on the reward between looks at the validation split; four times as many in other phases
 _load = lru_cache(maxsize=6)(load_panoptic)
 _say = partial(print, file=sys.stderr)  # before there is a run
@@ -171,7 +172,7 @@ def _channels(config: Config) -> PanopticChannels:
 
 def _code(config: Config) -> MapCode:
     side, drawn = _known(config.image_size), _channels(config).count
-    return MapCode((3, side, side), drawn, drawn, config.code_patch, config.levels, config.code_width)
+    return MapCode((3, side, side), drawn, drawn, config.code_patch, config.levels, config.code_width, GAIN)
 
 
 def build(config: Config) -> Coded:
@@ -345,6 +346,5 @@ def read(config: Config, path: Path) -> Float[Tensor, "batch channels height wid
 
 def check(config: Config) -> dict[str, Any]:
     """The first pictures, each beside its segments."""
-    data = _data(config, "train")
-    images, truth = chosen(data, torch.arange(min(8, len(data))))
+    images, truth = chosen(data := _data(config, "train"), torch.arange(min(8, len(data))))
     return {"data": pictures.segment_grid(images, {"truth": truth}, data.classes, columns=4)}
