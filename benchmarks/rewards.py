@@ -14,10 +14,10 @@ from torch import Tensor
 
 from benchmarks import best_seconds
 from foveate import noise
-from foveate.geometry import Boxes
+from foveate.geometry import Boxes, Segments
 from foveate.rewards.boxes import DetectionReward, average_precision
 from foveate.rewards.captions import Cider, Words, document_frequency
-from foveate.rewards.panoptic import Segments, panoptic_quality
+from foveate.rewards.panoptic import panoptic_quality
 from foveate.types import RewardOutput, map_tree
 
 Rates = tuple[float, float, str]

@@ -20,9 +20,10 @@ from torchmetrics.functional.segmentation import dice_score
 
 from foveate import noise
 from foveate.colors import to_lab
+from foveate.geometry import Segments
 from foveate.rewards.colors import HUES, VIVID, colorfulness, vivid_and_varied
 from foveate.rewards.masks import boundary_reward, dice_effects, dice_reward, iou_effects, iou_reward
-from foveate.rewards.panoptic import Segments, matched_less_unmatched, panoptic_quality
+from foveate.rewards.panoptic import matched_less_unmatched, panoptic_quality
 from foveate.types import InputError
 
 CLASSES = 4

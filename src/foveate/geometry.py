@@ -1,4 +1,4 @@
-"""Locations and boxes: the conventions, and the few conversions between them.
+"""Locations, boxes and segments: the conventions, and the few conversions between them.
 
 A location is (x, y) in [-1, 1]: -1 is the outer edge of the first pixel, +1 the outer edge of the last one, as in
 `torch.nn.functional.grid_sample(..., align_corners=False)`. Pixel coordinates put the centre of the first pixel at 0.5.
@@ -49,6 +49,21 @@ class Boxes:
     def wanted(self) -> Bool[Tensor, "batch count"]:
         """True where there is a box that is to be found: no crowd."""
         return self.mask if self.crowd is None else self.mask & ~self.crowd
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Panoptic maps: a tree of [batch, ...].
+
+    Attributes:
+        ids: 0 for a pixel that belongs to nothing (void), k for one of segment k.
+        labels: the class of segment 1, 2, ..., from 0.
+        crowd: true where a true segment is many objects that nobody told apart.
+    """
+
+    ids: Int[Tensor, "batch height width"]
+    labels: Int[Tensor, "batch segments"]
+    crowd: Bool[Tensor, "batch segments"] | None = None
 
 
 def joined(sets: Sequence[Boxes]) -> Boxes:

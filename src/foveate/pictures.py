@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from foveate import geometry
 from foveate.colors import PALETTE
-from foveate.geometry import Boxes
+from foveate.geometry import Boxes, Segments
 from foveate.types import InputError
 
 PATH = ((255, 236, 153), (253, 141, 60), (214, 22, 82))  # light to strong, the order of the glimpses
@@ -107,6 +108,33 @@ def box_grid(
             tiles.append(_box_tile(image, boxes, row, classes, cell, least))
             captions.append(name)
     return _grid(tiles, captions, columns or len(sets))
+
+
+def segment_grid(
+    images: Float[Tensor, "batch channels height width"],
+    sets: Mapping[str, Segments],
+    classes: Sequence[str],
+    columns: int | None = None,
+    cell: int = 192,
+) -> Image.Image:
+    """Draw images, each beside its sets of segments: a colour a class, an edge around each segment, and its class.
+
+    Args:
+        images: in [0, 1].
+        sets: name → segments of all images.
+        classes: their names.
+        columns: tiles in a row; None: an image and its sets.
+        cell: longer side of an image as drawn.
+    """
+    tiles, captions = [], []
+    for row, image in enumerate(images):
+        tiles.append(ImageOps.expand(_enlarge(image, SHARPER * cell), SHARPER * MARGIN, "white").reduce(SHARPER))
+        captions.append("image")
+        for name, segments in sets.items():
+            ids = segments.ids[row].cpu().numpy()
+            tiles.append(_segment_tile(image, ids, segments.labels[row].tolist(), classes, cell))
+            captions.append(name)
+    return _grid(tiles, captions, columns or 1 + len(sets))
 
 
 def painted(
@@ -265,6 +293,40 @@ def _draw_boxes(
         under = draw.textbbox((left, max(top, 10 * unit)), text, font, anchor="lb")
         draw.rectangle(under, colour)
         draw.text((left, max(top, 10 * unit)), text, "white", font, anchor="lb")
+
+
+def _segment_tile(
+    image: Tensor, ids: np.ndarray[Any, np.dtype[Any]], labels: Sequence[int], classes: Sequence[str], cell: int
+) -> Image.Image:
+    rows, columns = _size(image, SHARPER * cell)
+    hues = [ImageColor.getrgb(f"hsv({int(k * 222.5) % 360},{55 + k % 3 * 20}%,{95 - k % 2 * 20}%)") for k in labels]
+    base = np.asarray(_enlarge(image, SHARPER * cell)).mean(2, keepdims=True)
+    down, across = (np.arange(size) * count // size for size, count in zip((rows, columns), ids.shape, strict=True))
+    where = ids[down[:, None], across]
+    shown = 0.35 * base + 0.65 * np.array([(0, 0, 0), *hues], float)[where]
+    edge = np.zeros(where.shape, bool)
+    for axis in (0, 1):
+        edge |= where != np.roll(where, SHARPER, axis)
+    edge[:SHARPER], edge[:, :SHARPER] = False, False
+    shown[edge] = 255
+    picture = Image.fromarray(shown.round().astype(np.uint8))
+    draw, font = ImageDraw.Draw(picture), _font(round(9.5 * SHARPER * cell / 192), True)
+    for number in np.unique(ids[ids > 0]).tolist():
+        name, (y, x) = classes[labels[number - 1]], _middle(ids == number)
+        half = min(font.getlength(name) / 2, columns / 2)
+        place = min(max(x * columns / ids.shape[1], half), columns - half), y * rows / ids.shape[0]
+        draw.text(place, name, "white", font, anchor="mm", stroke_width=SHARPER // 2, stroke_fill=DARK)
+    return ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER)
+
+
+def _middle(mask: np.ndarray[Any, np.dtype[Any]]) -> tuple[float, float]:
+    """A place deep inside of a mask, (y, x) in pixels: what is left last when its edges are taken away."""
+    left = np.pad(mask, 1)
+    while left.any():
+        last = left
+        left = left & np.roll(left, 1, 0) & np.roll(left, -1, 0) & np.roll(left, 1, 1) & np.roll(left, -1, 1)
+    y, x = np.argwhere(last)[0]
+    return float(y) - 0.5, float(x) - 0.5
 
 
 def _seen(image: Tensor, locations: Tensor, patch: int, scales: int, factor: int, side: int) -> list[Tensor]:

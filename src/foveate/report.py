@@ -38,7 +38,9 @@ HIGHER_IS_BETTER = frozenset(
         "recall",
         "return",
         "reward",
+        "rq",
         "score",
+        "sq",
         "success",
         "vividness",
     )

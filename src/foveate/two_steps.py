@@ -31,6 +31,7 @@ from foveate.learn.answers import (
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.models.codes import MapCode, kept_words
 from foveate.run import Run
 from foveate.types import Decisions, InputError, Sampler, Tree, rows_of, split
 
@@ -54,6 +55,50 @@ def held_out_scores(
     return found | {
         f"held_out part {name}": torch.cat([output.parts[name] for output in outputs]).mean() for name in names
     }
+
+
+def learn_code(
+    run: Run,
+    share: float,
+    code: MapCode,
+    batches: Callable[[int], tuple[Tensor, Tensor, Tree]],
+    losses: Callable[[Tensor, Tree], Losses],
+    optimizer: Optimizer,
+    learning_rate: float,
+    keeper: Keeper,
+    validate: Callable[[], dict[str, Any]],
+    *,
+    every: int = 200,
+) -> None:
+    """Teach a code to say what its maps are, before anything writes it: the phase "codes" of a run.
+
+    Args:
+        run: owns the loop.
+        share: of the run's budget.
+        code: as `run.track` returned it.
+        batches: step → images, their maps as the oracle sees them, and what the losses compare with.
+        losses: of maps as they are drawn again; they are added, and logged.
+        optimizer: as `run.track` returned it.
+        learning_rate: peak of the one-cycle schedule.
+        keeper: keeps the weights of the best `validate()[keeper.by]`, and gives them to the code in the end.
+        validate: scores on held-out inputs, logged every `every` steps.
+        every: steps between validations.
+    """
+    for step in run.steps("codes", share):
+        if step == 0:
+            keeper.begin()
+            _offer(run, code, keeper, validate)
+        images, maps, targets = batches(step)
+        keep = kept_words(noise.fold(_keys(run, "codes", step, len(images)), "kept"), code.length)
+        found = losses(code(images, maps, keep), targets)
+        set_learning_rate(optimizer, one_cycle(run.progress, learning_rate))
+        run.optimise(torch.stack(list(found.values())).sum(), optimizer, clip=1.0)
+        run.log(**{name: value.detach() for name, value in found.items()})
+        if (step + 1) % every == 0:
+            _offer(run, code, keeper, validate)
+    keeper.offer(code, validate()[keeper.by])
+    code.load_state_dict(keeper.best.state_dict())
+    run.save()
 
 
 def learn_likelihood(
@@ -202,7 +247,7 @@ def restored(run: Run, parts: Mapping[str, str], build: Callable[[], M]) -> dict
     return found
 
 
-def _offer(run: Run, policy: Sampler, keeper: Keeper | None, validate: Callable[[], dict[str, Any]] | None) -> None:
+def _offer(run: Run, policy: nn.Module, keeper: Keeper | None, validate: Callable[[], dict[str, Any]] | None) -> None:
     if validate is not None:
         found = validate()
         if keeper is not None:

@@ -99,7 +99,7 @@ def _voc_lists(folder: Path, names: Sequence[str]) -> dict[Part, list[str]]:
     train = [name for name in lists.get("train", names) if name not in held]
     for part, share in (("test", _TEST_SHARE), ("val", _VAL_SHARE)):
         if part not in lists:
-            lists[part] = _held_out(train, share, part)
+            lists[part] = held_out(train, share, part)
             train = [name for name in train if name not in set(lists[part])]
     return lists | {"train": train}
 
@@ -123,7 +123,7 @@ def _voc_item(folder: Path, path: Path) -> Item:
         names.append(name)
         boxes.append((box[0], box[1], box[2], box[3]))
         crowd.append((entry.findtext("difficult") or "0").strip() == "1")
-    picture = _inside(folder / "JPEGImages", (tree.findtext("filename") or "").strip(), path)
+    picture = inside(folder / "JPEGImages", (tree.findtext("filename") or "").strip(), path)
     if not picture.is_file():  # some sets give a filename of another machine: the stem is what counts
         near = sorted((folder / "JPEGImages").glob(f"{path.stem}.*"))
         if not near:
@@ -155,15 +155,15 @@ def coco_items(root: Path, split: Part) -> tuple[Reader, tuple[str, ...]]:
     tests = parts.get("test") or parts.get("val")
     own_val = "test" in parts and "val" in parts
     path = tests if split == "test" else parts["val"] if split == "val" and own_val else parts["train"]
-    content = _json(path or parts["train"])
+    content = coco_content(path or parts["train"], "boxes")
     named = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
     classes = tuple(named[number] for number in sorted(named))
 
     def read(part: Part) -> tuple[list[Item], int]:
         items = {str(item.picture): item for item in _items(root, path or parts["train"], content, named)}
         names = list(items)
-        held = [] if own_val else _held_out(names, _VAL_SHARE, "val")
-        test = [] if tests else _held_out([name for name in names if name not in set(held)], _TEST_SHARE, "test")
+        held = [] if own_val else held_out(names, _VAL_SHARE, "val")
+        test = [] if tests else held_out([name for name in names if name not in set(held)], _TEST_SHARE, "test")
         if part == "test":
             chosen = names if tests else test
         elif part == "val":
@@ -175,7 +175,12 @@ def coco_items(root: Path, split: Part) -> tuple[Reader, tuple[str, ...]]:
     return read, classes
 
 
-def _json(path: Path) -> dict[str, Any]:
+def coco_content(path: Path, kind: str) -> dict[str, Any]:
+    """Images, annotations and categories of a COCO file, of boxes or another `kind`.
+
+    Raises:
+        InputError: it cannot be read, or one of the three is no list.
+    """
     try:
         content = json.loads(path.read_bytes())
         for name in ("images", "annotations", "categories"):
@@ -183,7 +188,7 @@ def _json(path: Path) -> dict[str, Any]:
                 raise TypeError(f"{name!r} is no list")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path}: is no COCO file of boxes ({error}); expected images, annotations, categories"
+            f"{path}: is no COCO file of {kind} ({error}); expected images, annotations, categories"
         ) from error
     return dict(content)
 
@@ -206,7 +211,7 @@ def _items(root: Path, path: Path, content: dict[str, Any], named: dict[int, str
             boxes.append((left, top, left + width, top + height))
             crowd.append(bool(entry.get("iscrowd", 0)))
         where = f"{path}: image {image['id']}"
-        picture = _inside(folder, str(image["file_name"]), path)
+        picture = inside(folder, str(image["file_name"]), path)
         size = int(image["width"]), int(image["height"])
         items.append(Item(picture, where, size, tuple(names), tuple(boxes), tuple(crowd)))
     return items
@@ -215,14 +220,19 @@ def _items(root: Path, path: Path, content: dict[str, Any], named: dict[int, str
 # Both
 
 
-def _held_out(names: Sequence[str], share: float, purpose: str) -> list[str]:
+def held_out(names: Sequence[str], share: float, purpose: str) -> list[str]:
     """Some names, by their hashes: one more name moves hardly any other."""
     ranked = sorted(names, key=lambda name: (int(noise.key(purpose, zlib.crc32(name.encode()))), name))
     chosen = set(ranked[: max(1, round(len(names) * share))])
     return [name for name in names if name in chosen]
 
 
-def _inside(folder: Path, name: str, where: Path) -> Path:
+def inside(folder: Path, name: str, where: Path) -> Path:
+    """The path of a file that a file of annotations names.
+
+    Raises:
+        InputError: it lies outside of the folder.
+    """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{where}: names the picture {name!r}, which lies outside of {folder}; correct it")

@@ -72,10 +72,19 @@ class Base(nn.Module):
         patch: side of the square of pixels that each word is about; a power of 2.
         numbers: in the vector of a word.
         width: features at full size; twice as many at each halving, up to eight times. A multiple of 8.
+        gain: how much louder than by default words are at first, against what the image shows; quiet words are learned
+            to be read late.
     """
 
     def __init__(
-        self, channels: int, outputs: int, grid: tuple[int, int], patch: int, numbers: int, width: int = 16
+        self,
+        channels: int,
+        outputs: int,
+        grid: tuple[int, int],
+        patch: int,
+        numbers: int,
+        width: int = 16,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -84,6 +93,8 @@ class Base(nn.Module):
         pairs = list(itertools.pairwise(widths))
         self.down = nn.ModuleList(_layer(*pair) for pair in [(channels, width), *pairs])
         self.told = nn.Conv2d(numbers, widths[-1], 1, bias=False)  # a word that is left out is a zero
+        with torch.no_grad():
+            self.told.weight *= gain
         self.middle = nn.Sequential(_layer(widths[-1], widths[-1]), _layer(widths[-1], widths[-1]))
         self.widen = nn.ModuleList(nn.Conv2d(low, high, 1) for high, low in reversed(pairs))
         self.up = nn.ModuleList(_layer(high, high) for high, _ in reversed(pairs))
@@ -115,6 +126,7 @@ class MapCode(nn.Module):
         patch: side of the square of pixels that each word is about; a power of 2 that divides height and width.
         levels: of the numbers of a word (`Words`).
         width: features of the base model at full size; the oracle has eight times as many at its end.
+        gain: of the words in the base model (`Base`).
     """
 
     def __init__(
@@ -125,6 +137,7 @@ class MapCode(nn.Module):
         patch: int,
         levels: Sequence[int],
         width: int = 16,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         channels, height, columns = image
@@ -138,7 +151,7 @@ class MapCode(nn.Module):
             _layer(8 * width, 8 * width),
             nn.Conv2d(8 * width, len(self.words.levels), 1),
         )
-        self.base = Base(channels, outputs, grid, patch, len(self.words.levels), width)
+        self.base = Base(channels, outputs, grid, patch, len(self.words.levels), width, gain)
 
     def encode(
         self,

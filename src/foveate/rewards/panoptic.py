@@ -11,25 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from foveate.geometry import Segments
 from foveate.types import InputError, RewardOutput
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Panoptic maps: a tree of [batch, ...].
-
-    Attributes:
-        ids: 0 for a pixel that belongs to nothing (void), k for one of segment k.
-        labels: the class of segment 1, 2, ..., from 0.
-        crowd: true where a true segment is many objects that nobody told apart.
-    """
-
-    ids: Int[Tensor, "batch height width"]
-    labels: Int[Tensor, "batch segments"]
-    crowd: Bool[Tensor, "batch segments"] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +36,8 @@ def panoptic_quality(predictions: Segments, targets: Segments) -> RewardOutput:
     TP / (TP + FP / 2 + FN / 2), and the counts "tp", "fp", "fn" of the image. Class by class PQ = SQ · RQ; of the means
     that is not so.
 
-    To the corpus metric: PQ of a data set sums IoU and counts of each class over all images before it divides, so the
-    mean of this over images is another number; `matched_less_unmatched` adds up.
+    To the corpus metric: PQ of a data set sums IoU and counts of each class over all images before it divides
+    (`corpus_quality`), so the mean of this over images is another number; `matched_less_unmatched` adds up.
 
     Raises:
         InputError: an id without a segment.
@@ -89,6 +75,39 @@ def matched_less_unmatched(predictions: Segments, targets: Segments, unmatched: 
     overlap = (found.ious * found.right).sum((1, 2))
     counts = _counts(found)
     return RewardOutput(overlap - unmatched * (counts["fp"] + counts["fn"]), {"overlap": overlap, **counts})
+
+
+def class_sums(predictions: Segments, targets: Segments, classes: int) -> Float[Tensor, "4 classes"]:
+    """Σ IoU of the matched pairs, TP, FP and FN of each class over a batch: add these up over all batches.
+
+    Raises:
+        InputError: an id without a segment.
+    """
+    found = _match(predictions, targets)
+    pairs = targets.labels[:, None].expand_as(found.right), found.right
+    places = (
+        (*pairs, found.ious),
+        (*pairs, torch.ones_like(found.ious)),
+        (predictions.labels, found.wrong, torch.ones_like(found.wrong, dtype=torch.float)),
+        (targets.labels, found.missed, torch.ones_like(found.missed, dtype=torch.float)),
+    )
+    return torch.stack([labels[mask].bincount(values[mask], classes).float() for labels, mask, values in places])
+
+
+def corpus_quality(sums: Float[Tensor, "4 classes"]) -> dict[str, float]:
+    """PQ, SQ and RQ of a data set from its `class_sums`, in [0, 1]: means over the classes that occur or are claimed.
+
+    As panopticapi's `pq_average`: a class without a match has an SQ of 0. All are 0 if there is no class.
+    """
+    overlap, matched, wrong, missed = sums
+    size = matched + (wrong + missed) / 2
+    there = size > 0
+    each = {
+        "pq": overlap / size.clamp(min=0.5),
+        "sq": overlap / matched.clamp(min=1),
+        "rq": matched / size.clamp(min=0.5),
+    }
+    return {name: float((value * there).sum() / there.sum().clamp(min=1)) for name, value in each.items()}
 
 
 def _counts(found: _Matches) -> dict[str, Tensor]:

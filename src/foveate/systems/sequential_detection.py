@@ -287,14 +287,11 @@ def _score(
     return scores, curve, walk
 
 
-def compared(config: Config, run: Run, images: int) -> tuple[dict[str, SequentialDetector], WalkReward, Tensor, Boxes]:
-    """The start let loose and the tuned agent, the reward, and the first test images: for `foveate analyse`."""
-    models = {name: build(config).to(run.device).eval() for name in ("start", "tuned")}
-    for name, model in models.items():
-        run.restore(PART if name == "tuned" else name, model)
+def compared(config: Config, policy: SequentialDetector, run: Run, images: int) -> tuple[WalkReward, Tensor, Boxes]:
+    """The reward, and the first test images with their boxes: for `foveate analyse`."""
     test = _data(config, "test")
     inputs, targets = chosen(test, torch.arange(min(images, len(test)), device=run.device))
-    return models, _reward(config), inputs, targets
+    return _reward(config), inputs, targets
 
 
 def predict(config: Config, policy: SequentialDetector, images: Pictures) -> dict[str, Tensor]:
