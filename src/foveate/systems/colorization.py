@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim import Optimizer
 
 from foveate import noise, pictures
 from foveate.colors import CHROMA, coloured, light_and_chroma
@@ -39,13 +38,12 @@ from foveate.data.picture_folders import Split, read_pictures
 from foveate.learn.answers import Precision, Reward, Tuning, answering
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
-from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.backbones import convolutions
-from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words, kept_words
+from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_code, learn_likelihood, restored, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput
 
 
@@ -165,29 +163,18 @@ def reward(chroma: Float[Tensor, "batch 2 height width"], light: Float[Tensor, "
 
 
 def train(config: Config, run: Run) -> None:
-    """Learn the code, then by likelihood, then by the reward; then the control from the start of the reward."""
+    """Code, likelihood, reward, then the control from the start of the reward; each ends with its best on val."""
     data, val = _data(config, "train", run.device), _data(config, "val", run.device)
-    torch.manual_seed(config.seed)
-    code = _code(config).to(run.device)
-    code, code_optimizer = run.track(code=code, code_optimizer=torch.optim.Adam(code.parameters(), config.code_rate))
-    parts: dict[str, Any] = {}
+    (code, *code_parts), parts = _tracked(config, run, "code", _code, config.code_rate), {}
     for name in ("likelihood", PART, "control"):
-        torch.manual_seed(config.seed)
-        policy = build(config).to(run.device)
-        kind = torch.optim.Adafactor if name == PART else torch.optim.Adam
-        optimizer = kind(policy.writer.parameters(), config.tuning_rate)
-        parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer})
-    keeper, average = Keeper(parts[PART][0]), MovingAverage()
-    run.track(keeper=keeper, average=average)
-    held_out = light_and_chroma(val[:HELD_OUT].float() / 255)[0]
+        parts[name] = _tracked(config, run, name, build, config.tuning_rate)
+    (average,) = run.track(average=MovingAverage())
+    light, chroma = light_and_chroma(val.float() / 255)
+    held_out = [(some, some) for some in light[:HELD_OUT].split(50)]
 
-    def look(policy: Coded) -> Callable[[], dict[str, Any]]:
-        batches = [(light, light) for light in held_out.split(50)]
-        return lambda: held_out_scores(policy, reward, batches, config.seed, config.precision)
-
-    _learn_code(config, run, code, code_optimizer, data, light_and_chroma(val.float() / 255))
-    for policy, _ in parts.values():  # all draw with the base model as it is from now on
-        policy.base.load_state_dict(code.base.state_dict())
+    def maps(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        light, chroma = _batch(config, data, run, "codes", step, config.batch)
+        return light, chroma, chroma
 
     def answers(step: int) -> tuple[Tensor, CodedAnswers]:
         light, chroma = _batch(config, data, run, "likelihood", step, config.batch)
@@ -198,33 +185,39 @@ def train(config: Config, run: Run) -> None:
         light, _ = _batch(config, data, run, "reward", step, config.tuning_batch)
         return light, light
 
-    share = (1 - config.code_share - config.likelihood_share) / 2
-    likelihood: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
-    start, optimizer = parts["likelihood"]
-    learn_likelihood(
-        run, "likelihood", config.likelihood_share, start, answers, optimizer, validate=look(start), **likelihood
-    )
-    policy, optimizer = parts[PART]
-    learner = policy, reward, inputs, _tuning(config), optimizer, average, start
-    tune_on_reward(run, "reward", share, *learner, keeper=keeper, validate=look(policy), every=25)
-    control, optimizer = parts["control"]
-    learn_likelihood(run, "control", share, control, answers, optimizer, start=start, **likelihood)
+    def kept() -> dict[str, Any]:
+        with torch.no_grad(), answering(code):
+            return {"held_out_explained": 1 - F.mse_loss(code(light, chroma), chroma) / chroma.var()}
+
+    def compare(drawn: Tensor, chroma: Tensor) -> dict[str, Tensor]:
+        return {"chroma_loss": F.mse_loss(drawn, chroma)}
+
+    optimizer, keeper = code_parts
+    learn_code(run, config.code_share, code, maps, compare, optimizer, config.code_rate, keeper, kept)
+    for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
+        for coded in (policy, keeper.best):
+            coded.base.load_state_dict(code.base.state_dict())
+
+    def arguments(name: str) -> dict[str, Any]:
+        policy, optimizer, keeper = parts[name]
+        look = partial(held_out_scores, policy, reward, held_out, config.seed, config.precision)
+        return {"policy": policy, "optimizer": optimizer, "keeper": keeper, "validate": look}
+
+    share, start = (1 - config.code_share - config.likelihood_share) / 2, parts["likelihood"][0]
+    how: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
+    learn_likelihood(run, "likelihood", config.likelihood_share, batches=answers, **arguments("likelihood"), **how)
+    tuned = {"reward": reward, "batches": inputs, "tuning": _tuning(config), "average": average, "reference": start}
+    tune_on_reward(run, "reward", share, **tuned, **arguments(PART), every=25)
+    learn_likelihood(run, "control", share, batches=answers, start=start, **arguments("control"), **how)
 
 
-def _learn_code(
-    config: Config, run: Run, code: MapCode, optimizer: Optimizer, data: Tensor, held_out: tuple[Tensor, Tensor]
-) -> None:
-    rows = run.rows(config.batch)
-    for step in run.steps("codes", config.code_share):
-        light, chroma = _batch(config, data, run, "codes", step, config.batch)
-        keep = kept_words(noise.key(config.seed, "kept", step, torch.arange(config.batch)[rows]), code.length)
-        loss = F.mse_loss(code(light, chroma, keep.to(run.device)), chroma)
-        set_learning_rate(optimizer, one_cycle(run.progress, config.code_rate))
-        run.optimise(loss, optimizer, clip=1.0)
-        run.log(chroma_loss=loss.detach())
-        if (step + 1) % 200 == 0:
-            with torch.no_grad(), answering(code):
-                run.log(held_out_chroma_loss=F.mse_loss(code(*held_out), held_out[1]))
+def _tracked(config: Config, run: Run, name: str, make: Callable[[Config], Any], rate: float) -> tuple[Any, ...]:
+    """A model from the seed, the optimizer of what it learns, and the keeper of its best weights: parts of the run."""
+    torch.manual_seed(config.seed)
+    model, kind = make(config).to(run.device), torch.optim.Adafactor if name == PART else torch.optim.Adam
+    optimizer = kind([each for each in model.parameters() if each.requires_grad], rate)
+    keeper = Keeper(model, "held_out_explained" if name == "code" else "held_out_reward")
+    return tuple(run.track(**{name: model, f"{name}_optimizer": optimizer, f"{name}_keeper": keeper}))
 
 
 def _batch(config: Config, data: Tensor, run: Run, phase: str, step: int, batch: int) -> tuple[Tensor, Tensor]:
