@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate.data.detection import chosen, load_detections, mirrored
+from foveate import noise
+from foveate.data.detection import chosen, load_detections, mirrored, views
 from foveate.geometry import check_boxes, overlaps
 from foveate.types import InputError
 
@@ -234,3 +236,21 @@ def test_real_sets_are_read(name: str, folder: str, sizes: tuple[int, ...], clas
     for part in parts:
         check_boxes(part.boxes, folder, (32, 32))
         assert part.skipped == 0
+
+
+def test_views_are_new_windows_and_digits_are_not_mirrored() -> None:
+    data = load_detections("scenes", None, "train", 32, scenes=40)
+    rows, keys = torch.arange(40), noise.key("views", torch.arange(40))
+    images, boxes = views(data, rows, keys)
+    again, _ = views(data, rows[:7], keys[:7])
+    assert torch.equal(images[:7], again), "a view depends on its own key alone"
+    assert not torch.equal(images, views(data, rows, keys + 1)[0])
+    check_boxes(boxes, "views", (32, 32))
+    flip = noise.uniform(noise.fold(keys, "flip")) < 0.5
+    asymmetric = replace(data, pixels=(torch.arange(32) < 16).to(torch.uint8).mul(255).expand(40, 3, 32, 32))
+    bright = views(asymmetric, rows, keys)[0][..., :8].mean((1, 2, 3)) > views(asymmetric, rows, keys)[0][
+        ..., 24:
+    ].mean((1, 2, 3))
+    assert torch.equal(bright, ~flip)
+    unturned = views(replace(asymmetric, name="digits"), rows, keys)[0]
+    assert (unturned[..., :8].mean((1, 2, 3)) >= unturned[..., 24:].mean((1, 2, 3))).all()

@@ -22,6 +22,7 @@ from foveate.data.classification import load_images
 from foveate.data.digit_scenes import digit_scenes
 from foveate.data.picture_folders import check_memory, read_stretched
 from foveate.data.scenes import SHAPES, describe, draw
+from foveate.data.zoom import zoomed
 from foveate.geometry import Boxes
 from foveate.types import InputError, concatenate, map_tree
 
@@ -189,6 +190,16 @@ def chosen(data: Detections, rows: Tensor) -> tuple[Tensor, Boxes]:
     """Images in [0, 1] and boxes of some rows, on the device of the rows."""
     boxes = map_tree(lambda leaf: leaf[rows.to(leaf.device)].to(rows.device), data.boxes)
     return data.pixels[rows.to(data.pixels.device)].to(rows.device).float() / 255, boxes
+
+
+def views(
+    data: Detections, rows: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
+) -> tuple[Float[Tensor, "batch 3 height width"], Boxes]:
+    """`chosen` to learn from: each a new window, half of them mirrored; not so digits, which would become others."""
+    images, boxes = chosen(data, rows)
+    if data.name != "digits":
+        images, boxes = mirrored(images, boxes, noise.uniform(noise.fold(keys, "flip")) < 0.5)
+    return zoomed(images, boxes, noise.fold(keys, "zoom"))
 
 
 def mirrored(images: Tensor, boxes: Boxes, flip: Tensor) -> tuple[Tensor, Boxes]:

@@ -31,9 +31,8 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.classification import check_images
-from foveate.data.detection import Detections, chosen, load_detections, mirrored
+from foveate.data.detection import Detections, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
-from foveate.data.zoom import zoomed
 from foveate.geometry import Boxes, joined
 from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
@@ -237,8 +236,7 @@ def _batch(config: Config, data: Detections, run: Run, phase: str, step: int, si
     here = run.rows(size)
     rows = noise.examples(config.seed, step, size, len(data))[here].to(run.device)
     keys = noise.key(config.seed, phase, "view", step, torch.arange(size)[here]).to(run.device)
-    flip = noise.uniform(noise.fold(keys, "flip"), 1)[:, 0] < 0.5
-    return zoomed(*mirrored(*chosen(data, rows), flip), keys)
+    return views(data, rows, keys)
 
 
 def _answers(config: Config, data: Detections, run: Run) -> Callable[[int], tuple[Tensor, Tokens]]:

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.classification import check_images
-from foveate.data.detection import Detections, chosen, load_detections, mirrored
+from foveate.data.detection import Detections, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
-from foveate.data.zoom import zoomed
 from foveate.geometry import Boxes
 from foveate.learn.answers import Scored, Tuning, repeat
 from foveate.learn.baselines import MovingAverage
@@ -224,10 +223,8 @@ def _batch(config: Config, data: Detections, run: Run, part: str, step: int) -> 
     here = run.rows(config.batch)
     rows = noise.examples(config.seed, step, config.batch, len(data))[here].to(run.device)
     keys = noise.key(config.seed, part, "view", step, torch.arange(config.batch)[here]).to(run.device)
-    images, boxes = chosen(data, rows)
-    if config.data != "digits":  # of which there are as many views as are rendered, and mirrored they are others
-        flip = noise.uniform(noise.fold(keys, "flip"), 1)[:, 0] < 0.5
-        images, boxes = zoomed(*mirrored(images, boxes, flip), keys)
+    # of rendered digits there are views enough
+    images, boxes = chosen(data, rows) if config.data == "digits" else views(data, rows, keys)
     if part == "start":  # as many walks, each by other places
         keys = noise.fold(keys[:, None], torch.arange(config.samples, device=keys.device)).flatten()
         images, boxes = repeat(images, config.samples), repeat(boxes, config.samples)

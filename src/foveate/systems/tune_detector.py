@@ -32,9 +32,8 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.classification import check_images
-from foveate.data.detection import Detections, chosen, load_detections, mirrored
+from foveate.data.detection import Detections, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
-from foveate.data.zoom import zoomed
 from foveate.geometry import Boxes
 from foveate.learn.answers import Reward, Scored, Tuning
 from foveate.learn.baselines import MovingAverage
@@ -258,8 +257,7 @@ def _batch(config: Config, data: Detections, run: Run, phase: str, step: int) ->
     here = run.rows(config.batch)
     rows = noise.examples(config.seed, step, config.batch, len(data))[here].to(run.device)
     keys = noise.key(config.seed, phase, "view", step, torch.arange(config.batch)[here]).to(run.device)
-    images, boxes = mirrored(*chosen(data, rows), noise.uniform(keys) < 0.5)
-    return zoomed(images, boxes, noise.fold(keys, "zoom"))
+    return views(data, rows, keys)
 
 
 def evaluate(config: Config, policy: Candidates, run: Run, elsewhere: bool = False) -> Evaluation:
