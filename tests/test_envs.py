@@ -262,7 +262,7 @@ def test_an_ended_copy_stands_still_until_it_is_reset(name):
     env.reset(seed=2)
     ended = torch.zeros(5, dtype=torch.bool)
     observation = None
-    for actions in actions_of(env, 16):
+    for actions in actions_of(env, 48):
         before, seen = env.state, observation
         observation, reward, terminated, truncated, infos = env.step(actions)
         assert infos == {}

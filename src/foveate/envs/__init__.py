@@ -8,6 +8,7 @@ import gymnasium
 ENVIRONMENTS = {
     "foveate/Glimpse-v0": "glimpse:{}GlimpseEnv",
     "foveate/FoveatingGrid-v0": "foveating_grid:{}FoveatingGridEnv",
+    "foveate/BoxSearch-v0": "box_search:{}BoxSearchEnv",
 }
 
 

@@ -26,6 +26,7 @@ from foveate.types import InputError, State, Tree, map_tree
 Output = Literal["torch", "numpy"]
 Autoreset = Literal["next_step", "same_step", "disabled"]
 RESET_OPTIONS = ("reset_mask", "ids", "keys")
+CLOCKS = ("_seeds", "_keys", "_steps", "_episodes", "_ended")  # of the copies, beside their state
 
 
 class TensorEnv(VectorEnv):
@@ -186,6 +187,30 @@ class TensorEnv(VectorEnv):
                 state = map_tree(lambda new, old: new if new is old else _select(waiting, old, new), state, self._state)
         self._state = state
         return reward, terminated, truncated, self._end(terminated | truncated, waiting)
+
+    @property
+    def waiting(self) -> Bool[Tensor, " batch"]:
+        """Copies whose episode has ended: their next step is no transition."""
+        return self._ended
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every copy is, so that a run can go on exactly there."""
+        leaves: list[Tensor] = []
+
+        def note(leaf: Tensor) -> Tensor:
+            leaves.append(leaf)
+            return leaf
+
+        map_tree(note, self._state)
+        return {"state": leaves, **{name: getattr(self, name) for name in CLOCKS}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, in an environment of the same arguments."""
+        leaves = iter(state["state"])
+        self.reset(seed=0)  # for the shape of the tree
+        self._state = map_tree(lambda _: next(leaves).to(self.device), self._state)
+        for name in CLOCKS:
+            setattr(self, name, state[name].to(self.device))
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A picture of each copy, uint8 [height, width, 3]; None without a render mode."""

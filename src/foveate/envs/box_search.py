@@ -1,0 +1,247 @@
+"""Search for an object by changing a box step by step (Caicedo and Lazebnik 2015, "Active object localization with deep
+reinforcement learning").
+
+| | |
+|---|---|
+| state | the image, the box, the last actions, the boxes that were triggered, the objects still to be found |
+| observation | `view`: the region of the box; `history`: the last actions, one-hot, the latest first |
+| action | move right, left, up, down, bigger, smaller, fatter, taller; or trigger |
+| reward | of a move: the sign of the change in IoU with the best object left; of the trigger: 3 if it is 0.6, else -3 |
+| horizon | 40 steps; it ends with the last trigger |
+
+The box begins as the whole image. After a trigger that is not the last, a black cross is laid over the region, so that
+nobody returns there, and the search begins again at one of the four corners, with boxes of three quarters of the side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from foveate.data.detection import Detections, load_detections
+from foveate.envs.tensor_env import SingleEnv, TensorEnv
+from foveate.geometry import overlaps, to_locations
+from foveate.types import InputError
+
+MOVES = ("right", "left", "up", "down", "bigger", "smaller", "fatter", "taller")
+TRIGGER = len(MOVES)
+ACTIONS = len(MOVES) + 1
+CORNER = 0.75  # side of a box at which the search begins again, in parts of the image's
+CROSS = 1 / 3  # width of the bars of a mark, in parts of the box's sides
+LEAST = 2.0  # pixels of a side of a box
+FRAME = (255, 160, 0)  # colour of the box in a picture
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """Coordinates, actions and image numbers: a tree of [batch, ...] that a replay can hold.
+
+    Attributes:
+        image: its number.
+        box: in pixels.
+        history: the last actions, the latest first; 0 where there was none, else 1 more than the action.
+        marks: triggered boxes.
+        triggered: how many.
+        free: objects that are still to be found.
+    """
+
+    image: Int[Tensor, " batch"]
+    box: Float[Tensor, "batch 4"]
+    history: UInt8[Tensor, "batch past"]
+    marks: Float[Tensor, "batch triggers 4"]
+    triggered: Int[Tensor, " batch"]
+    free: Bool[Tensor, "batch objects"]
+
+
+class BoxSearchEnv(TensorEnv):
+    """`foveate/BoxSearch-v0`.
+
+    Args:
+        num_envs: copies in lockstep.
+        detections: pictures and their boxes; None loads `data` from `root`.
+        data: name of a set (`foveate.data.detection.DATASETS`).
+        root: its folder.
+        split: "train", "val" or "test".
+        image_size: side in pixels to which pictures are stretched.
+        scenes: how many are rendered, for rendered data.
+        patch: side of the view in pixels.
+        alpha: part of the box's width or height by which a move changes it.
+        history: how many actions are remembered.
+        threshold: IoU from which on a trigger is right.
+        trigger_reward: of a right one; a wrong one costs as much.
+        triggers: after so many the episode ends.
+        **options: of `TensorEnv`; `horizon` is 40 if not given.
+
+    Raises:
+        InputError: as `load_detections`; a number out of its range.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012
+    chance = False
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        detections: Detections | None = None,
+        data: str = "scenes",
+        root: str | Path | None = None,
+        split: Any = "train",
+        image_size: int = 48,
+        scenes: int = 200,
+        patch: int = 16,
+        alpha: float = 0.2,
+        history: int = 10,
+        threshold: float = 0.6,
+        trigger_reward: float = 3.0,
+        triggers: int = 1,
+        horizon: int | None = 40,
+        **options: Any,
+    ) -> None:
+        for name, number in ("patch", patch), ("history", history), ("triggers", triggers):
+            if number < 1:
+                raise InputError(f"{name}: found {number}, expected at least 1")
+        for name, share in ("alpha", alpha), ("threshold", threshold):
+            if not 0 < share < 1:
+                raise InputError(f"{name}: found {share:g}, expected more than 0 and less than 1")
+        if detections is None:
+            place = None if root is None else Path(root)
+            detections = load_detections(data, place, split, image_size, scenes=scenes)
+        self.patch, self.alpha, self.past, self.triggers = patch, alpha, history, triggers
+        self.threshold, self.trigger_reward = threshold, trigger_reward
+        self.side = detections.pixels.shape[-1]
+        super().__init__(
+            num_envs,
+            gymnasium.spaces.Dict(
+                history=gymnasium.spaces.Box(0.0, 1.0, (history, ACTIONS)),
+                view=gymnasium.spaces.Box(0.0, 1.0, (3, patch, patch)),
+            ),
+            gymnasium.spaces.Discrete(ACTIONS),
+            examples=len(detections),
+            horizon=horizon,
+            **options,
+        )
+        self.pixels = detections.pixels.to(self.device)
+        self.targets, self.wanted = (leaf.to(self.device) for leaf in (detections.boxes.boxes, detections.boxes.wanted))
+
+    def initial(self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> SearchState:
+        """The whole image, nothing done and nothing found."""
+        box = torch.tensor([0.0, 0.0, self.side, self.side], device=ids.device).expand(len(ids), 4)
+        past = torch.zeros(len(ids), self.past, dtype=torch.uint8, device=ids.device)
+        marks = torch.zeros(len(ids), self.triggers, 4, device=ids.device)
+        return SearchState(ids, box, past, marks, torch.zeros_like(ids), self.wanted[ids])
+
+    def transition(
+        self, state: SearchState, actions: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
+    ) -> tuple[SearchState, Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
+        """Change the box, or trigger: then the object is taken, and the search ends or begins again."""
+        fires = actions == TRIGGER
+        before, best = self.overlap(state, state.box[:, None])[:, 0].max(1)
+        moved = self.moved(state.box).gather(1, actions.clamp(max=TRIGGER - 1)[:, None, None].expand(-1, 1, 4))
+        change = (self.overlap(state, moved)[:, 0].amax(1) - before).sign()
+        right = before >= self.threshold
+        reward = torch.where(fires, torch.where(right, self.trigger_reward, -self.trigger_reward), change)
+        place = torch.arange(self.triggers, device=actions.device) == state.triggered[:, None]
+        marks = torch.where((place & fires[:, None])[..., None], state.box[:, None], state.marks)
+        taken = F.one_hot(best, state.free.shape[1]).bool() & (fires & right)[:, None]
+        count = state.triggered + fires
+        after = SearchState(
+            state.image,
+            torch.where(fires[:, None], self._corner(state.triggered), moved[:, 0]),
+            torch.cat(((actions + 1).to(torch.uint8)[:, None], state.history[:, :-1]), 1),
+            marks,
+            count,
+            state.free & ~taken,
+        )
+        over = fires & (count >= self.triggers)
+        return replace(after, box=torch.where(over[:, None], state.box, after.box)), reward, over
+
+    def observe(self, state: SearchState) -> dict[str, Tensor]:
+        """The region of the box, marks as black crosses, and the last actions."""
+        corners = state.box.unflatten(1, (2, 2))
+        share = (torch.arange(self.patch, device=state.box.device) + 0.5) / self.patch
+        points = corners[:, :1] + share[:, None] * (corners[:, 1:] - corners[:, :1])  # [batch, patch, (x, y)]
+        x = points[:, None, :, 0].expand(-1, self.patch, -1)
+        y = points[:, :, None, 1].expand(-1, -1, self.patch)
+        where = to_locations(torch.stack((x, y), -1).flatten(0, 2), (self.side, self.side))
+        images = self.pixels[state.image].float() / 255
+        view = F.grid_sample(images, where.view(len(images), self.patch, self.patch, 2), align_corners=False)
+        crossed = self._crossed(state, x, y)
+        history = F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float()
+        return {"history": history, "view": view.masked_fill(crossed[:, None], 0.0).clamp(0, 1)}
+
+    def moved(self, boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch moves 4"]:
+        """Boxes after each of the moves, within the image and not smaller than some pixels.
+
+        Fatter takes from the height, taller from the width, bigger and smaller add to both and take from both.
+        """
+        left, top, right, bottom = boxes.unbind(1)
+        across, down = self.alpha * (right - left), self.alpha * (bottom - top)
+        zero = torch.zeros_like(left)
+        half_x, half_y = across / 2, down / 2
+        changes = (
+            (across, zero, across, zero),
+            (-across, zero, -across, zero),
+            (zero, -down, zero, -down),
+            (zero, down, zero, down),
+            (-half_x, -half_y, half_x, half_y),
+            (half_x, half_y, -half_x, -half_y),
+            (zero, half_y, zero, -half_y),
+            (half_x, zero, -half_x, zero),
+        )
+        moved = boxes[:, None] + torch.stack([torch.stack(change, 1) for change in changes], 1)
+        low = moved[..., :2].clamp(0, self.side - LEAST)
+        return torch.cat((low, torch.maximum(moved[..., 2:].clamp(max=self.side), low + LEAST)), 2)
+
+    def overlap(
+        self, state: SearchState, boxes: Float[Tensor, "batch count 4"]
+    ) -> Float[Tensor, "batch count objects"]:
+        """IoU of boxes with the objects that are still to be found, 0 for others."""
+        return overlaps(boxes, self.targets[state.image]) * state.free[:, None]
+
+    def rewarded(self, state: SearchState) -> Bool[Tensor, "batch actions"]:
+        """The actions that would be rewarded now: what guided exploration draws from."""
+        before = self.overlap(state, state.box[:, None]).amax((1, 2))
+        after = self.overlap(state, self.moved(state.box)).amax(2)
+        return torch.cat((after > before[:, None], (before >= self.threshold)[:, None]), 1)
+
+    def draw(self, state: SearchState) -> UInt8[Tensor, "batch height width 3"]:
+        """The image with its marks, and the box."""
+        step = torch.arange(self.side, device=state.box.device) + 0.5
+        x, y = step.expand(len(state.box), self.side, -1), step[:, None].expand(len(state.box), -1, self.side)
+        picture = self.pixels[state.image].permute(0, 2, 3, 1)
+        picture = torch.where(self._crossed(state, x, y)[..., None], 0, picture)
+        left, top, right, bottom = state.box[:, :, None, None].unbind(1)
+        inside = torch.minimum(torch.minimum(x - left, right - x), torch.minimum(y - top, bottom - y))
+        edge = (inside >= 0) & (inside <= 1)
+        return torch.where(edge[..., None], torch.tensor(FRAME, dtype=torch.uint8, device=x.device), picture)
+
+    def _corner(self, number: Int[Tensor, " batch"]) -> Float[Tensor, "batch 4"]:
+        """Where the search begins again: the corners in turn."""
+        size, rest = CORNER * self.side, (1 - CORNER) * self.side
+        low = torch.stack((number % 2, number // 2 % 2), 1) * rest
+        return torch.cat((low, low + size), 1)
+
+    def _crossed(
+        self, state: SearchState, x: Float[Tensor, "batch rows columns"], y: Float[Tensor, "batch rows columns"]
+    ) -> Bool[Tensor, "batch rows columns"]:
+        """Which places lie under a mark."""
+        low, high = state.marks[:, :, None, None, :2], state.marks[:, :, None, None, 2:]
+        place = (torch.stack((x, y), -1)[:, None] - low) / (high - low).clamp(min=1e-6)
+        inside = ((place >= 0) & (place <= 1)).all(-1)
+        middle = ((place - 0.5).abs() <= CROSS / 2).any(-1)
+        there = torch.arange(self.triggers, device=x.device) < state.triggered[:, None]
+        return (inside & middle & there[..., None, None]).any(1)
+
+
+class SingleBoxSearchEnv(SingleEnv):
+    """One copy of `BoxSearchEnv`."""
+
+    lockstep = BoxSearchEnv

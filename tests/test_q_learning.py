@@ -1,0 +1,232 @@
+"""Replay draws what happened and nothing else; targets are those counted by hand; a small chain is solved."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+import torch
+from torch import Tensor
+
+from foveate import noise
+from foveate.envs.tensor_env import TensorEnv
+from foveate.learn.q_learning import Dueling, epsilon, explore, follow, q_loss, td_target
+from foveate.learn.replay import Replay
+from foveate.run import Run
+from foveate.types import InputError
+
+LENGTH, RIGHT = 6, 1
+
+
+class Chain(TensorEnv):
+    """Steps to the left or right; 1 at the right end, where it is over, and 0.02 for stepping left at the left end."""
+
+    chance = False
+
+    def __init__(self, num_envs: int, horizon: int | None = 12, length: int = LENGTH, **options: Any) -> None:
+        self.length = length
+        places = gymnasium.spaces.Box(0.0, 1.0, (length,))
+        super().__init__(num_envs, places, gymnasium.spaces.Discrete(2), horizon=horizon, **options)
+
+    def initial(self, ids: Tensor, keys: Tensor) -> Tensor:
+        return torch.zeros_like(ids)
+
+    def transition(self, state: Tensor, actions: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        moved = (state + 2 * actions - 1).clamp(0, self.length - 1)
+        over = moved == self.length - 1
+        return moved, over + 0.02 * ((state == 0) & (actions == 0)), over
+
+    def observe(self, state: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(state, self.length).float()
+
+
+def filled(actions: list[list[int]], rows: int = 50, horizon: int | None = 4) -> tuple[Replay, list[Tensor]]:
+    """A replay of a chain in which these actions were taken, [steps][copies]; and the places before each."""
+    env = Chain(len(actions[0]), horizon)
+    env.reset(seed=0)
+    replay, places = Replay(env.state, rows), []
+    for chosen in actions:
+        states, taken = env.state, ~env.waiting
+        places.append(states)
+        reward, terminated, truncated, _ = env.advance(torch.tensor(chosen))
+        replay.write(states, torch.tensor(chosen), reward, terminated, truncated, taken)
+    return replay, places
+
+
+def test_transitions_are_what_happened_and_the_step_of_an_autoreset_is_none() -> None:
+    """An episode is cut at its fourth step: what follows is its last place, never the first of the next."""
+    replay, places = filled([[1]] * 4 + [[0]] + [[1]] * 4 + [[1]])
+    assert [int(place) for place in places] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    assert len(replay) == 8
+    found = replay.draw(noise.key(0, "draw"), 4000, discount=0.5)
+    pairs = set(zip(found.states.tolist(), found.next_states.tolist(), strict=True))
+    assert pairs == {(0, 1), (1, 2), (2, 3), (3, 4)}
+    assert (found.discounts == 0.5).all(), "a limit is no end"
+    counts = torch.bincount(found.states)
+    assert (counts.float() / 4000 - 0.25).abs().max() < 0.03, "every step that was taken is drawn as often"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_rewards_are_summed_up_to_the_end_of_an_episode(steps: int) -> None:
+    """Left once at the wall (0.02), then to the right end (1): the whole episode, counted by hand."""
+    replay, _ = filled([[0]] + [[1]] * 5 + [[0]] + [[0]] + [[1]] * 5 + [[0]], horizon=None)
+    found, again = (replay.draw(noise.key(1, "draw"), 500, steps, 0.5) for _ in range(2))
+    assert torch.equal(found.states, again.states), "a draw is a function of its key"
+    rewards = torch.tensor([0.02, 0, 0, 0, 0, 1])
+    for state, action, returns, discount, after in zip(
+        found.states, found.actions, found.returns, found.discounts, found.next_states, strict=True
+    ):
+        first = 0 if action == 0 else int(state) + 1
+        count = min(steps, 6 - first)
+        expected = sum(float(rewards[first + k]) * 0.5**k for k in range(count))
+        assert float(returns) == pytest.approx(expected)
+        over = first + count == 6
+        assert float(discount) == pytest.approx(0.0 if over else 0.5**count)
+        assert int(after) == first + count - 1
+
+
+def test_old_steps_make_room() -> None:
+    replay, places = filled([[1], [1], [0], [1], [0], [1], [0]], rows=4, horizon=None)
+    found = replay.draw(noise.key(0, "draw"), 300)
+    assert set(found.states.tolist()) == {int(place) for place in places[3:6]}, "and the newest has nothing after it"
+    assert len(replay) == 4
+    fresh = Replay(torch.zeros(2), 4)
+    with pytest.raises(InputError, match=r"^replay: found 0 rows"):
+        fresh.draw(noise.key(0), 1)
+    with pytest.raises(InputError, match=r"^rows: found 1"):
+        Replay(torch.zeros(2), 1)
+
+
+def test_a_million_steps_of_coordinates_and_histories_take_little_room() -> None:
+    state = {"image": torch.zeros(256).int(), "box": torch.zeros(256, 4), "history": torch.zeros(256, 10).byte()}
+    assert Replay(state, 4000).size < 300e6 / 2
+
+
+def test_targets_are_those_counted_by_hand() -> None:
+    returns, discounts = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0])
+    after, own = torch.tensor([[1.0, 4.0], [9.0, 9.0]]), torch.tensor([[3.0, 2.0], [0.0, 1.0]])
+    torch.testing.assert_close(td_target(returns, discounts, after), torch.tensor([3.0, 2.0]))
+    torch.testing.assert_close(td_target(returns, discounts, after, own), torch.tensor([1.5, 2.0]))
+    values = torch.tensor([[0.0, 1.0], [5.0, 0.0]], requires_grad=True)
+    loss = q_loss(values, torch.tensor([1, 0]), torch.tensor([1.5, 2.0]))
+    assert loss.item() == pytest.approx((0.5 * 0.5**2 + (3 - 0.5)) / 2)
+    loss.backward()
+    torch.testing.assert_close(values.grad, torch.tensor([[0.0, -0.25], [0.5, 0.0]]))
+
+
+def test_the_gains_of_actions_leave_the_worth_of_a_state() -> None:
+    torch.manual_seed(0)
+    head = Dueling(4, 3)
+    features = torch.randn(5, 2, 4)
+    torch.testing.assert_close(head(features).mean(-1, keepdim=True), head.worth(features))
+
+
+def test_a_target_follows_little_by_little_or_at_once() -> None:
+    torch.manual_seed(0)
+    network, target = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = target.weight.clone()
+    follow(target, network, 0.25)
+    torch.testing.assert_close(target.weight, 0.75 * before + 0.25 * network.weight)
+    follow(target, network)
+    assert torch.equal(target.weight, network.weight)
+
+
+def test_exploring_is_as_rare_as_said_and_guided_by_what_is_rewarded() -> None:
+    values = torch.tensor([[0.0, 2.0, 1.0, 0.5]]).expand(4000, -1)
+    keys = noise.key(0, "explore", torch.arange(4000))
+    found = explore(values, 0.4, keys)
+    assert abs(float((found == 1).float().mean()) - (0.6 + 0.1)) < 0.03
+    good = torch.tensor([[True, False, False, True]]).expand(4000, -1)
+    guided = torch.bincount(explore(values, 0.4, keys, good), minlength=4).float() / 4000
+    torch.testing.assert_close(guided, torch.tensor([0.2, 0.6, 0.0, 0.2]), atol=0.03, rtol=0)
+    assert torch.equal(explore(values, 0.4, keys, torch.zeros_like(good)), found), "no expert knows: any"
+    assert [epsilon(at) for at in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
+def solve(steps: int, horizon: int, double: bool = True, n: int = 1, guided: bool = False, length: int = LENGTH) -> Any:
+    """Learn the chain with 16 copies; the network, and at which step a reward was first found."""
+    torch.manual_seed(0)
+    env = Chain(16, horizon, length)
+    env.reset(seed=1)
+    network = torch.nn.Sequential(torch.nn.Linear(length, 32), torch.nn.ReLU(), Dueling(32, 2, 32))
+    target, optimizer = copy.deepcopy(network), torch.optim.Adam(network.parameters(), 3e-3)
+    replay, first = Replay(env.state, 200), None
+    for step in range(steps):
+        states, taken = env.state, ~env.waiting
+        with torch.no_grad():
+            good = torch.nn.functional.one_hot(torch.full((16,), RIGHT), 2).bool() if guided else None
+            keys = noise.key(0, "act", step, torch.arange(16))
+            actions = explore(network(env.observe(states)), epsilon(step / steps), keys, good)
+        reward, terminated, truncated, _ = env.advance(actions)
+        if first is None and bool((reward == 1).any()):
+            first = step
+        replay.write(states, actions, reward, terminated, truncated, taken)
+        if step >= 20:
+            drawn = replay.draw(noise.key(0, "draw", step), 64, n, 0.9)
+            with torch.no_grad():
+                after = target(env.observe(drawn.next_states))
+                chosen = network(env.observe(drawn.next_states)) if double else None
+            aims = td_target(drawn.returns, drawn.discounts, after, chosen)
+            q_loss(network(env.observe(drawn.states)), drawn.actions, aims).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            follow(target, network, 0.05)
+    return network, first
+
+
+@pytest.mark.parametrize(("double", "n"), [(False, 1), (True, 1), (True, 3)])
+def test_a_chain_is_solved_to_its_optimum(double: bool, n: int) -> None:
+    """The value of going right from place k is 0.9^(4 - k): less than a limit of 12 steps would let through."""
+    network, _ = solve(450, 12, double, n)
+    values = network(torch.eye(LENGTH)[:-1])
+    assert (values.argmax(1) == RIGHT).all()
+    torch.testing.assert_close(values[:, RIGHT], 0.9 ** torch.arange(4.0, -1, -1), atol=0.12, rtol=0)
+
+
+def test_a_limit_is_no_end() -> None:
+    """Cut after 3 of the 5 steps that the way takes, episodes never see the reward: values are those of 0.02 a step."""
+    network, first = solve(350, 3)
+    assert first is None
+    values = network(torch.eye(LENGTH)[:1])
+    assert values.max().item() > 0.13, "0.02 / (1 - 0.9) = 0.2 is approached, not the 0.05 of three steps"
+
+
+def test_guided_exploration_finds_the_reward_sooner() -> None:
+    _, blind = solve(60, 30, length=14)
+    _, guided = solve(60, 30, length=14, guided=True)
+    assert guided is not None
+    assert blind is None or guided < blind
+
+
+def test_replay_and_environment_go_on_exactly_where_they_were(tmp_path: Path) -> None:
+    def parts() -> tuple[Chain, Replay]:
+        env = Chain(4, 5)
+        env.reset(seed=3)
+        return env, Replay(env.state, 9)
+
+    def act(env: Chain, replay: Replay, steps: range) -> None:
+        for step in steps:
+            states, taken = env.state, ~env.waiting
+            actions = noise.integers(noise.key(0, step, torch.arange(4)), 2)
+            reward, terminated, truncated, _ = env.advance(actions)
+            replay.write(states, actions, reward, terminated, truncated, taken)
+
+    whole = parts()
+    act(*whole, range(20))
+    run = Run(tmp_path / "run", system="test", config={}, steps=20, device="cpu", quiet=True)
+    env, replay = run.track(**dict(zip(("env", "replay"), parts(), strict=True)))
+    for step in run.steps("act"):
+        act(env, replay, range(step, step + 1))
+        if step == 12:
+            run.save()
+            break
+    again = Run(tmp_path / "run", system="test", config={}, steps=20, device="cpu", quiet=True, resume=True)
+    env, replay = again.track(**dict(zip(("env", "replay"), parts(), strict=True)))
+    for step in again.steps("act"):
+        act(env, replay, range(step, step + 1))
+    assert torch.equal(env.state, whole[0].state)
+    for mine, theirs in zip(replay.buffers(), whole[1].buffers(), strict=True):
+        assert torch.equal(mine, theirs)
