@@ -66,16 +66,16 @@ class Config:
     scenes: int = 6000
     """how many scenes are rendered to train on"""
     most: int | None = None
-    """things of an image that have a number; None: 4 for scenes, 20 for coco"""
+    """things of an image that have a number; None: 3 for scenes, 20 for coco"""
     seed: int = 0
     """of the weights, the order of the data and every draw"""
     steps: int | None = None
     """updates of all phases together"""
     minutes: float | None = None
     """wall-clock budget of all phases together"""
-    code_share: float = 0.2
+    code_share: float = 0.35
     """part of the budget that learns the code of maps"""
-    likelihood_share: float = 0.4
+    likelihood_share: float = 0.25
     """part for maximum likelihood; the rest is shared evenly by the reward and the control"""
     code_patch: int = 8
     """side in pixels of the square that a word is about"""
@@ -95,7 +95,7 @@ class Config:
     """blocks of the encoder, and of the decoder"""
     heads: int = 4
     """of the attention"""
-    batch: int = 32
+    batch: int = 16
     """images in an update of code and likelihood"""
     learning_rate: float = 1e-3
     """peak of the one-cycle schedule of likelihood"""
@@ -131,7 +131,7 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: a field is out of its range, or the data cannot be read.
     """
-    found = {"image_size": 32, "most": 4} if config.data == "scenes" else {"image_size": 96, "most": 20}
+    found = {"image_size": 32, "most": 3} if config.data == "scenes" else {"image_size": 96, "most": 20}
     image_size, most = config.image_size or found["image_size"], found["most"] if config.most is None else config.most
     config = replace(config, image_size=image_size, most=most)
     shares = config.code_share, config.likelihood_share

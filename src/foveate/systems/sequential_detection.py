@@ -76,7 +76,7 @@ class Config:
     """in a walk at most"""
     patch: int = 12
     """side of a glimpse in pixels"""
-    scales: int = 3
+    scales: int = 4
     """patches in a glimpse, each twice as wide as the one before"""
     hidden: int = 192
     """width of the core"""
