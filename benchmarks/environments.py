@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -11,46 +13,64 @@ import torch
 from benchmarks import best_seconds
 from foveate import noise
 from foveate.data.classification import Images
+from foveate.data.detection import Detections
+from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
+from foveate.envs.tensor_env import SingleEnv, TensorEnv
+from foveate.geometry import Boxes
 
 COPIES, CLASSES, SIDE, GLIMPSES = 256, 10, 28, 6
+STEPS = GLIMPSES + 1  # one whole cycle of an episode, the step that resets the copies included
 Rates = tuple[float, float, str]
+Task = Callable[[], tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]]
 
 
-def images() -> Images:
+def glimpses() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Small images, and places and scores drawn once."""
     keys = noise.key(0, torch.arange(1024))
     pixels = noise.integers(keys, 256, 1, SIDE, SIDE).to(torch.uint8)
-    return Images(pixels, noise.integers(noise.fold(keys, "label"), CLASSES), tuple("0123456789"), "synthetic", "train")
+    labels = noise.integers(noise.fold(keys, "label"), CLASSES)
+    images = Images(pixels, labels, tuple("0123456789"), "synthetic", "train")
+    actions = np.random.default_rng(0).uniform(-1, 1, (STEPS, COPIES, 2 + CLASSES)).astype(np.float32)
+    return GlimpseEnv, SingleGlimpseEnv, {"images": images, "glimpses": GLIMPSES}, actions
 
 
-def actions(copies: int) -> np.ndarray:
-    return np.random.default_rng(0).uniform(-1, 1, (copies, 2 + CLASSES)).astype(np.float32)
+def boxes() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Images of 128 pixels with four objects each, and moves drawn once; an episode ends before the last step."""
+    keys = noise.key(0, torch.arange(256))
+    corners = noise.uniform(keys, 4, 4) * 128
+    corners = torch.cat((corners[..., :2] / 2, 64 + corners[..., 2:] / 2), -1)
+    found = Boxes(corners, torch.zeros(256, 4).long(), torch.ones(256, 4, dtype=torch.bool))
+    pixels = noise.integers(keys, 256, 3, 128, 128).to(torch.uint8)
+    shown = Detections(pixels, found, ("thing",), "synthetic", "train")
+    actions = np.random.default_rng(0).integers(0, TRIGGER, (STEPS, COPIES))
+    actions[-2] = TRIGGER
+    return BoxSearchEnv, SingleBoxSearchEnv, {"detections": shown}, actions
 
 
-def lockstep(copies: int) -> Callable[[], None]:
-    """One whole cycle of an episode, the step that resets the copies included."""
-    env = GlimpseEnv(copies, images=images(), glimpses=GLIMPSES)
-    chosen = torch.from_numpy(actions(copies))
+def lockstep(task: Task, copies: int) -> Callable[[], None]:
+    kind, _, options, actions = task()
+    env = kind(copies, **options)
+    chosen = torch.from_numpy(actions[:, :copies])
     env.reset(seed=0)
 
     def work() -> None:
-        for _ in range(GLIMPSES + 1):
-            env.step(chosen)
+        for each in chosen:
+            env.step(each)
 
     return work
 
 
-def one_by_one(copies: int) -> Callable[[], None]:
-    shown = images()
-    envs = [SingleGlimpseEnv(images=shown, glimpses=GLIMPSES) for _ in range(copies)]
-    chosen = actions(copies)
+def one_by_one(task: Task, copies: int) -> Callable[[], None]:
+    _, kind, options, actions = task()
+    envs = [kind(**options) for _ in range(copies)]
     for seed, env in enumerate(envs):
         env.reset(seed=seed)
 
     def work() -> None:
-        for step in range(GLIMPSES + 1):
+        for step, chosen in enumerate(actions[:, :copies]):
             for env, action in zip(envs, chosen, strict=True):
-                if step == GLIMPSES:
+                if step == STEPS - 1:
                     env.reset()
                 else:
                     env.step(action)
@@ -58,27 +78,24 @@ def one_by_one(copies: int) -> Callable[[], None]:
     return work
 
 
-def sync_vector(copies: int) -> Callable[[], None]:
-    shown = images()
-    env = gymnasium.vector.SyncVectorEnv([lambda: SingleGlimpseEnv(images=shown, glimpses=GLIMPSES)] * copies)
-    chosen = actions(copies)
+def sync_vector(task: Task, copies: int) -> Callable[[], None]:
+    _, kind, options, actions = task()
+    env = gymnasium.vector.SyncVectorEnv([lambda: kind(**options)] * copies)
     env.reset(seed=0)
 
     def work() -> None:
-        for _ in range(GLIMPSES + 1):
+        for chosen in actions[:, :copies]:
             env.step(chosen)
 
     return work
 
 
-def compare_loop(copies: int = COPIES, rounds: int = 3) -> Rates:
-    """Steps/s of all copies: lockstep, and the single form in a Python loop."""
-    return _steps(lockstep(copies), one_by_one(copies), copies, rounds)
-
-
-def compare_sync(copies: int = COPIES, rounds: int = 3) -> Rates:
-    """Steps/s of all copies: lockstep, and Gymnasium's vector of single forms."""
-    return _steps(lockstep(copies), sync_vector(copies), copies, rounds)
+def compare(
+    task: Task, peer: Callable[[Task, int], Callable[[], None]], copies: int = COPIES, rounds: int = 3
+) -> Rates:
+    """Steps/s of all copies: lockstep, and a peer made of single forms."""
+    fast, slow = best_seconds(lockstep(task, copies), peer(task, copies), rounds=rounds)
+    return copies * STEPS / fast, copies * STEPS / slow, f"steps/s, {copies} copies"
 
 
 def compare_noise(rows: int = COPIES, draws: int = 20, rounds: int = 20) -> Rates:
@@ -96,14 +113,10 @@ def compare_noise(rows: int = COPIES, draws: int = 20, rounds: int = 20) -> Rate
     return rows * draws / hashed, rows * draws / drawn, f"uniform draws/s, {rows} rows of {draws}"
 
 
-def _steps(ours: Callable[[], None], peer: Callable[[], None], copies: int, rounds: int) -> Rates:
-    fast, slow = best_seconds(ours, peer, rounds=rounds)
-    steps = copies * (GLIMPSES + 1)
-    return steps / fast, steps / slow, f"steps/s, {copies} copies"
-
-
 ROWS: dict[str, Callable[[], Rates]] = {
-    "glimpse-env": compare_loop,
-    "glimpse-env-sync": compare_sync,
+    "glimpse-env": partial(compare, glimpses, one_by_one),
+    "glimpse-env-sync": partial(compare, glimpses, sync_vector),
+    "box-search-env": partial(compare, boxes, one_by_one),
+    "box-search-env-sync": partial(compare, boxes, sync_vector),
     "noise": compare_noise,
 }

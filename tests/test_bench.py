@@ -129,10 +129,11 @@ def test_retina_rows_in_the_small() -> None:
 
 
 def test_environment_rows_in_the_small() -> None:
-    for compare in (environments.compare_loop, environments.compare_sync):
-        ours, peer, unit = compare(copies=16, rounds=1)
-        assert ours > peer
-        assert unit == "steps/s, 16 copies"
+    for task in (environments.glimpses, environments.boxes):
+        for peer in (environments.one_by_one, environments.sync_vector):
+            ours, theirs, unit = environments.compare(task, peer, copies=16, rounds=1)
+            assert ours > theirs
+            assert unit == "steps/s, 16 copies"
 
 
 def test_rewards_are_measured_on_work_that_both_do() -> None:
