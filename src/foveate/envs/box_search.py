@@ -27,7 +27,7 @@ from torch import Tensor
 
 from foveate.data.detection import Detections, load_detections
 from foveate.envs.tensor_env import SingleEnv, TensorEnv
-from foveate.geometry import overlaps, to_locations
+from foveate.geometry import overlaps
 from foveate.types import InputError
 
 MOVES = ("right", "left", "up", "down", "bigger", "smaller", "fatter", "taller")
@@ -128,7 +128,7 @@ class BoxSearchEnv(TensorEnv):
             horizon=horizon,
             **options,
         )
-        self.pixels = detections.pixels.to(self.device)
+        self.pixels = detections.pixels.permute(0, 2, 3, 1).contiguous().to(self.device)  # a place's colours together
         self.targets, self.wanted = (leaf.to(self.device) for leaf in (detections.boxes.boxes, detections.boxes.wanted))
 
     def initial(self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> SearchState:
@@ -170,12 +170,30 @@ class BoxSearchEnv(TensorEnv):
         points = corners[:, :1] + share[:, None] * (corners[:, 1:] - corners[:, :1])  # [batch, patch, (x, y)]
         x = points[:, None, :, 0].expand(-1, self.patch, -1)
         y = points[:, :, None, 1].expand(-1, -1, self.patch)
-        where = to_locations(torch.stack((x, y), -1).flatten(0, 2), (self.side, self.side))
-        images = self.pixels[state.image].float() / 255
-        view = F.grid_sample(images, where.view(len(images), self.patch, self.patch, 2), align_corners=False)
-        crossed = self._crossed(state, x, y)
+        view = self._sampled(state.image, x, y).masked_fill(self._crossed(state, x, y)[..., None], 0.0)
         history = F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float()
-        return {"history": history, "view": view.masked_fill(crossed[:, None], 0.0).clamp(0, 1)}
+        return {"history": history, "view": view.permute(0, 3, 1, 2)}
+
+    def _sampled(
+        self,
+        image: Int[Tensor, " batch"],
+        x: Float[Tensor, "batch rows columns"],
+        y: Float[Tensor, "batch rows columns"],
+    ) -> Float[Tensor, "batch rows columns 3"]:
+        """Colours in [0, 1] between pixels. Only the pixels around each place are read, however large the image is."""
+        places = [(value - 0.5).clamp(0, self.side - 1) for value in (y, x)]
+        low = [value.long().clamp(max=self.side - 2) for value in places]
+        down, across = ((value - first)[..., None] for value, first in zip(places, low, strict=True))
+        number = image[:, None, None]
+        rows = [
+            torch.lerp(
+                self.pixels[number, low[0] + step, low[1]].float(),
+                self.pixels[number, low[0] + step, low[1] + 1].float(),
+                across,
+            )
+            for step in (0, 1)
+        ]
+        return (torch.lerp(rows[0], rows[1], down) / 255).clamp(0, 1)
 
     def moved(self, boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch moves 4"]:
         """Boxes after each of the moves, within the image and not smaller than some pixels.
@@ -216,8 +234,7 @@ class BoxSearchEnv(TensorEnv):
         """The image with its marks, and the box."""
         step = torch.arange(self.side, device=state.box.device) + 0.5
         x, y = step.expand(len(state.box), self.side, -1), step[:, None].expand(len(state.box), -1, self.side)
-        picture = self.pixels[state.image].permute(0, 2, 3, 1)
-        picture = torch.where(self._crossed(state, x, y)[..., None], 0, picture)
+        picture = torch.where(self._crossed(state, x, y)[..., None], 0, self.pixels[state.image])
         left, top, right, bottom = state.box[:, :, None, None].unbind(1)
         inside = torch.minimum(torch.minimum(x - left, right - x), torch.minimum(y - top, bottom - y))
         edge = (inside >= 0) & (inside <= 1)
