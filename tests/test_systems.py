@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 import foveate
 from foveate import commands, report
@@ -137,3 +138,12 @@ def test_the_commands_take_its_run(trained: commands.Agent, tmp_path: Path, caps
     assert all(Path(line).stat().st_size > 0 for line in capsys.readouterr().out.splitlines())
     assert main(["data", "check", trained.system, "--out", str(tmp_path)]) == 0
     assert list(tmp_path.glob("*.png"))
+
+
+def test_the_command_of_a_run_makes_its_config_again() -> None:
+    """What the report prints can be typed."""
+    module = commands.system_module("tune-segmenter")
+    config = module.Config(skip_bad=True, flip=False, classes=("disk", "ring"), root=Path("a/b"), minutes=2.5)
+    words = commands.command("tune-segmenter", config)
+    assert {"--skip-bad", "--no-flip", "--classes", "disk", "ring"} <= set(words.split())
+    assert tyro.cli(module.Config, args=words.split()[3:]) == config

@@ -65,7 +65,7 @@ def list_systems(words: list[str]) -> int:
     """Name the systems."""
     _parse(_Nothing, "list", words)
     for name, summary in SYSTEMS.items():
-        print(f"{name:<16} {summary}")
+        print(f"{name:<21} {summary}")
     return 0
 
 

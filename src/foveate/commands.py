@@ -363,8 +363,13 @@ def command(system: str, config: Any) -> str:
     words = ["foveate train", system]
     for entry in fields(config):
         value = getattr(config, entry.name)
-        if value != entry.default:
-            words.append(f"--{entry.name.replace('_', '-')} {_plain(value)}".strip())
+        name = entry.name.replace("_", "-")
+        if value == entry.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name} {_plain(value)}".strip())
     return " ".join(words)
 
 
