@@ -16,7 +16,8 @@ from foveate.data.classification import Images
 from foveate.data.detection import Detections
 from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
-from foveate.envs.tensor_env import SingleEnv, TensorEnv
+from foveate.envs.single import SingleEnv
+from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import Boxes
 
 COPIES, CLASSES, SIDE, GLIMPSES = 256, 10, 28, 6

@@ -106,7 +106,6 @@ def test_a_mark_is_a_black_cross_over_what_was_triggered() -> None:
 
 def test_a_view_is_the_region_of_the_box() -> None:
     env = search([[10.0, 10, 20, 20]], patch=8)
-    env._state = map_tree(lambda leaf: leaf, env.state)
     inside = env.transition(env.state, torch.tensor([0]), torch.zeros(1).long())[0]
     assert inside.history[0].tolist() == [1] + [0] * 9
     for box, share in (([10.0, 10, 20, 20], 1.0), ([10.0, 10, 30, 20], 0.5), ([20.0, 20, 30, 30], 0.0)):

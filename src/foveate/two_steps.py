@@ -41,6 +41,23 @@ Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
 SUMS = ("entropy", "kl", "value_loss")  # divided by the answers of the whole batch, of which a chunk has its part
 
 
+def tracked(
+    run: Run,
+    name: str,
+    model: M,
+    kind: Callable[..., Optimizer] = torch.optim.Adam,
+    by: str = "held_out_reward",
+) -> tuple[M, Optimizer, Keeper]:
+    """A model, the optimizer of what it learns, and the keeper of its best weights by this score, as parts of the run.
+
+    The phases below set the optimizer's learning rate themselves.
+    """
+    model = model.to(run.device)
+    optimizer, keeper = kind([each for each in model.parameters() if each.requires_grad]), Keeper(model, by)
+    model, optimizer, keeper = run.track(**{name: model, f"{name}_optimizer": optimizer, f"{name}_keeper": keeper})
+    return model, optimizer, keeper
+
+
 def held_out_scores(
     policy: Sampler, reward: Reward, batches: Iterable[tuple[Tree, Tree]], seed: int, precision: Precision = "fp32"
 ) -> dict[str, Tensor]:

@@ -269,6 +269,21 @@ def numbered(
     return numbers, numbers != END
 
 
+def not_learned(skipped: Sequence[str], references: Bool[Tensor, "..."], learned: Bool[Tensor, "..."]) -> list[str]:
+    """What of the data is not learned from, to be said: items left out, and captions longer than is written.
+
+    Args:
+        skipped: a line for each item.
+        references: mask of all captions, [size, most, words].
+        learned: that of those to learn from, [size, most, tokens].
+    """
+    told = [f"{len(skipped)} items of the data are left out, the first: {skipped[0]}"] if skipped else []
+    count, few = int(references.any(2).sum()), int(learned.any(2).sum())
+    if few < count:
+        told.append(f"{count - few:,} of {count:,} captions are longer than length: references, but not learned")
+    return told
+
+
 def answers(
     ids: Int[Tensor, "size references length"], mask: Bool[Tensor, "size references length"], count: int, length: int
 ) -> tuple[Int[Tensor, "size references more"], Bool[Tensor, "size references more"]]:

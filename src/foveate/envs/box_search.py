@@ -26,7 +26,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate.data.detection import Detections, load_detections
-from foveate.envs.tensor_env import SingleEnv, TensorEnv
+from foveate.envs.single import SingleEnv
+from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import overlaps
 from foveate.types import InputError
 

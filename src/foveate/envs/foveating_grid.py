@@ -17,7 +17,8 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.distributions import Categorical
-from foveate.envs.tensor_env import SingleEnv, TensorEnv
+from foveate.envs.single import SingleEnv
+from foveate.envs.tensor_env import TensorEnv
 from foveate.types import Decisions, InputError, Policy, State
 
 SIDE = 12  # cells

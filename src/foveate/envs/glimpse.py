@@ -23,7 +23,8 @@ from torch import Tensor
 from foveate import noise
 from foveate.data.classification import Images, load_images
 from foveate.data.variants import canvas_size, render
-from foveate.envs.tensor_env import SingleEnv, TensorEnv, check_choice
+from foveate.envs.single import SingleEnv
+from foveate.envs.tensor_env import TensorEnv, check_choice
 from foveate.geometry import to_pixels
 from foveate.models.retina import Pyramid, build_pyramid, look
 from foveate.types import InputError

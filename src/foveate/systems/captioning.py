@@ -30,18 +30,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
-from foveate.data.captions import END, LONGEST, RESERVED, Captioned, Part, answers, load_captions, numbered, vocabulary
+from foveate.data.captions import (
+    END,
+    LONGEST,
+    RESERVED,
+    Captioned,
+    Part,
+    answers,
+    load_captions,
+    not_learned,
+    numbered,
+    vocabulary,
+)
 from foveate.data.classification import check_images
 from foveate.data.picture_folders import check_memory, read_pictures
 from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
-from foveate.learn.keeper import Keeper
 from foveate.models.backbones import EMBEDDED
 from foveate.models.captioner import Captioner
 from foveate.models.encoder_decoder import Tokens
 from foveate.rewards.captions import Cider, Words, document_frequency
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, restored, tracked, tune_on_reward
 from foveate.types import Evaluation, InputError, map_tree, split
 
 
@@ -197,17 +207,16 @@ def train(config: Config, run: Run) -> None:
     parts: dict[str, tuple[Any, ...]] = {}
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
-        policy = build(config).to(run.device)
+        policy = build(config)
         policy.spell(every_word[:count])
-        optimizer = torch.optim.Adam([each for each in policy.parameters() if each.requires_grad], fused=True)
-        keeper = "keeper" if name == PART else f"{name}_keeper"
-        parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, keeper: Keeper(policy)})
+        parts[name] = tracked(run, name, policy)
     (average,), (start, *_) = run.track(average=MovingAverage()), parts["likelihood"]
     if start.words != every_word[:count]:
         raise InputError("from: that run writes other words than this data has; train from the beginning")
     seen, references = _seen(start, data), _references(data, every_word, run.device)
     learned = answers(references.ids, references.mask, count, _known(config.length))
-    _tell(config, run, references.mask, learned[1])
+    for line in not_learned(_left_out(config), references.mask, learned[1]):
+        run.say(line)
     reward = _reward(references)
     held_out = _seen(start, val), _references(val, every_word, run.device)
 
@@ -243,15 +252,6 @@ def train(config: Config, run: Run) -> None:
 
 def _left_out(config: Config) -> list[str]:
     return [line for part in ("train", "val", "test") for line in _data(config, part).skipped]
-
-
-def _tell(config: Config, run: Run, references: Tensor, learned: Tensor) -> None:
-    """Say what of the data is not learned from."""
-    if skipped := _left_out(config):
-        run.say(f"{len(skipped)} items of the data are left out, the first: {skipped[0]}")
-    count, few = int(references.any(2).sum()), int(learned.any(2).sum())
-    if few < count:
-        run.say(f"{count - few:,} of {count:,} captions are longer than length: references, but not learned")
 
 
 def evaluate(config: Config, policy: Captioner, run: Run, elsewhere: bool = False) -> Evaluation:

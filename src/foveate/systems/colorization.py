@@ -19,7 +19,6 @@ here and why, and the numbers: docs/systems/colorization.md and docs/results.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,13 +36,12 @@ from foveate.data.photographs import evaluation_split, held_out_split, load_phot
 from foveate.data.picture_folders import Split, read_pictures
 from foveate.learn.answers import Precision, Reward, Tuning, answering
 from foveate.learn.baselines import MovingAverage
-from foveate.learn.keeper import Keeper
 from foveate.models.backbones import convolutions
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_code, learn_likelihood, restored, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_code, learn_likelihood, restored, tracked, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput
 
 
@@ -165,9 +163,12 @@ def reward(chroma: Float[Tensor, "batch 2 height width"], light: Float[Tensor, "
 def train(config: Config, run: Run) -> None:
     """Code, likelihood, reward, then the control from the start of the reward; each ends with its best on val."""
     data, val = _data(config, "train", run.device), _data(config, "val", run.device)
-    (code, *code_parts), parts = _tracked(config, run, "code", _code, config.code_rate), {}
+    torch.manual_seed(config.seed)
+    code, code_optimizer, code_keeper = tracked(run, "code", _code(config), by="held_out_explained")
+    parts: dict[str, tuple[Any, ...]] = {}
     for name in ("likelihood", PART, "control"):
-        parts[name] = _tracked(config, run, name, build, config.tuning_rate)
+        torch.manual_seed(config.seed)
+        parts[name] = tracked(run, name, build(config), torch.optim.Adafactor if name == PART else torch.optim.Adam)
     (average,) = run.track(average=MovingAverage())
     light, chroma = light_and_chroma(val.float() / 255)
     held_out = [(some, some) for some in light[:HELD_OUT].split(50)]
@@ -192,8 +193,7 @@ def train(config: Config, run: Run) -> None:
     def compare(drawn: Tensor, chroma: Tensor) -> dict[str, Tensor]:
         return {"chroma_loss": F.mse_loss(drawn, chroma)}
 
-    optimizer, keeper = code_parts
-    learn_code(run, config.code_share, code, maps, compare, optimizer, config.code_rate, keeper, kept)
+    learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
         for coded in (policy, keeper.best):
             coded.base.load_state_dict(code.base.state_dict())
@@ -209,15 +209,6 @@ def train(config: Config, run: Run) -> None:
     tuned = {"reward": reward, "batches": inputs, "tuning": _tuning(config), "average": average, "reference": start}
     tune_on_reward(run, "reward", share, **tuned, **arguments(PART), every=25)
     learn_likelihood(run, "control", share, batches=answers, start=start, **arguments("control"), **how)
-
-
-def _tracked(config: Config, run: Run, name: str, make: Callable[[Config], Any], rate: float) -> tuple[Any, ...]:
-    """A model from the seed, the optimizer of what it learns, and the keeper of its best weights: parts of the run."""
-    torch.manual_seed(config.seed)
-    model, kind = make(config).to(run.device), torch.optim.Adafactor if name == PART else torch.optim.Adam
-    optimizer = kind([each for each in model.parameters() if each.requires_grad], rate)
-    keeper = Keeper(model, "held_out_explained" if name == "code" else "held_out_reward")
-    return tuple(run.track(**{name: model, f"{name}_optimizer": optimizer, f"{name}_keeper": keeper}))
 
 
 def _batch(config: Config, data: Tensor, run: Run, phase: str, step: int, batch: int) -> tuple[Tensor, Tensor]:

@@ -36,13 +36,12 @@ from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes, joined
 from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
-from foveate.learn.keeper import Keeper
 from foveate.models.backbones import stem
 from foveate.models.box_tokens import BoxTokens, BoxWriter, by_token
 from foveate.models.encoder_decoder import Tokens
 from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, restored, tracked, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, Tree, map_tree, split
 
 Control = Literal["likelihood", "confidence"]
@@ -85,7 +84,7 @@ class Config:
     most: int | None = None
     """boxes in an answer at most; None: 25, or a quarter more than any image has"""
     bins: int | None = None
-    """into which a side is divided; None: one a pixel, at most 1,000"""
+    """into which a side is divided; None: four a pixel, at most 1,000"""
     order: Literal["random", "raster"] = "random"
     """of the boxes in likelihood: drawn anew each time, or by rows"""
     backbone: str = "convolutions"
@@ -104,7 +103,7 @@ class Config:
     """images in an update on the reward"""
     samples: int = 8
     """answers to each of them"""
-    tuning_rate: float = 1e-4
+    tuning_rate: float = 1e-3
     """learning rate of the reward, constant after a warm-up"""
     credit: Literal["to-go", "answer"] = "to-go"
     """weigh a token by what its box and those after it gain, or by the whole answer"""
@@ -138,7 +137,7 @@ def resolve(config: Config) -> Config:
     most = config.most or max(25, max(counts) * 5 // 4)
     if most < counts[0]:
         raise InputError(f"most: found {most}, but an image has {counts[0]} boxes; raise it")
-    config = replace(config, most=most, bins=config.bins or min(1000, config.image_size), classes=data.classes)
+    config = replace(config, most=most, bins=config.bins or min(1000, 4 * config.image_size), classes=data.classes)
     build(config)  # what cannot be built is said now
     return config
 
@@ -181,10 +180,8 @@ def train(config: Config, run: Run) -> None:
     parts: dict[str, Any] = {}
     for name in names:
         torch.manual_seed(config.seed)
-        policy = build(config).to(run.device)
-        keeper, kind = f"{name}_keeper", torch.optim.Adafactor if name == PART else torch.optim.Adam
-        tracked = {name: policy, f"{name}_optimizer": kind(policy.parameters(), config.tuning_rate)}
-        parts[name] = run.track(**tracked, **{keeper: Keeper(policy, "held_out_map")})
+        kind = torch.optim.Adafactor if name == PART else torch.optim.Adam
+        parts[name] = tracked(run, name, build(config), kind, "held_out_map")
     (average,) = run.track(average=MovingAverage())
     reward, share = _reward(config, data), (1 - config.likelihood_share) / (1 + len(config.controls))
     held_out = split(chosen(val, torch.arange(len(val)).to(run.device)), 50)
@@ -266,7 +263,7 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
     Baselines: `mle`, the start; `mle unending`, the start made to fill all its places; `control`, the start with more
     likelihood; `confidence` and `confidence unending`, that with the confidence learned on its own answers, without a
     reward. Boxes of models that learned no confidence are scored by the probability of their class, those of others by
-    that times their confidence.
+    that times their confidence. `ceiling`: the true boxes as the code can write them.
     """
     data = _data(config, "test")
     if elsewhere and data.classes != config.classes:
@@ -280,6 +277,11 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
         baselines[name] = _score(config, other, data, run, ranked)
         if name != "control":
             baselines[f"{name} unending"] = _score(config, other.unending().eval(), data, run, ranked)
+    if not elsewhere:  # other data may have more boxes in an image than can be written
+        code = _code(config)
+        written = code.decode(code.encode(replace(data.boxes, mask=data.boxes.wanted)))
+        sure = replace(written, scores=torch.ones_like(written.boxes[..., 0]))
+        baselines["ceiling"] = corpus_average_precision(sure, data.boxes, len(data.classes))
     return Evaluation(metrics, baselines)
 
 

@@ -38,14 +38,13 @@ from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Segments
 from foveate.learn.answers import Reward, Tuning, answering
 from foveate.learn.baselines import MovingAverage
-from foveate.learn.keeper import Keeper
 from foveate.models.backbones import convolutions
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.models.panoptic import Maps, PanopticChannels
 from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
 from foveate.run import Run
-from foveate.two_steps import learn_code, learn_likelihood, restored, tune_on_reward
+from foveate.two_steps import learn_code, learn_likelihood, restored, tracked, tune_on_reward
 from foveate.types import Evaluation, InputError
 
 
@@ -118,7 +117,7 @@ class Config:
 T = TypeVar("T")
 PART = "policy"  # the tracked part that holds the policy
 ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
-GAIN = 8.0  # of words; at 1 the base model hardly came to read a class from them
+GAIN = 8.0  # of words: at 1 the base learns some hundred updates later to read the class of a thing from them
 AT_ONCE = 50  # images in a pass where nothing is learned
 EVERY = 50  # updates on the reward between looks at the validation split; four times as many in other phases
 _load = lru_cache(maxsize=6)(load_panoptic)
@@ -199,11 +198,11 @@ def train(config: Config, run: Run) -> None:
     if skipped := _left_out(config):
         run.say(f"{len(skipped)} pictures of the data are left out, the first: {skipped[0]}")
     torch.manual_seed(config.seed)
-    (code, *code_parts), channels = _tracked(run, "code", _code(config), torch.optim.Adam), _channels(config)
-    parts: dict[str, tuple[Any, ...]] = {}
+    code, code_optimizer, code_keeper = tracked(run, "code", _code(config))
+    channels, parts = _channels(config), dict[str, tuple[Any, ...]]()
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
-        parts[name] = _tracked(run, name, build(config), torch.optim.Adafactor if name == PART else torch.optim.Adam)
+        parts[name] = tracked(run, name, build(config), torch.optim.Adafactor if name == PART else torch.optim.Adam)
     (average,) = run.track(average=MovingAverage())
 
     def batch(phase: str, size: int, step: int) -> tuple[Tensor, Segments]:
@@ -224,9 +223,8 @@ def train(config: Config, run: Run) -> None:
     def look(model: Coded | MapCode) -> Callable[[], dict[str, Any]]:
         return lambda: {f"held_out_{name}": value for name, value in _score(config, model, val, run).items()}
 
-    (optimizer, keeper), every = code_parts, 4 * EVERY
-    how = channels.losses, optimizer, config.code_rate, keeper, look(code)
-    learn_code(run, config.code_share, code, maps, *how, every=every)
+    how, every = (code_optimizer, config.code_rate, code_keeper, look(code)), 4 * EVERY
+    learn_code(run, config.code_share, code, maps, channels.losses, *how, every=every)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
         for coded in (policy, keeper.best):
             coded.base.load_state_dict(code.base.state_dict())
@@ -243,13 +241,6 @@ def train(config: Config, run: Run) -> None:
     looks = {"keeper": keeper, "validate": look(policy), "every": EVERY}
     tune_on_reward(run, "reward", share, policy, _reward(config), inputs, *tuning, **looks)
     learn("control", share, start)
-
-
-def _tracked(run: Run, name: str, model: torch.nn.Module, kind: Any) -> tuple[Any, ...]:
-    """A model, the optimizer of what it learns, and the keeper of its best weights, as parts of the run."""
-    model = model.to(run.device)
-    optimizer = kind([each for each in model.parameters() if each.requires_grad], 1e-3)
-    return tuple(run.track(**{name: model, f"{name}_optimizer": optimizer, f"{name}_keeper": Keeper(model)}))
 
 
 def _left_out(config: Config) -> list[str]:

@@ -34,13 +34,12 @@ from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes
 from foveate.learn.answers import Scored, Tuning, repeat
 from foveate.learn.baselines import MovingAverage
-from foveate.learn.keeper import Keeper
 from foveate.learn.returns import reward_to_go
 from foveate.models.sequential import SequentialDetector, Walk, candidate_losses, near_objects, raster
 from foveate.rewards.boxes import THRESHOLDS, corpus_average_precision
 from foveate.rewards.sets import precision_so_far, set_scores
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, tune_on_reward
+from foveate.two_steps import held_out_scores, tracked, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, RewardOutput, Tree, concatenate, map_tree, split
 
 Pictures: TypeAlias = Float[Tensor, "batch channels height width"]
@@ -198,9 +197,7 @@ def train(config: Config, run: Run) -> None:
     parts: dict[str, Any] = {}
     for name in ("start", PART, *config.controls):
         torch.manual_seed(config.seed)
-        policy = _detector(config, name).to(run.device)
-        optimizer = torch.optim.Adam(policy.parameters(), config.learning_rate, fused=True)
-        parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, f"{name}_keeper": Keeper(policy)})
+        parts[name] = tracked(run, name, _detector(config, name))
     (average,) = run.track(average=MovingAverage())
     reward, share = partial(_rising, config, run), (1 - config.start_share) / (1 + len(config.controls))
     rows = torch.arange(len(val), device=run.device)

@@ -31,18 +31,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
-from foveate.data.captions import RESERVED, Captioned, Part, load_captions, numbered, vocabulary, words_of
+from foveate.data.captions import RESERVED, Captioned, Part, load_captions, not_learned, numbered, vocabulary, words_of
 from foveate.data.classification import check_images
 from foveate.data.picture_folders import read_pictures
 from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
-from foveate.learn.keeper import Keeper
 from foveate.models.encoder_decoder import Tokens
 from foveate.models.hf_captioner import TextCaptioner
 from foveate.models.named_captioners import SMALL, named_captioner
 from foveate.rewards.captions import Cider, Words, document_frequency
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, restored, tracked, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput, map_tree, split
 
 
@@ -205,11 +204,9 @@ def train(config: Config, run: Run) -> None:
     parts: dict[str, tuple[Any, ...]] = {}
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
-        policy = build(config, data).to(run.device)
-        optimizer = torch.optim.Adam([each for each in policy.parameters() if each.requires_grad], fused=True)
-        keeper = "keeper" if name == PART else f"{name}_keeper"
+        policy = build(config, data)
         told = policy.words
-        parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, keeper: Keeper(policy)})
+        parts[name] = tracked(run, name, policy)
         if policy.words != told:
             raise InputError("from: that run writes other words than this data has; train from the beginning")
     (average,), (start, *_) = run.track(average=MovingAverage()), parts["likelihood"]
@@ -219,7 +216,8 @@ def train(config: Config, run: Run) -> None:
         _reward(references, words),
         map_tree(lambda leaf: leaf.to(run.device), start.answers(_texts(data))),
     )
-    _tell(config, run, references.mask, learned[1])
+    for line in not_learned(_left_out(config), references.mask, learned[1]):
+        run.say(line)
 
     def look(policy: TextCaptioner) -> dict[str, Any]:
         parts = ((_images(pixels, run.device), wanted) for pixels, wanted in split((val.pixels, targets), AT_ONCE))
@@ -252,15 +250,6 @@ def train(config: Config, run: Run) -> None:
 
 def _left_out(config: Config) -> list[str]:
     return [line for part in ("train", "val", "test") for line in _data(config, part).skipped]
-
-
-def _tell(config: Config, run: Run, references: Tensor, learned: Tensor) -> None:
-    """Say what of the data is not learned from."""
-    if skipped := _left_out(config):
-        run.say(f"{len(skipped)} items of the data are left out, the first: {skipped[0]}")
-    count, few = int(references.any(2).sum()), int(learned.any(2).sum())
-    if few < count:
-        run.say(f"{count - few:,} of {count:,} captions are longer than length: references, but not learned")
 
 
 def evaluate(config: Config, policy: TextCaptioner, run: Run, elsewhere: bool = False) -> Evaluation:

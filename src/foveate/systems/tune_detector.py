@@ -45,7 +45,7 @@ from foveate.rewards.boxes import DetectionReward, average_precision, class_weig
 from foveate.rewards.combine import load_reward
 from foveate.rewards.sets import above, best_level, placing_loss, set_scores, without_each
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, restored, tune_on_reward
+from foveate.two_steps import held_out_scores, restored, tracked, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, concatenate, map_tree
 
 
@@ -175,7 +175,7 @@ def train(config: Config, run: Run) -> None:
     parts: dict[str, Any] = {}
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
-        policy = build(config).to(run.device)
+        policy = build(config)
         if name == "likelihood" and config.pretrained:
             take_coco(policy.detector, config.model)
         if name == "likelihood" and config.weights is not None:
@@ -183,9 +183,7 @@ def train(config: Config, run: Run) -> None:
         if config.tune == "heads" and name != "likelihood":
             for weight in policy.detector.backbone():
                 weight.requires_grad_(False)
-        optimizer = torch.optim.Adam(policy.parameters(), config.learning_rate)
-        keeper = "keeper" if name == PART else f"{name}_keeper"
-        parts[name] = run.track(**{name: policy, f"{name}_optimizer": optimizer, keeper: Keeper(policy)})
+        parts[name] = tracked(run, name, policy)
     (average,) = run.track(average=MovingAverage())
     val = replace(val, pixels=val.pixels[:HELD_OUT], boxes=map_tree(lambda leaf: leaf[:HELD_OUT], val.boxes))
     reward, share = _reward(config, data), (1 - config.likelihood_share) / 2
