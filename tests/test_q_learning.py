@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from foveate.learn.q_learning import Dueling, epsilon, explore, follow, q_loss, 
 from foveate.learn.replay import Replay
 from foveate.run import Run
 from foveate.types import InputError
+from foveate.value_learning import Acting, learn_by_acting
 
 LENGTH, RIGHT = 6, 1
 
@@ -146,59 +148,76 @@ def test_exploring_is_as_rare_as_said_and_guided_by_what_is_rewarded() -> None:
     assert [epsilon(at) for at in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
 
 
-def solve(steps: int, horizon: int, double: bool = True, n: int = 1, guided: bool = False, length: int = LENGTH) -> Any:
-    """Learn the chain with 16 copies; the network, and at which step a reward was first found."""
+def learner(run: Run, horizon: int, length: int = LENGTH) -> tuple[Any, ...]:
+    """A chain of 16 copies and what learns it, as parts of a run."""
     torch.manual_seed(0)
     env = Chain(16, horizon, length)
     env.reset(seed=1)
     network = torch.nn.Sequential(torch.nn.Linear(length, 32), torch.nn.ReLU(), Dueling(32, 2, 32))
-    target, optimizer = copy.deepcopy(network), torch.optim.Adam(network.parameters(), 3e-3)
-    replay, first = Replay(env.state, 200), None
-    for step in range(steps):
-        states, taken = env.state, ~env.waiting
-        with torch.no_grad():
-            good = torch.nn.functional.one_hot(torch.full((16,), RIGHT), 2).bool() if guided else None
-            keys = noise.key(0, "act", step, torch.arange(16))
-            actions = explore(network(env.observe(states)), epsilon(step / steps), keys, good)
-        reward, terminated, truncated, _ = env.advance(actions)
-        if first is None and bool((reward == 1).any()):
-            first = step
-        replay.write(states, actions, reward, terminated, truncated, taken)
-        if step >= 20:
-            drawn = replay.draw(noise.key(0, "draw", step), 64, n, 0.9)
-            with torch.no_grad():
-                after = target(env.observe(drawn.next_states))
-                chosen = network(env.observe(drawn.next_states)) if double else None
-            aims = td_target(drawn.returns, drawn.discounts, after, chosen)
-            q_loss(network(env.observe(drawn.states)), drawn.actions, aims).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            follow(target, network, 0.05)
-    return network, first
+    optimizer, replay = torch.optim.Adam(network.parameters()), Replay(env.state, 200)
+    parts = {"network": network, "target": copy.deepcopy(network), "optimizer": optimizer}
+    return run.track(env=env, **parts, replay=replay)
+
+
+def solve(folder: Path, updates: int, horizon: int, guided: bool = False, length: int = LENGTH, **how: Any) -> Any:
+    """Learn the chain; the network, and how many steps of the replay brought the end of the chain."""
+    run = Run(folder / f"run{guided}", system="test", config={}, steps=updates, device="cpu", quiet=True)
+    env, network, target, optimizer, replay = learner(run, horizon, length)
+    acting = Acting(batch=64, learning_rate=5e-3, follow=0.05, share=1.0, last=0.1, warmup=20, **how)
+    good = (lambda state: torch.nn.functional.one_hot(torch.full_like(state, RIGHT), 2).bool()) if guided else None
+    learn_by_acting(run, "learn", 1.0, env, network, target, optimizer, replay, acting, good=good)
+    return network, int((replay.rewards == 1).sum())
 
 
 @pytest.mark.parametrize(("double", "n"), [(False, 1), (True, 1), (True, 3)])
-def test_a_chain_is_solved_to_its_optimum(double: bool, n: int) -> None:
+def test_a_chain_is_solved_to_its_optimum(double: bool, n: int, tmp_path: Path) -> None:
     """The value of going right from place k is 0.9^(4 - k): less than a limit of 12 steps would let through."""
-    network, _ = solve(450, 12, double, n)
+    network, _ = solve(tmp_path, 450, 12, double=double, steps=n)
     values = network(torch.eye(LENGTH)[:-1])
     assert (values.argmax(1) == RIGHT).all()
     torch.testing.assert_close(values[:, RIGHT], 0.9 ** torch.arange(4.0, -1, -1), atol=0.12, rtol=0)
 
 
-def test_a_limit_is_no_end() -> None:
+def test_a_limit_is_no_end(tmp_path: Path) -> None:
     """Cut after 3 of the 5 steps that the way takes, episodes never see the reward: values are those of 0.02 a step."""
-    network, first = solve(350, 3)
-    assert first is None
+    network, found = solve(tmp_path, 350, 3)
+    assert not found
     values = network(torch.eye(LENGTH)[:1])
     assert values.max().item() > 0.13, "0.02 / (1 - 0.9) = 0.2 is approached, not the 0.05 of three steps"
 
 
-def test_guided_exploration_finds_the_reward_sooner() -> None:
-    _, blind = solve(60, 30, length=14)
-    _, guided = solve(60, 30, length=14, guided=True)
-    assert guided is not None
-    assert blind is None or guided < blind
+def test_guided_exploration_finds_the_reward_sooner(tmp_path: Path) -> None:
+    _, blind = solve(tmp_path, 60, 30, length=14)
+    _, guided = solve(tmp_path, 60, 30, guided=True, length=14)
+    assert guided > 4 * max(blind, 1)
+
+
+def test_a_learner_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def learn(name: str, resume: bool = False, stop: bool = False) -> dict[str, Tensor]:
+        how = {"steps": 40, "device": "cpu", "quiet": True, "checkpoint_steps": 15}
+        run = Run(tmp_path / name, system="test", config={}, resume=resume, **how)
+        env, network, target, optimizer, replay = learner(run, 5)
+
+        def validate() -> dict[str, float]:
+            if stop:
+                raise Stopped
+            return {}
+
+        acting = Acting(batch=16, warmup=4, steps=2)
+        with contextlib.suppress(Stopped):
+            learn_by_acting(
+                run, "learn", 1.0, env, network, target, optimizer, replay, acting, validate=validate, every=25
+            )
+        return network.state_dict()
+
+    whole = learn("whole")
+    learn("stopped", stop=True)
+    again = learn("stopped", resume=True)
+    for name in whole:
+        assert torch.equal(whole[name], again[name]), name
 
 
 def test_replay_and_environment_go_on_exactly_where_they_were(tmp_path: Path) -> None:

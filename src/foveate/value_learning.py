@@ -1,0 +1,182 @@
+"""Q-learning as a phase of a run: lockstep copies act and fill a replay, and a network learns from what is drawn of it.
+
+Every step of the run is a few steps of all copies and one update. What is stored is the environment's state
+(coordinates, histories, numbers of images), and what a network is shown of it is made anew when it is drawn: an
+environment that looks into images, or features of them that are learned along, needs no stored pixel.
+
+    network, target, optimizer, env, replay = run.track(...)          # a copy of the network follows it as target
+    learn_by_acting(run, "agent", 1.0, env, network, target, optimizer, replay, Acting(), good=env.rewarded)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from foveate import noise
+from foveate.learn.keeper import Keeper
+from foveate.learn.q_learning import epsilon, explore, follow, q_loss, td_target
+from foveate.learn.replay import Replay
+from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.run import Run
+from foveate.types import InputError, State, Tree
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How values are learned.
+
+    Attributes:
+        batch: transitions in an update.
+        acts: steps of all copies before each update.
+        steps: over which rewards are summed before a value is bootstrapped.
+        discount: γ, a step.
+        learning_rate: peak of its one-cycle schedule.
+        follow: part of the way that the target goes to the network after each update.
+        first: part of the actions that explore at the start.
+        last: the same, in the end.
+        share: of the phase, in which it falls from the one to the other.
+        warmup: steps of all copies in the replay before the first update.
+        double: the learning network chooses the action that the target values.
+    """
+
+    batch: int = 128
+    acts: int = 1
+    steps: int = 1
+    discount: float = 0.9
+    learning_rate: float = 1e-3
+    follow: float = 0.01
+    first: float = 1.0
+    last: float = 0.1
+    share: float = 0.5
+    warmup: int = 10
+    double: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            InputError: a number out of its range.
+        """
+        for name in ("batch", "acts", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
+        for name in ("discount", "first", "last"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: found {getattr(self, name):g}, expected 0 to 1")
+        for name in ("follow", "share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name}: found {getattr(self, name):g}, expected more than 0 and at most 1")
+
+
+def learn_by_acting(
+    run: Run,
+    phase: str,
+    share: float,
+    env: Any,
+    network: nn.Module,
+    target: nn.Module,
+    optimizer: Optimizer,
+    replay: Replay,
+    how: Acting,
+    *,
+    look: Callable[[State], Tree] | None = None,
+    good: Callable[[State], Bool[Tensor, "batch actions"]] | None = None,
+    keeper: Keeper | None = None,
+    validate: Callable[[], dict[str, Any]] | None = None,
+    every: int = 500,
+) -> None:
+    """Learn the values of an environment's actions, for one phase of a run.
+
+    Logged: "reward" of a step and "explores", the part of the actions that are not the network's; "loss"; "value", the
+    mean of the best action's.
+
+    Args:
+        run: owns the loop.
+        phase: its name in the logs.
+        share: of the run's budget.
+        env: a `TensorEnv` of some copies that was reset, with next-step autoreset and tensors out; tracked, or a
+            resumed run starts its episodes anew.
+        network: (what `look` makes) → values [batch, actions], as `run.track` returned it.
+        target: another of the kind, tracked. It takes the network's weights at the first step.
+        optimizer: of the network, tracked.
+        replay: of `env`'s state, tracked.
+        how: see `Acting`.
+        look: (state) → the network's input; None: `env.observe`.
+        good: (state) → the actions that an expert knows to be rewarded: guided exploration.
+        keeper: keeps the weights of the best `validate()[keeper.by]` and gives them to the network in the end.
+        validate: scores on held-out inputs, logged every `every` steps.
+        every: steps between validations.
+
+    Raises:
+        InputError: the environment does not begin again by itself, a step later.
+    """
+    if env.autoreset.name != "NEXT_STEP" or env.output != "torch":
+        raise InputError(
+            f"env: found autoreset {env.autoreset.name.lower()!r} and output {env.output!r}, expected 'next_step' and "
+            "'torch', which are the defaults"
+        )
+    look = look or env.observe
+    copies = torch.arange(env.num_envs, device=run.device) + run.rank * env.num_envs
+    for step in run.steps(phase, share):
+        if step == 0:
+            follow(target, network)
+            if keeper is not None:
+                keeper.begin()
+        part = epsilon(run.progress, how.first, how.last, how.share)
+        network.eval()
+        for turn in range(how.acts):
+            _act(env, network, replay, part, noise.key(run.seed, phase, "act", step, turn, copies), look, good, run)
+        set_learning_rate(optimizer, one_cycle(run.progress, how.learning_rate))
+        if int(replay.written) >= max(how.warmup, how.steps + 1):
+            key = noise.key(run.seed, phase, "draw", step, run.rank).to(run.device)
+            drawn = replay.draw(key, how.batch, how.steps, how.discount)
+            network.train()
+            after = look(drawn.next_states)
+            with torch.no_grad():
+                chosen_by = network(after) if how.double else None
+                wanted = td_target(drawn.returns, drawn.discounts, target(after), chosen_by)
+            values = network(look(drawn.states))
+            loss = q_loss(values, drawn.actions, wanted)
+            run.optimise(loss, optimizer, clip=10.0)
+            follow(target, network, how.follow)
+            run.log(loss=loss.detach(), value=values.detach().amax(1).mean())
+        run.log(explores=part)
+        if validate is not None and (step + 1) % every == 0:
+            _offer(run, network, keeper, validate)
+    if keeper is not None and validate is not None:
+        keeper.offer(network, validate()[keeper.by])
+        network.load_state_dict(keeper.best.state_dict())
+        run.save()
+
+
+@torch.no_grad()
+def _act(
+    env: Any,
+    network: nn.Module,
+    replay: Replay,
+    part: float,
+    keys: Tensor,
+    look: Callable[[State], Tree],
+    good: Callable[[State], Tensor] | None,
+    run: Run,
+) -> None:
+    """One step of all copies into the replay."""
+    state, taken = env.state, ~env.waiting
+    actions = explore(network(look(state)), part, keys, None if good is None else good(state))
+    reward, terminated, truncated, _ = env.advance(actions)
+    replay.write(state, actions, reward, terminated, truncated, taken)
+    run.log(reward=(reward * taken).sum() / taken.sum().clamp(min=1))
+
+
+def _offer(run: Run, network: nn.Module, keeper: Keeper | None, validate: Callable[[], dict[str, Any]]) -> None:
+    found = validate()
+    if keeper is not None:
+        keeper.offer(network, found[keeper.by])
+    run.log(**found)
