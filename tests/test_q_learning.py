@@ -18,7 +18,7 @@ from foveate.learn.q_learning import Dueling, epsilon, explore, follow, q_loss, 
 from foveate.learn.replay import Replay
 from foveate.run import Run
 from foveate.types import InputError
-from foveate.value_learning import Acting, learn_by_acting
+from foveate.value_learning import Acting, learn_by_acting, walk
 
 LENGTH, RIGHT = 6, 1
 
@@ -184,6 +184,17 @@ def test_a_limit_is_no_end(tmp_path: Path) -> None:
     assert not found
     values = network(torch.eye(LENGTH)[:1])
     assert values.max().item() > 0.13, "0.02 / (1 - 0.9) = 0.2 is approached, not the 0.05 of three steps"
+
+
+def test_a_walk_ends_where_each_episode_does() -> None:
+    """From the left end the way takes five steps; who always steps left is stopped by the limit."""
+    env = Chain(2, 7, autoreset="disabled")
+    values = torch.tensor([[0.0, 0.5], [1.0, 0.2]])
+    found = walk(env, lambda _: values, torch.tensor([0, 0]))
+    assert found.states.tolist() == [[0, 1, 2, 3, 4, 5, 5, 5], [0] * 8]
+    assert found.taken.sum(1).tolist() == [5, 7]
+    assert found.values[:, 0].tolist() == [0.5, 1.0]
+    torch.testing.assert_close(found.rewards.sum(1), torch.tensor([1.0, 0.14]))
 
 
 def test_guided_exploration_finds_the_reward_sooner(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 
 from beartype import BeartypeConf
 from beartype.door import is_bearable
-from torch import Tensor, nn
+from torch import nn
 
 from foveate import pictures, plots, report
 from foveate.analysis import along_training, compare_models
@@ -28,7 +28,7 @@ from foveate.run import Run
 from foveate.run import folder as run_folder
 from foveate.run.checkpoints import write_atomically
 from foveate.systems import SYSTEMS
-from foveate.types import Evaluation, InputError
+from foveate.types import Evaluation, InputError, Tree, map_tree
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Agent:
     policy: nn.Module
     folder: Path
 
-    def __call__(self, images: Tensor) -> dict[str, Any]:
-        """Run on images, float32 [batch, channels, height, width] in [0, 1]; see the system's `predict`."""
+    def __call__(self, images: Tree) -> dict[str, Any]:
+        """Run on images, float32 [batch, channels, height, width] in [0, 1], or what the system's `predict` takes."""
         return system_module(self.system).predict(self.config, self.policy, images)
 
 
@@ -223,7 +223,7 @@ def show(folder: Path | str, images: Path | str | None = None, device: str = "au
     policy = _restored(module, config, run)
     if images is None:
         return list(_save_pictures(run.folder / "pictures", module.picture(config, policy, run)).values())
-    shown = module.read(config, Path(images)).to(run.device)
+    shown = map_tree(lambda leaf: leaf.to(run.device), module.read(config, Path(images)))
     drawn = module.picture(config, policy, run, shown)
     return list(_save_pictures(run.folder / "pictures" / Path(images).stem, drawn).values())
 

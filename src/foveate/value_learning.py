@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,7 +25,7 @@ from foveate.learn.q_learning import epsilon, explore, follow, q_loss, td_target
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.run import Run
-from foveate.types import InputError, State, Tree
+from foveate.types import InputError, State, Tree, map_tree
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,50 @@ class Acting:
         for name in ("follow", "share"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"{name}: found {getattr(self, name):g}, expected more than 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Episodes, one a row, of one length; what comes after an end is padding.
+
+    Attributes:
+        states: a tree of [batch, time + 1, ...]: before each step, and after the last.
+        actions: that were taken.
+        values: of the actions taken, as the network saw them.
+        rewards: that followed.
+        taken: true where a step was taken.
+    """
+
+    states: State
+    actions: Int[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"]
+    rewards: Float[Tensor, "batch time"]
+    taken: Bool[Tensor, "batch time"]
+
+
+@torch.no_grad()
+def walk(
+    env: Any, network: Callable[[Tree], Tensor], ids: Int[Tensor, " batch"], look: Callable[[State], Tree] | None = None
+) -> Walk:
+    """Play one episode on each of these examples, always taking the best action.
+
+    Args:
+        env: a `TensorEnv` of as many copies, with autoreset "disabled" and tensors out, whose episodes end.
+        network: (what `look` makes) → values [batch, actions]; any function that says what it would do.
+        ids: the examples.
+        look: (state) → the network's input; None: `env.observe`.
+    """
+    look = look or env.observe
+    env.reset(seed=0, options={"ids": ids})
+    states, rows = [env.state], []
+    while not bool(env.waiting.all()):
+        taken = ~env.waiting
+        values, actions = network(look(env.state)).max(1)
+        reward, _, _, _ = env.advance(actions)
+        states.append(env.state)
+        rows.append((actions, values, reward, taken))
+    stacked = map_tree(lambda *leaves: torch.stack(leaves, 1), *states)
+    return Walk(stacked, *(torch.stack(row, 1) for row in zip(*rows, strict=True)))
 
 
 def learn_by_acting(
