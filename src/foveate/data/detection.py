@@ -186,6 +186,67 @@ def _padded(items: list[Item], classes: tuple[str, ...], side: int) -> Boxes:
     return Boxes(boxes, labels, mask, crowd=crowd)
 
 
+def check_objects(data: Detections, where: Path | str, name: str | None = None) -> None:
+    """Check that there is something to be found.
+
+    Args:
+        data: pictures with their boxes.
+        where: whose they are, for the message.
+        name: the class that was asked for; None: any.
+
+    Raises:
+        InputError: no picture has an object; crowds, and objects marked difficult, are none.
+    """
+    if not data.boxes.wanted.any():
+        what = "object" if name is None else f"object of class {name!r}"
+        raise InputError(
+            f"{where}: split {data.split!r} ({len(data)} pictures) has no {what} to be found, crowds and "
+            "difficult ones aside, expected some: annotate some, or name another class or folder"
+        )
+
+
+def of_class(data: Detections, name: str) -> Detections:
+    """The same pictures with the boxes of one class only.
+
+    Raises:
+        InputError: there is no such class.
+    """
+    if name not in data.classes:
+        raise InputError(f"target: found {name!r}, expected a class of the data, or any: {', '.join(data.classes)}")
+    same = data.boxes.labels == data.classes.index(name)
+    return replace(data, boxes=replace(data.boxes, mask=data.boxes.mask & same))
+
+
+def showing(data: Detections) -> Detections:
+    """The pictures that have an object to be found."""
+    rows = data.boxes.wanted.any(1).nonzero().squeeze(1)
+    return replace(data, pixels=data.pixels[rows], boxes=map_tree(lambda leaf: leaf[rows], data.boxes))
+
+
+def several_views(data: Detections, count: int, seed: int = 0) -> Detections:
+    """The data and further views of each picture, once and for all: for features that are computed once.
+
+    The first view is the picture, the second its mirror image, the others are `views`.
+    """
+    if count == 1:
+        return data
+    rows, pixels, boxes = torch.arange(len(data)), [data.pixels], [_with_crowd(data.boxes)]
+    for view in range(1, count):
+        keys = noise.key(seed, "several views", view, rows)
+        for some, of in zip(rows.split(_AT_ONCE), keys.split(_AT_ONCE), strict=True):
+            if view == 1:
+                images, found = mirrored(*chosen(data, some), torch.ones_like(some, dtype=torch.bool))
+            else:
+                images, found = views(data, some, of)
+            pixels.append((images * 255).round().byte())
+            boxes.append(_with_crowd(found))
+    return replace(data, pixels=torch.cat(pixels), boxes=concatenate(boxes, 0))
+
+
+def _with_crowd(boxes: Boxes) -> Boxes:
+    return boxes if boxes.crowd is not None else replace(boxes, crowd=torch.zeros_like(boxes.mask))
+
+
 def chosen(data: Detections, rows: Tensor) -> tuple[Tensor, Boxes]:
     """Images in [0, 1] and boxes of some rows, on the device of the rows."""
     boxes = map_tree(lambda leaf: leaf[rows.to(leaf.device)].to(rows.device), data.boxes)

@@ -10,7 +10,8 @@ reinforcement learning").
 | horizon | 40 steps; it ends with the last trigger |
 
 The box begins as the whole image. After a trigger that is not the last, a black cross is laid over the region, so that
-nobody returns there, and the search begins again at one of the four corners, with boxes of three quarters of the side.
+nobody returns there, and the search begins again at one of the four corners, with boxes of three quarters of the side;
+so it does after `patience` steps without a trigger. Where nothing is left to be found moves are worth nothing.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from foveate.data.detection import Detections, load_detections
+from foveate.data.detection import Detections, check_objects, load_detections
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import overlaps
-from foveate.types import InputError
+from foveate.models.region_q import crossed
+from foveate.types import InputError, map_tree
 
 MOVES = ("right", "left", "up", "down", "bigger", "smaller", "fatter", "taller")
 TRIGGER = len(MOVES)
 ACTIONS = len(MOVES) + 1
 CORNER = 0.75  # side of a box at which the search begins again, in parts of the image's
-CROSS = 1 / 3  # width of the bars of a mark, in parts of the box's sides
 LEAST = 2.0  # pixels of a side of a box
 FRAME = (255, 160, 0)  # colour of the box in a picture
 
@@ -51,6 +52,8 @@ class SearchState:
         marks: triggered boxes.
         triggered: how many.
         free: objects that are still to be found.
+        age: steps since the search began, or began again.
+        begun: how often it began again.
     """
 
     image: Int[Tensor, " batch"]
@@ -59,6 +62,8 @@ class SearchState:
     marks: Float[Tensor, "batch triggers 4"]
     triggered: Int[Tensor, " batch"]
     free: Bool[Tensor, "batch objects"]
+    age: Int[Tensor, " batch"]
+    begun: Int[Tensor, " batch"]
 
 
 class BoxSearchEnv(TensorEnv):
@@ -66,7 +71,7 @@ class BoxSearchEnv(TensorEnv):
 
     Args:
         num_envs: copies in lockstep.
-        detections: pictures and their boxes; None loads `data` from `root`.
+        detections: pictures and their boxes, which may be none; None loads `data` from `root`.
         data: name of a set (`foveate.data.detection.DATASETS`).
         root: its folder.
         split: "train", "val" or "test".
@@ -78,10 +83,13 @@ class BoxSearchEnv(TensorEnv):
         threshold: IoU from which on a trigger is right.
         trigger_reward: of a right one; a wrong one costs as much.
         triggers: after so many the episode ends.
+        patience: steps without a trigger after which a search begins again elsewhere; None: it never does.
+        spare: steps of a search for nothing, every object being found, after which the episode ends; None: it goes on.
+            Every reward of a move is 0 then, so that nothing is cut off; an agent that learns wastes less time there.
         **options: of `TensorEnv`; `horizon` is 40 if not given.
 
     Raises:
-        InputError: as `load_detections`; a number out of its range.
+        InputError: as `load_detections`; what was loaded has no object to be found; a number out of its range.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012
@@ -103,11 +111,14 @@ class BoxSearchEnv(TensorEnv):
         threshold: float = 0.6,
         trigger_reward: float = 3.0,
         triggers: int = 1,
+        patience: int | None = None,
+        spare: int | None = None,
         horizon: int | None = 40,
         **options: Any,
     ) -> None:
-        for name, number in ("patch", patch), ("history", history), ("triggers", triggers):
-            if number < 1:
+        numbers = {"patch": patch, "history": history, "triggers": triggers, "patience": patience, "spare": spare}
+        for name, number in numbers.items():
+            if number is not None and number < 1:
                 raise InputError(f"{name}: found {number}, expected at least 1")
         for name, share in ("alpha", alpha), ("threshold", threshold):
             if not 0 < share < 1:
@@ -115,6 +126,11 @@ class BoxSearchEnv(TensorEnv):
         if detections is None:
             place = None if root is None else Path(root)
             detections = load_detections(data, place, split, image_size, scenes=scenes)
+            check_objects(detections, place or data)
+        elif not detections.boxes.mask.shape[1]:  # a place for an object, so that there is one to compare with
+            empty = map_tree(lambda leaf: leaf.new_zeros(len(leaf), 1, *leaf.shape[2:]), detections.boxes)
+            detections = replace(detections, boxes=empty)
+        self.patience, self.spare = patience, spare
         self.patch, self.alpha, self.past, self.triggers = patch, alpha, history, triggers
         self.threshold, self.trigger_reward = threshold, trigger_reward
         self.side = detections.pixels.shape[-1]
@@ -137,7 +153,8 @@ class BoxSearchEnv(TensorEnv):
         box = torch.tensor([0.0, 0.0, self.side, self.side], device=ids.device).expand(len(ids), 4)
         past = torch.zeros(len(ids), self.past, dtype=torch.uint8, device=ids.device)
         marks = torch.zeros(len(ids), self.triggers, 4, device=ids.device)
-        return SearchState(ids, box, past, marks, torch.zeros_like(ids), self.wanted[ids])
+        none = torch.zeros_like(ids)
+        return SearchState(ids, box, past, marks, none, self.wanted[ids], none, none)
 
     def transition(
         self, state: SearchState, actions: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
@@ -153,16 +170,23 @@ class BoxSearchEnv(TensorEnv):
         marks = torch.where((place & fires[:, None])[..., None], state.box[:, None], state.marks)
         taken = F.one_hot(best, state.free.shape[1]).bool() & (fires & right)[:, None]
         count = state.triggered + fires
+        free, age = state.free & ~taken, state.age + 1
+        again = fires if self.patience is None else fires | (age >= self.patience)
         after = SearchState(
             state.image,
-            torch.where(fires[:, None], self._corner(state.triggered), moved[:, 0]),
+            torch.where(again[:, None], self._corner(state.begun), moved[:, 0]),
             torch.cat(((actions + 1).to(torch.uint8)[:, None], state.history[:, :-1]), 1),
             marks,
             count,
-            state.free & ~taken,
+            free,
+            age.masked_fill(again, 0),
+            state.begun + again,
         )
         over = fires & (count >= self.triggers)
-        return replace(after, box=torch.where(over[:, None], state.box, after.box)), reward, over
+        kept = torch.where(over[:, None], state.box, after.box)  # the last box stays
+        if self.spare is not None:
+            over = over | (~state.free.any(1) & ~fires & (age >= self.spare))
+        return replace(after, box=kept), reward, over
 
     def observe(self, state: SearchState) -> dict[str, Tensor]:
         """The region of the box, marks as black crosses, and the last actions."""
@@ -251,12 +275,8 @@ class BoxSearchEnv(TensorEnv):
         self, state: SearchState, x: Float[Tensor, "batch rows columns"], y: Float[Tensor, "batch rows columns"]
     ) -> Bool[Tensor, "batch rows columns"]:
         """Which places lie under a mark."""
-        low, high = state.marks[:, :, None, None, :2], state.marks[:, :, None, None, 2:]
-        place = (torch.stack((x, y), -1)[:, None] - low) / (high - low).clamp(min=1e-6)
-        inside = ((place >= 0) & (place <= 1)).all(-1)
-        middle = ((place - 0.5).abs() <= CROSS / 2).any(-1)
         there = torch.arange(self.triggers, device=x.device) < state.triggered[:, None]
-        return (inside & middle & there[..., None, None]).any(1)
+        return crossed(state.marks, there, x, y)
 
 
 class SingleBoxSearchEnv(SingleEnv):

@@ -4,6 +4,7 @@ SYSTEMS = {
     "ram": "classify by glimpses: hard attention learned by REINFORCE (Mnih et al. 2014)",
     "detection": "write boxes as a text, tuned on what detection is scored by (Pinto et al. 2023)",
     "sequential-detection": "find boxes by glimpses: what to emit, where to look, when to stop (Yeung et al. 2016)",
+    "localization": "find objects by moving a box step by step: Q-learning (Caicedo & Lazebnik 2015)",
     "captioning": "say what is in an image, tuned on CIDEr-D (Rennie et al. 2017; Pinto et al. 2023)",
     "colorization": "colour grey pictures by a short code of chroma, tuned to be vivid and varied (Pinto et al. 2023)",
     "panoptic": "give every pixel a class and a thing by a short code, tuned on PQ (Pinto et al. 2023)",

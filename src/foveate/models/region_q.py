@@ -1,0 +1,214 @@
+"""Values of moving a box: what its region looks like, in a feature map that is computed once an image.
+
+Caicedo and Lazebnik 2015, "Active object localization with deep reinforcement learning", section 4: the region with
+some context, and the last actions, to the value of each action. There the region is cut out of the picture and put
+through a network at every step; here the network sees the picture once, and a step reads its map between cells
+(`torchvision.ops.roi_align`), so that it costs the same however large the picture is.
+
+    maps = network.see(images)                                          # once
+    values = network(Regions(number, box, marks, marked, history, maps=maps))   # every step
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from foveate.models.backbones import Pretrained, convolutions
+from foveate.types import InputError
+
+CROSS = 1 / 3  # width of the bars of a mark, in parts of the box's sides
+REGION = 224 / 192  # the paper's region has 16 pixels of context on each side in a crop of 224
+AROUND = 2.5  # side of the region's surroundings, in parts of its own
+NEVER = -1e4  # a value that nothing has
+SAMPLES = 2  # points a side at which a cell of a region reads the map
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What is looked at: boxes in images of which each may have several.
+
+    Attributes:
+        number: of the image of each box, a row of `images` or `maps`.
+        box: in pixels.
+        marks: boxes that are crossed out.
+        marked: how many of them there are: true for those.
+        history: the last actions, the latest first; 0 where there was none, else 1 more than the action.
+        images: in [0, 1], to be seen anew.
+        maps: of the images, if they were seen before.
+    """
+
+    number: Int[Tensor, " batch"]
+    box: Float[Tensor, "batch 4"]
+    marks: Float[Tensor, "batch triggers 4"]
+    marked: Bool[Tensor, "batch triggers"]
+    history: UInt8[Tensor, "batch past"]
+    images: Float[Tensor, "images 3 height width"] | None = None
+    maps: Float[Tensor, "images features rows columns"] | None = None
+
+
+class RegionQ(nn.Module):
+    """Values of the actions on a box. Learns along, in `eye`, the map it reads; or reads that of a frozen network.
+
+    Three views of the map, `bins`² cells each: the region with the paper's context, its surroundings, the whole image.
+    A cell under a mark is zero. Beside them stand the last actions and the box's place and size.
+
+    Args:
+        values: what turns `hidden` features into the values of the actions.
+        side: of the images in pixels.
+        backbone: "convolutions", learned from nothing, or a name that `models.backbones.Pretrained` knows, frozen.
+        stride: of the map, in pixels.
+        actions: how many there are.
+        past: how many of them are remembered.
+        bins: cells a side of a view.
+        width: of a cell's vector.
+        hidden: of the layers.
+
+    Raises:
+        InputError: as `convolutions` and `Pretrained`; a stride that does not divide the side.
+    """
+
+    level: Tensor
+
+    def __init__(
+        self,
+        values: nn.Module,
+        side: int,
+        backbone: str = "convolutions",
+        stride: int = 4,
+        actions: int = 9,
+        past: int = 10,
+        bins: int = 7,
+        width: int = 32,
+        hidden: int = 128,
+    ) -> None:
+        super().__init__()
+        self.side, self.stride, self.bins, self.actions = side, stride, bins, actions
+        self.backbone = backbone
+        self.eye, self.channels = eye(side, backbone, stride, width)
+        self.views = nn.ModuleList(view(self.channels, bins, width, hidden) for _ in range(3))
+        self.join = nn.Sequential(nn.Linear(3 * hidden + past * actions + 6, hidden), nn.ReLU())
+        self.values = values
+        self.register_buffer("level", torch.tensor(NEVER))  # a search whose best value is lower is given up
+
+    def see(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features rows columns"]:
+        """The maps of images in [0, 1]."""
+        return seen_by(self, images)
+
+    def forward(self, seen: Regions) -> Float[Tensor, "batch actions"]:
+        """Values of all actions on each box."""
+        if seen.maps is None:
+            assert seen.images is not None
+            maps = self.see(seen.images)
+        else:
+            maps = seen.maps
+        whole = seen.box.new_tensor([0.0, 0.0, self.side, self.side]).expand_as(seen.box)
+        windows = torch.stack((enlarged(seen.box, REGION), enlarged(seen.box, AROUND), whole))
+        cells = region_cells(maps, windows.flatten(0, 1), seen.number.repeat(3), self.bins, self.stride)
+        shares = (torch.arange(self.bins, device=maps.device) + 0.5) / self.bins
+        sides = windows[..., 2:] - windows[..., :2]
+        x, y = (windows[..., axis, None] + shares * sides[..., axis, None] for axis in (0, 1))  # [3, batch, bins]
+        x, y = x[:, :, None, :].expand(-1, -1, self.bins, -1), y[..., None].expand(-1, -1, -1, self.bins)
+        marks, marked = seen.marks.repeat(3, 1, 1), seen.marked.repeat(3, 1)
+        under = crossed(marks, marked, x.flatten(0, 1), y.flatten(0, 1))
+        parts = cells.masked_fill(under[:, None], 0.0).chunk(3)
+        told = [head(part) for head, part in zip(self.views, parts, strict=True)]
+        past = F.one_hot(seen.history.long(), self.actions + 1)[..., 1:].flatten(1).float()
+        return self.values(self.join(torch.cat((*told, past, placed(seen.box, self.side)), 1)))
+
+
+def eye(side: int, backbone: str, stride: int, width: int) -> tuple[nn.Module | None, int]:
+    """A network that learns along, or None for a frozen one; and the channels of the map.
+
+    Raises:
+        InputError: as `convolutions` and `Pretrained`; a stride that does not divide the side.
+    """
+    if side % stride:
+        raise InputError(f"image_size: found {side}, expected a multiple of the stride, {stride} pixels")
+    if backbone == "convolutions":
+        return convolutions(3, width, stride), width
+    return None, frozen(backbone, stride).channels
+
+
+def view(channels: int, bins: int, width: int, hidden: int) -> nn.Sequential:
+    """What turns the cells of a view, [batch, channels, bins, bins], into [batch, hidden]."""
+    cell = nn.Conv2d(channels, width, 1), nn.GroupNorm(8, width), nn.GELU()
+    return nn.Sequential(*cell, nn.Flatten(), nn.Linear(width * bins**2, hidden), nn.ReLU())
+
+
+@lru_cache(maxsize=2)
+def frozen(name: str, stride: int) -> Pretrained:
+    """A network of ImageNet that is not learned: made once, and no part of a policy's weights."""
+    return Pretrained(name, stride).requires_grad_(False).eval()
+
+
+def seen_by(
+    network: nn.Module, images: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch features rows columns"]:
+    """The maps of images in [0, 1], by a network's `eye`, or by the frozen one that its `backbone` names."""
+    own, name, stride = (getattr(network, field) for field in ("eye", "backbone", "stride"))
+    if own is not None:
+        return own(images - 0.5)
+    with torch.no_grad():
+        return frozen(name, stride).to(images.device)(images)
+
+
+def region_cells(
+    maps: Float[Tensor, "images features rows columns"],
+    boxes: Float[Tensor, "batch 4"],
+    number: Int[Tensor, " batch"],
+    bins: int,
+    stride: int,
+    samples: int = SAMPLES,
+) -> Float[Tensor, "batch features bins bins"]:
+    """The map under each box, in `bins`² cells; 0 beyond the image.
+
+    Args:
+        maps: of the images.
+        boxes: in pixels.
+        number: of the image of each.
+        bins: cells a side.
+        stride: pixels a cell of the map.
+        samples: points a side of a cell, of which its vector is the mean.
+    """
+    rois = torch.cat((number[:, None].to(boxes), boxes), 1)
+    return roi_align(maps, rois, bins, 1 / stride, samples, aligned=True)
+
+
+def enlarged(boxes: Float[Tensor, "*batch 4"], factor: float) -> Float[Tensor, "*batch 4"]:
+    """Boxes with sides so many times as long around the same centre; they may reach beyond the image."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    more = (factor - 1) / 2 * (high - low)
+    return torch.cat((low - more, high + more), -1)
+
+
+def placed(boxes: Float[Tensor, "batch 4"], side: int) -> Float[Tensor, "batch 6"]:
+    """Centres and sides of boxes in parts of the image's, and the logarithms of the sides."""
+    sides = (boxes[:, 2:] - boxes[:, :2]) / side
+    return torch.cat(((boxes[:, :2] + boxes[:, 2:]) / (2 * side), sides, sides.log()), 1)
+
+
+def crossed(
+    marks: Float[Tensor, "batch triggers 4"],
+    marked: Bool[Tensor, "batch triggers"],
+    x: Float[Tensor, "batch rows columns"],
+    y: Float[Tensor, "batch rows columns"],
+) -> Bool[Tensor, "batch rows columns"]:
+    """Which places lie under a mark: a cross over a box, its bars a third of the sides wide.
+
+    Args:
+        marks: boxes in pixels.
+        marked: which of them there are.
+        x, y: places in pixels.
+    """
+    low, high = marks[:, :, None, None, :2], marks[:, :, None, None, 2:]
+    place = (torch.stack((x, y), -1)[:, None] - low) / (high - low).clamp(min=1e-6)
+    inside = ((place >= 0) & (place <= 1)).all(-1)
+    middle = ((place - 0.5).abs() <= CROSS / 2).any(-1)
+    return (inside & middle & marked[..., None, None]).any(1)

@@ -1,0 +1,418 @@
+"""Find objects by changing a box step by step, and say when it fits.
+
+| | |
+|---|---|
+| state | the image, the box, the last ten actions, the boxes that were triggered |
+| action | move the box right, left, up, down, make it bigger, smaller, fatter, taller; or trigger |
+| reward | of a move: the sign of the change in IoU with the best object left; of the trigger: 3 if it is 0.6, else -3 |
+| horizon | 40 steps for each of `triggers` triggers |
+| learner | Q-learning with a replay: double, dueling, three steps, guided exploration |
+| corner | value |
+
+Caicedo and Lazebnik 2015, "Active object localization with deep reinforcement learning" (ICCV; arXiv 1511.06015). What
+differs here and why, and the numbers: docs/systems/localization.md.
+
+    foveate train localization --minutes 20
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate import noise, pictures
+from foveate.data.classification import check_images
+from foveate.data.detection import Detections, check_objects, chosen, load_detections, of_class, several_views, showing
+from foveate.data.picture_folders import check_memory, read_pictures
+from foveate.envs.box_search import ACTIONS, TRIGGER, BoxSearchEnv, SearchState
+from foveate.geometry import Boxes
+from foveate.learn.q_learning import Dueling
+from foveate.learn.replay import Replay
+from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.models.box_slots import BoxSlots, slot_loss
+from foveate.models.region_q import NEVER, RegionQ, Regions
+from foveate.pictures.searches import search_frames, search_grid
+from foveate.rewards.boxes import corpus_average_precision
+from foveate.rewards.regions import best_shape, random_regions, recall_so_far, sliding
+from foveate.rewards.sets import set_scores
+from foveate.run import Run
+from foveate.two_steps import restored, tracked
+from foveate.types import Evaluation, InputError, concatenate, map_tree
+from foveate.value_learning import Acting, learn_by_acting, walk
+
+Pictures: TypeAlias = Float[Tensor, "batch channels height width"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `foveate train localization`. What defaults to None is chosen by the data and printed."""
+
+    data: str = "scenes"
+    """scenes (rendered objects), digits (scenes of embedded ones), voc, or coco"""
+    root: Path | None = None
+    """folder of the data; not needed for scenes"""
+    target: str = "any"
+    """what is searched for: objects of any class, or those of the class of this name"""
+    image_size: int = 64
+    """side in pixels to which pictures are stretched"""
+    skip_bad: bool = False
+    """leave out pictures whose boxes are wrong, and count them, instead of stopping"""
+    scenes: int = 4000
+    """how many scenes are rendered to train on"""
+    objects: int = 2
+    """in a scene at most"""
+    views: int | None = None
+    """of each picture to train on, made once: itself, its mirror image, then windows of it; 1 for scenes, else 8"""
+    seed: int = 0
+    """of the weights, the order of the data and every draw"""
+    steps: int | None = None
+    """updates of both phases together"""
+    minutes: float | None = None
+    """wall-clock budget of both phases together, half for the agent, half for the regressor"""
+    backbone: str = "convolutions"
+    """what sees the image: convolutions learned from nothing; or frozen efficientnet-lite0, or another name of timm"""
+    stride: int | None = None
+    """pixels to a cell of the feature map: 4 for convolutions, else 16"""
+    width: int = 32
+    """of a cell's vector"""
+    hidden: int = 128
+    """width of the layers"""
+    bins: int = 7
+    """cells a side in which a region is seen"""
+    triggers: int = 3
+    """regions that are reported at most; after the last one the search is over"""
+    patience: int = 40
+    """steps without a trigger after which a search begins again at a corner"""
+    alpha: float = 0.2
+    """part of the box's sides by which a move changes it"""
+    history: int = 10
+    """actions that are remembered"""
+    threshold: float = 0.6
+    """IoU from which on a trigger is rewarded"""
+    trigger_reward: float = 3.0
+    """of a right trigger; a wrong one costs as much"""
+    spare: int = 8
+    """steps in training that a search for nothing goes on, when every object is found"""
+    copies: int = 64
+    """searches that go on side by side"""
+    batch: int = 128
+    """transitions in an update"""
+    ahead: int = 3
+    """steps over which rewards are summed before a value is bootstrapped"""
+    discount: float = 0.9
+    """of what comes later, a step"""
+    learning_rate: float = 1e-3
+    """of Adam at its peak"""
+    replay: int = 100_000
+    """transitions that are kept"""
+    classes: tuple[str, ...] | None = None
+    """what the objects are called in pictures; taken from the target"""
+
+
+PART = "policy"  # the tracked part that holds the policy
+SHARE = 0.5  # of the budget for the agent; the rest is the regressor's
+AT_ONCE = 250  # images searched together where nothing is learned
+HELD_OUT = 100  # images of val that are searched in training
+SPENT = 0.01  # of AP on val that giving up may cost
+CURVE = (1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 49, 64, 81, 100)  # numbers of sliding windows
+_load = lru_cache(maxsize=6)(load_detections)
+
+
+def resolve(config: Config) -> Config:
+    """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
+    for name in ("copies", "replay", "patience", "triggers", "bins", "hidden", "scenes", "objects", "views", "spare"):
+        number = getattr(config, name)
+        if number is not None and number < 1:
+            raise InputError(f"{name}: found {number}, expected at least 1")
+    if config.width < 8 or config.width % 8:
+        raise InputError(f"width: found {config.width}, expected a multiple of 8")
+    if config.replay < 4 * config.copies * config.ahead:
+        raise InputError(f"replay: found {config.replay}, expected at least 4 · ahead · copies")
+    _acting(config)
+    for part in ("train", "val", "test"):  # now, not after hours
+        data = _data(config, part)
+    stride = config.stride or (4 if config.backbone == "convolutions" else 16)
+    views = config.views or (1 if config.data in ("scenes", "digits") else 8)
+    ready = replace(config, stride=stride, views=views, classes=data.classes)
+    build(ready)
+    BoxSearchEnv(1, detections=data, **_task(ready))
+    return ready
+
+
+def _data(config: Config, part: Literal["train", "val", "test"]) -> Detections:
+    """A part of the data, in which all objects are of the one class that is searched for."""
+    whole = _load(config.data, config.root, part, config.image_size, config.skip_bad, config.scenes, config.objects)
+    named = None if config.target == "any" else config.target
+    found = whole if named is None else of_class(whole, named)
+    check_objects(found, config.root or config.data, named)
+    boxes = replace(found.boxes, labels=torch.zeros_like(found.boxes.labels))
+    return replace(found, boxes=boxes, classes=(named or "object",))
+
+
+def _task(config: Config) -> dict[str, Any]:
+    names = ("alpha", "history", "threshold", "trigger_reward", "triggers", "patience")
+    return {name: getattr(config, name) for name in names} | {"horizon": config.patience * config.triggers}
+
+
+def _acting(config: Config) -> Acting:
+    learned = config.batch, 1, config.ahead, config.discount, config.learning_rate
+    return Acting(*learned)
+
+
+def build(config: Config) -> RegionQ:
+    """The policy of a resolved config, untrained."""
+    values = Dueling(config.hidden, ACTIONS, config.hidden)
+    sizes = ACTIONS, config.history, config.bins, config.width, config.hidden
+    return RegionQ(values, config.image_size, config.backbone, config.stride or 4, *sizes)
+
+
+def _regressor(config: Config) -> BoxSlots:
+    """Of the same map and layers; it sees the image once, in twice as many cells a side."""
+    sizes = config.stride or 4, 2 * config.bins, config.width, config.hidden
+    return BoxSlots(config.triggers, config.image_size, config.backbone, *sizes)
+
+
+def _regions(state: SearchState, maps: Tensor | None, pixels: Tensor | None = None) -> Regions:
+    """What the network is shown of a state: maps that are there already, or the images in play, each once."""
+    marked = torch.arange(state.marks.shape[1], device=state.box.device) < state.triggered[:, None]
+    told = state.box, state.marks, marked, state.history
+    if maps is not None:
+        return Regions(state.image, *told, maps=maps)
+    assert pixels is not None
+    images, number = state.image.unique(return_inverse=True)
+    return Regions(number, *told, images=pixels[images].float() / 255)
+
+
+def _maps(network: RegionQ | BoxSlots, pixels: Tensor, device: torch.device) -> Tensor:
+    """Maps of all pictures, once."""
+    with torch.no_grad():
+        return torch.cat([network.see(some.to(device).float() / 255) for some in pixels.split(64)])
+
+
+def train(config: Config, run: Run) -> None:
+    """Learn to search; then, for as long, the regressor that sees as much and is told where the boxes are."""
+    data, val = (
+        several_views(showing(_data(config, "train")), config.views or 1),
+        _first(_data(config, "val"), HELD_OUT),
+    )
+    torch.manual_seed(config.seed)
+    policy, optimizer, keeper = tracked(run, PART, build(config), by="held_out_ap50")
+    torch.manual_seed(config.seed)
+    slots, slots_optimizer, slots_keeper = tracked(run, "regressor", _regressor(config), by="held_out_ap50")
+    maps, pixels = None, data.pixels.to(run.device)
+    if policy.eye is None:  # it stands still: every picture is seen once, for both
+        side = config.image_size // policy.stride
+        check_memory(config.backbone, (len(data), policy.channels, side, side), 4)
+        maps = _maps(policy, data.pixels, run.device)
+    env = BoxSearchEnv(config.copies, detections=data, device=run.device, spare=config.spare, **_task(config))
+    env.reset(seed=config.seed + run.rank * config.copies)
+    target, env, replay = run.track(
+        target=build(config), env=env, replay=Replay(env.state, -(-config.replay // config.copies))
+    )
+    how: dict[str, Any] = {"look": partial(_regions, maps=maps, pixels=pixels), "good": env.rewarded}
+    how |= {"keeper": keeper, "validate": partial(_held_out, config, policy, val)}
+    learn_by_acting(run, PART, SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
+    policy.eval()
+    policy.level.fill_(_level(_search(config, policy, val), val.boxes))
+    score = partial(_slots_held_out, slots, val)
+    for step in run.steps("regressor", 1 - SHARE):
+        if step == 0:
+            slots_keeper.begin()
+        here = run.rows(config.batch)
+        rows = noise.examples(config.seed, step, config.batch, len(data))[here].to(run.device)
+        seen = slots.see(pixels[rows].float() / 255) if maps is None else maps[rows]
+        boxes = map_tree(lambda leaf, rows=rows: leaf[rows.to(leaf.device)].to(run.device), data.boxes)
+        losses = slot_loss(*slots(seen), boxes, config.image_size)
+        set_learning_rate(slots_optimizer, one_cycle(run.progress, config.learning_rate))
+        run.optimise(torch.stack(list(losses.values())).sum(), slots_optimizer, clip=1.0)
+        run.log(**{name: loss.detach() for name, loss in losses.items()})
+        if (step + 1) % 500 == 0:
+            slots_keeper.offer(slots, (found := score())["held_out_ap50"])
+            run.log(**found)
+    slots_keeper.offer(slots, score()["held_out_ap50"])
+    slots.load_state_dict(slots_keeper.best.state_dict())
+    run.save()
+
+
+def _first(data: Detections, count: int) -> Detections:
+    return replace(data, pixels=data.pixels[:count], boxes=map_tree(lambda leaf: leaf[:count], data.boxes))
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Searches, padded to one length: what was looked at, how much the best action promised, and what was triggered."""
+
+    regions: Float[Tensor, "batch time 4"]
+    values: Float[Tensor, "batch time"]
+    looked: Bool[Tensor, "batch time"]
+    fired: Bool[Tensor, "batch time"]
+
+    def until(self, level: float) -> Searched:
+        """Given up at the first region whose best value is below a level."""
+        ends = (self.looked & (self.values < level)).int().cumsum(1)
+        looked = self.looked & (F.pad(ends, (1, 0))[:, :-1] == 0)
+        return replace(self, looked=looked, fired=self.fired & looked & (ends == 0))
+
+    def boxes(self) -> Boxes:
+        """What was triggered, with the trigger's value as score."""
+        return Boxes(self.regions, torch.zeros_like(self.fired, dtype=torch.int64), self.fired, self.values)
+
+
+def _search(config: Config, policy: RegionQ, data: Detections) -> Searched:
+    """Search greedily in all pictures, to the end."""
+    device, horizon, found = policy.level.device, config.patience * config.triggers, []
+    for rows in torch.arange(len(data)).split(AT_ONCE):
+        some = replace(data, pixels=data.pixels[rows], boxes=map_tree(lambda leaf, rows=rows: leaf[rows], data.boxes))
+        env = BoxSearchEnv(len(rows), detections=some, device=device, autoreset="disabled", **_task(config))
+        look = partial(_regions, maps=_maps(policy, some.pixels, device))
+        made = walk(env, policy, torch.arange(len(rows), device=device), look)
+        fired, rest = made.taken & (made.actions == TRIGGER), horizon - made.taken.shape[1]
+        parts = made.values, made.taken, fired
+        regions = F.pad(made.states.box[:, :-1], (0, 0, 0, rest))
+        found.append(Searched(regions, *(F.pad(part, (0, rest)) for part in parts)))
+    return map_tree(lambda leaf: leaf.cpu(), concatenate(found, 0))
+
+
+def _ap50(found: Boxes, targets: Boxes) -> float:
+    return corpus_average_precision(found, targets, 1)["map50"]
+
+
+def _held_out(config: Config, policy: RegionQ, val: Detections) -> dict[str, float]:
+    policy.eval()
+    found = _search(config, policy, val)
+    recall = float(recall_so_far(found.regions, found.looked, val.boxes)[-1])
+    return {"held_out_ap50": _ap50(found.boxes(), val.boxes), "held_out_recall": recall}
+
+
+def _slots_held_out(slots: BoxSlots, val: Detections) -> dict[str, float]:
+    return {"held_out_ap50": _ap50(_slots_found(slots, val), val.boxes)}
+
+
+def _slots_found(slots: BoxSlots, data: Detections) -> Boxes:
+    slots.eval()
+    found = slots.found(_maps(slots, data.pixels, next(slots.parameters()).device))
+    return map_tree(lambda leaf: leaf.cpu(), found)
+
+
+def _level(found: Searched, targets: Boxes) -> float:
+    """The value below which a search is given up: the highest that costs at most `SPENT` of the AP."""
+    levels = found.values[found.looked].quantile(torch.linspace(0, 0.95, 20)).tolist()
+    scores = [_ap50(found.until(level).boxes(), targets) for level in (NEVER, *levels)]
+    return max(level for level, score in zip((NEVER, *levels), scores, strict=True) if score >= max(scores) - SPENT)
+
+
+def evaluate(config: Config, policy: RegionQ, run: Run, elsewhere: bool = False) -> Evaluation:
+    """Of greedy searches on the test split, in [0, 1]: `ap50`, and `recall` at an IoU of 0.5 of all regions looked at.
+
+    `ap50` and `f1` are those of the triggered regions, each scored by the trigger's value; `regions` were looked at for
+    each object found. Baselines: `untrained`, the same network before it learned; `regressor`; `centre`, one box in the
+    middle; `random` boxes of the sizes of training objects, and `sliding` windows, as many as the agent looked at.
+    The shapes of `centre` and `sliding` are those best on the training split.
+    """
+    data, train_, side = _data(config, "test"), _data(config, "train"), config.image_size
+    found = _search(config, policy, data).until(float(policy.level))
+    metrics, curve = _scores(found, data.boxes)
+    torch.manual_seed(config.seed)
+    before = _search(config, build(config).to(run.device).eval(), data)
+    baselines, series = {}, {"agent": curve}
+    baselines["untrained"], series["untrained"] = _scores(before, data.boxes)
+    for name, slots in restored(run, {"regressor": "regressor"}, partial(_regressor, config)).items():
+        baselines[name] = _box_scores(_slots_found(slots, data), data.boxes)
+    centre = sliding(1, best_shape(1, train_.boxes, side), side).expand(len(data), -1, -1)
+    one = torch.ones(len(data), 1)
+    baselines["centre"] = _box_scores(Boxes(centre, one.long() * 0, one.bool(), one), data.boxes)
+    sizes = (train_.boxes.boxes[..., 2:] - train_.boxes.boxes[..., :2])[train_.boxes.wanted]
+    keys = noise.key(config.seed, "random regions", torch.arange(len(data)))
+    drawn = random_regions(keys, found.looked.shape[1], sizes, side)
+    baselines["random"] = {"recall": float(recall_so_far(drawn, found.looked, data.boxes)[-1])}
+    series["random"] = _points(recall_so_far(drawn, torch.ones_like(found.looked), data.boxes))
+
+    def slid(count: int) -> float:
+        windows = sliding(count, best_shape(count, train_.boxes, side), side).expand(len(data), -1, -1)
+        return float(recall_so_far(windows, torch.ones(windows.shape[:2]).bool(), data.boxes)[-1])
+
+    baselines["sliding"] = {"recall": slid(max(1, round(float(found.looked.sum(1).float().mean()))))}
+    series["sliding"] = [(float(count), slid(count)) for count in CURVE if count <= found.looked.shape[1]]
+    return Evaluation(metrics, baselines, {"recall against regions looked at": series})
+
+
+def _scores(found: Searched, targets: Boxes) -> tuple[dict[str, float], list[tuple[float, float]]]:
+    """Metrics of searches, and recall by the number of regions."""
+    so_far = recall_so_far(found.regions, found.looked, targets)
+    scores = _box_scores(found.boxes(), targets) | {"recall": float(so_far[-1])}
+    hits = recall_so_far(found.regions, found.fired, targets)[-1] * targets.wanted.sum()
+    scores["regions"] = float(found.looked.sum() / hits.clamp(min=1))
+    return scores, _points(so_far)
+
+
+def _box_scores(found: Boxes, targets: Boxes) -> dict[str, float]:
+    looked = recall_so_far(found.boxes, found.mask, targets)[-1]
+    return {"ap50": _ap50(found, targets), "f1": set_scores(found, targets)["f1"], "recall": float(looked)}
+
+
+def _points(recalls: Tensor) -> list[tuple[float, float]]:
+    return [(float(place + 1), recall) for place, recall in enumerate(recalls.tolist())]
+
+
+def predict(config: Config, policy: RegionQ, images: Pictures) -> dict[str, Tensor]:
+    """Search in images in [0, 1].
+
+    Returns `boxes` [batch, triggers, 4] in pixels of the images, `scores` (the trigger's value) and `mask`; and of every
+    step `regions` [batch, time, 4], `looked`, `fired` and `values`.
+
+    Raises:
+        InputError: the images break the convention, or are not RGB.
+    """
+    check_images(images, "images")
+    if images.shape[1] != 3:
+        raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    height, width = images.shape[2:]
+    side = config.image_size
+    pixels = F.interpolate(images, (side, side), mode="bilinear", antialias=True).clamp(0, 1).mul(255).round().byte()
+    none = torch.zeros(len(images), 1, device=images.device)
+    unknown = Boxes(none[..., None].expand(-1, -1, 4), none.long(), none.bool())
+    found = _search(config, policy, Detections(pixels, unknown, config.classes or (), "images", "test"))
+    found = found.until(float(policy.level))
+    scale = torch.tensor([width, height, width, height]) / side
+    regions = found.regions * scale
+    order = found.fired.int().sort(dim=1, descending=True, stable=True).indices[:, : config.triggers]
+    boxes = regions.gather(1, order[..., None].expand(-1, -1, 4))
+    told = {"boxes": boxes, "scores": found.values.gather(1, order), "mask": found.fired.gather(1, order)}
+    told |= {"regions": regions, "looked": found.looked, "fired": found.fired, "values": found.values}
+    return {name: value.to(images.device) for name, value in told.items()}
+
+
+def picture(config: Config, policy: RegionQ, run: Run, images: Pictures | None = None) -> dict[str, Any]:
+    """Searches in test pictures beside the true boxes, or in pictures of the user; the first one as an animation."""
+    truth = None
+    if images is None:
+        test = _data(config, "test")
+        images, truth = chosen(test, torch.arange(min(8, len(test))))
+    images = images.cpu()
+    device = policy.level.device
+    way = {name: value.cpu() for name, value in predict(config, policy, images.to(device)).items()}
+    names = config.classes or ("object",)
+    searches = search_grid(images, *(way[name] for name in ("regions", "looked", "fired", "values")), truth, names)
+    first = way["looked"][0]
+    frames = search_frames(images[0], *(way[name][0][first] for name in ("regions", "fired", "values")))
+    return {"searches": searches, "first search": frames}
+
+
+def read(config: Config, path: Path) -> Pictures:
+    """The user's picture, or the pictures of a folder."""
+    return read_pictures(path, 3, None if path.is_file() else 4 * config.image_size)
+
+
+def check(config: Config) -> dict[str, Any]:
+    """The first training pictures with their boxes, and further views of them."""
+    data = showing(_data(config, "train"))
+    data = several_views(_first(data, 8), min(config.views or 1, 2))
+    images, boxes = chosen(data, torch.arange(len(data)))
+    return {"data": pictures.box_grid(images, {"truth": boxes}, data.classes, columns=4)}
