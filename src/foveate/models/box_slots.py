@@ -56,8 +56,8 @@ class BoxSlots(nn.Module):
     ) -> tuple[Float[Tensor, "batch slots 4"], Float[Tensor, "batch slots"]]:
         """Boxes in pixels, within the image, and the logits of their confidence."""
         number = torch.arange(len(maps), device=maps.device)
-        whole = maps.new_tensor([0.0, 0.0, self.side, self.side]).expand(len(maps), 4)
-        told = self.told(self.whole(region_cells(maps, whole, number, self.bins, self.stride)))
+        whole = maps.new_tensor([0.0, 0.0, self.side, self.side]).expand(len(maps), 1, 4)
+        told = self.told(self.whole(region_cells(maps, whole, number, self.bins, self.stride)[:, 0]))
         places = told[..., :4].sigmoid()
         centres, half = places[..., :2], places[..., 2:] / 2
         boxes = torch.cat((centres - half, centres + half), -1).clamp(0, 1) * self.side

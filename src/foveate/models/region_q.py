@@ -2,8 +2,7 @@
 
 Caicedo and Lazebnik 2015, "Active object localization with deep reinforcement learning", section 4: the region with
 some context, and the last actions, to the value of each action. There the region is cut out of the picture and put
-through a network at every step; here the network sees the picture once, and a step reads its map between cells
-(`torchvision.ops.roi_align`), so that it costs the same however large the picture is.
+through a network at every step; here the network sees the picture once, and a step reads its map between the cells.
 
     maps = network.see(images)                                          # once
     values = network(Regions(number, box, marks, marked, history, maps=maps))   # every step
@@ -18,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from foveate.models.backbones import Pretrained, convolutions
 from foveate.types import InputError
@@ -109,15 +107,15 @@ class RegionQ(nn.Module):
         else:
             maps = seen.maps
         whole = seen.box.new_tensor([0.0, 0.0, self.side, self.side]).expand_as(seen.box)
-        windows = torch.stack((enlarged(seen.box, REGION), enlarged(seen.box, AROUND), whole))
-        cells = region_cells(maps, windows.flatten(0, 1), seen.number.repeat(3), self.bins, self.stride)
+        windows = torch.stack((enlarged(seen.box, REGION), enlarged(seen.box, AROUND), whole), 1)
+        cells = region_cells(maps, windows, seen.number, self.bins, self.stride)
         shares = (torch.arange(self.bins, device=maps.device) + 0.5) / self.bins
-        sides = windows[..., 2:] - windows[..., :2]
-        x, y = (windows[..., axis, None] + shares * sides[..., axis, None] for axis in (0, 1))  # [3, batch, bins]
-        x, y = x[:, :, None, :].expand(-1, -1, self.bins, -1), y[..., None].expand(-1, -1, -1, self.bins)
-        marks, marked = seen.marks.repeat(3, 1, 1), seen.marked.repeat(3, 1)
-        under = crossed(marks, marked, x.flatten(0, 1), y.flatten(0, 1))
-        parts = cells.masked_fill(under[:, None], 0.0).chunk(3)
+        low, high = windows[..., :2, None], windows[..., 2:, None]
+        x, y = (low + shares * (high - low)).flatten(0, 1).unbind(1)  # [batch · views, bins]
+        x, y = x[:, None, :].expand(-1, self.bins, -1), y[:, :, None].expand(-1, -1, self.bins)
+        marks, marked = (leaf.repeat_interleave(3, 0) for leaf in (seen.marks, seen.marked))
+        under = crossed(marks, marked, x, y).unflatten(0, (-1, 3))
+        parts = cells.masked_fill(under[:, :, None], 0.0).unbind(1)
         told = [head(part) for head, part in zip(self.views, parts, strict=True)]
         past = F.one_hot(seen.history.long(), self.actions + 1)[..., 1:].flatten(1).float()
         return self.values(self.join(torch.cat((*told, past, placed(seen.box, self.side)), 1)))
@@ -138,7 +136,7 @@ def eye(side: int, backbone: str, stride: int, width: int) -> tuple[nn.Module | 
 
 def view(channels: int, bins: int, width: int, hidden: int) -> nn.Sequential:
     """What turns the cells of a view, [batch, channels, bins, bins], into [batch, hidden]."""
-    cell = nn.Conv2d(channels, width, 1), nn.GroupNorm(8, width), nn.GELU()
+    cell = nn.Conv2d(channels, width, 1), nn.GroupNorm(8, width), nn.ReLU()
     return nn.Sequential(*cell, nn.Flatten(), nn.Linear(width * bins**2, hidden), nn.ReLU())
 
 
@@ -161,24 +159,43 @@ def seen_by(
 
 def region_cells(
     maps: Float[Tensor, "images features rows columns"],
-    boxes: Float[Tensor, "batch 4"],
+    windows: Float[Tensor, "batch views 4"],
     number: Int[Tensor, " batch"],
     bins: int,
     stride: int,
     samples: int = SAMPLES,
-) -> Float[Tensor, "batch features bins bins"]:
-    """The map under each box, in `bins`² cells; 0 beyond the image.
+) -> Float[Tensor, "batch views features bins bins"]:
+    """The map under windows into it, in `bins`² cells each; 0 beyond the image.
+
+    The same as `torchvision.ops.roi_align(..., aligned=True)` (He et al. 2017, "Mask R-CNN"). What is read between
+    cells is a sum over rows times a sum over columns, so two products of matrices do it: on a processor they take a
+    fraction of the time of that operator, whose gradient adds to one number after the other.
 
     Args:
         maps: of the images.
-        boxes: in pixels.
-        number: of the image of each.
+        windows: in pixels; several into the same image.
+        number: of the image of each row.
         bins: cells a side.
         stride: pixels a cell of the map.
         samples: points a side of a cell, of which its vector is the mean.
     """
-    rois = torch.cat((number[:, None].to(boxes), boxes), 1)
-    return roi_align(maps, rois, bins, 1 / stride, samples, aligned=True)
+    columns, rows = (
+        _reading(windows[..., axis], windows[..., axis + 2], maps.shape[3 - axis], bins, stride, samples)
+        for axis in (0, 1)
+    )  # [batch, views, bins, columns or rows]
+    mine = maps[number]
+    features, views = mine.shape[1], windows.shape[1]
+    across = (mine.flatten(1, 2) @ columns.flatten(1, 2).mT).unflatten(1, (features, -1)).unflatten(3, (views, bins))
+    return torch.einsum("bvkr,bfrvl->bvfkl", rows, across)
+
+
+def _reading(low: Tensor, high: Tensor, cells: int, bins: int, stride: int, samples: int) -> Tensor:
+    """How much each cell of a line of the map counts in each bin between `low` and `high`, [..., bins, cells]."""
+    points = torch.arange(bins * samples, device=low.device).add(0.5) / (bins * samples)
+    points = (low[..., None] + points * (high - low)[..., None]) / stride - 0.5  # in cells; the first one's middle is 0
+    inside = (points >= -1) & (points <= cells)
+    near = 1 - (points.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=low.device)).abs()
+    return (near.clamp(min=0) * inside[..., None]).unflatten(-2, (bins, samples)).mean(-2)
 
 
 def enlarged(boxes: Float[Tensor, "*batch 4"], factor: float) -> Float[Tensor, "*batch 4"]:

@@ -60,7 +60,7 @@ class Config:
     """folder of the data; not needed for scenes"""
     target: str = "any"
     """what is searched for: objects of any class, or those of the class of this name"""
-    image_size: int = 64
+    image_size: int = 48
     """side in pixels to which pictures are stretched"""
     skip_bad: bool = False
     """leave out pictures whose boxes are wrong, and count them, instead of stopping"""
