@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
@@ -219,7 +219,11 @@ def of_class(data: Detections, name: str) -> Detections:
 
 def showing(data: Detections) -> Detections:
     """The pictures that have an object to be found."""
-    rows = data.boxes.wanted.any(1).nonzero().squeeze(1)
+    return subset(data, data.boxes.wanted.any(1).nonzero().squeeze(1))
+
+
+def subset(data: Detections, rows: Int[Tensor, " some"]) -> Detections:
+    """Some of the pictures."""
     return replace(data, pixels=data.pixels[rows], boxes=map_tree(lambda leaf: leaf[rows], data.boxes))
 
 

@@ -30,7 +30,7 @@ from foveate.data.detection import Detections, check_objects, load_detections
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import overlaps
-from foveate.models.region_q import crossed
+from foveate.models.region_q import Regions, crossed
 from foveate.types import InputError, map_tree
 
 MOVES = ("right", "left", "up", "down", "bigger", "smaller", "fatter", "taller")
@@ -199,6 +199,18 @@ class BoxSearchEnv(TensorEnv):
         history = F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float()
         return {"history": history, "view": view.permute(0, 3, 1, 2)}
 
+    def regions(self, state: SearchState, maps: Float[Tensor, "images features rows columns"] | None = None) -> Regions:
+        """What a network is shown that sees the pictures whole: their maps, or those in play, each of them once."""
+        there = self._there(state)
+        if maps is not None:
+            return Regions(state.image, state.box, state.marks, there, state.history, maps=maps)
+        some, number = state.image.unique(return_inverse=True)
+        images = self.pixels[some].permute(0, 3, 1, 2).float() / 255
+        return Regions(number, state.box, state.marks, there, state.history, images=images)
+
+    def _there(self, state: SearchState) -> Bool[Tensor, "batch triggers"]:
+        return torch.arange(self.triggers, device=state.box.device) < state.triggered[:, None]
+
     def _sampled(
         self,
         image: Int[Tensor, " batch"],
@@ -275,8 +287,7 @@ class BoxSearchEnv(TensorEnv):
         self, state: SearchState, x: Float[Tensor, "batch rows columns"], y: Float[Tensor, "batch rows columns"]
     ) -> Bool[Tensor, "batch rows columns"]:
         """Which places lie under a mark."""
-        there = torch.arange(self.triggers, device=x.device) < state.triggered[:, None]
-        return crossed(state.marks, there, x, y)
+        return crossed(state.marks, self._there(state), x, y)
 
 
 class SingleBoxSearchEnv(SingleEnv):

@@ -157,6 +157,15 @@ def seen_by(
         return frozen(name, stride).to(images.device)(images)
 
 
+@torch.no_grad()
+def seen_maps(
+    network: nn.Module, pixels: UInt8[Tensor, "size 3 height width"]
+) -> Float[Tensor, "size features rows columns"]:
+    """The maps of all pictures, once and without a graph, on the network's device."""
+    device = next(network.parameters()).device
+    return torch.cat([seen_by(network, some.to(device).float() / 255) for some in pixels.split(64)])
+
+
 def region_cells(
     maps: Float[Tensor, "images features rows columns"],
     windows: Float[Tensor, "batch views 4"],

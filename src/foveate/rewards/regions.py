@@ -2,15 +2,79 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate import noise
 from foveate.geometry import Boxes, overlaps
+from foveate.rewards.boxes import corpus_average_precision
+from foveate.rewards.sets import set_scores
 
 SCALES = tuple(step / 20 for step in range(2, 21))  # of the shapes among which one is chosen, in parts of the side
+CURVE = (1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 49, 64, 81, 100)  # numbers of sliding windows
+SPENT = 0.01  # of the AP, which giving up may cost
+NEVER = -1e4  # a value that nothing has
 ASPECTS = (0.5, 0.7, 1.0, 1.4, 2.0)  # width to height
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Searches, padded to one length: what was looked at, how much the best action promised, and what was triggered."""
+
+    regions: Float[Tensor, "batch time 4"]
+    values: Float[Tensor, "batch time"]
+    looked: Bool[Tensor, "batch time"]
+    fired: Bool[Tensor, "batch time"]
+
+    def until(self, level: float) -> Searched:
+        """Given up at the first region whose best value is below a level."""
+        ends = (self.looked & (self.values < level)).int().cumsum(1)
+        looked = self.looked & (F.pad(ends, (1, 0))[:, :-1] == 0)
+        return replace(self, looked=looked, fired=self.fired & looked & (ends == 0))
+
+    def boxes(self) -> Boxes:
+        """What was triggered, with the trigger's value as score."""
+        return Boxes(self.regions, torch.zeros_like(self.fired, dtype=torch.int64), self.fired, self.values)
+
+
+def ap50(found: Boxes, targets: Boxes) -> float:
+    """COCO's average precision at an IoU of 0.5 of boxes of one class, in [0, 1]."""
+    return corpus_average_precision(found, targets, 1)["map50"]
+
+
+def search_scores(found: Searched, targets: Boxes) -> tuple[dict[str, float], list[tuple[float, float]]]:
+    """Scores of searches, and their recall by the number of regions.
+
+    "ap50" and "f1" of what was triggered; "recall" at an IoU of 0.5 of all regions looked at; "regions" that were
+    looked at for each object found.
+    """
+    so_far = recall_so_far(found.regions, found.looked, targets)
+    hits = recall_so_far(found.regions, found.fired, targets)[-1] * targets.wanted.sum()
+    scores = box_scores(found.boxes(), targets)
+    scores |= {"recall": float(so_far[-1]), "regions": float(found.looked.sum() / hits.clamp(min=1))}
+    return scores, points(so_far)
+
+
+def box_scores(found: Boxes, targets: Boxes) -> dict[str, float]:
+    """ "ap50", "f1" and "recall" of boxes of one class, at an IoU of 0.5."""
+    recall = float(recall_so_far(found.boxes, found.mask, targets)[-1])
+    return {"ap50": ap50(found, targets), "f1": set_scores(found, targets)["f1"], "recall": recall}
+
+
+def points(recalls: Float[Tensor, " count"]) -> list[tuple[float, float]]:
+    """A curve of them: after the first, the second, ..."""
+    return [(float(place + 1), recall) for place, recall in enumerate(recalls.tolist())]
+
+
+def giving_up(found: Searched, targets: Boxes) -> float:
+    """The value below which searches are given up: the highest that costs at most `SPENT` of their AP here."""
+    levels = (NEVER, *found.values[found.looked].quantile(torch.linspace(0, 0.95, 20)).tolist())
+    scores = [ap50(found.until(level).boxes(), targets) for level in levels]
+    return max(level for level, score in zip(levels, scores, strict=True) if score >= max(scores) - SPENT)
 
 
 def recall_so_far(
@@ -65,10 +129,42 @@ def best_shape(count: int, targets: Boxes, side: int) -> Float[Tensor, " 2"]:
     return all_[int(torch.stack(recalls).argmax())]
 
 
-def random_regions(
-    keys: Int[Tensor, " batch"], count: int, sizes: Float[Tensor, "some 2"], side: int
-) -> Float[Tensor, "batch count 4"]:
-    """Boxes anywhere within the image, each as wide and high as one of the given sizes, which is drawn."""
+def sliding_boxes(count: int, seen: Boxes, images: int, side: int) -> Boxes:
+    """So many sliding windows in each of some images, of the shape that is best on the boxes seen before; all alike."""
+    windows = sliding(count, best_shape(count, seen, side), side).expand(images, -1, -1)
+    scores = torch.ones(windows.shape[:2])
+    return Boxes(windows, torch.zeros_like(scores, dtype=torch.int64), scores > 0, scores)
+
+
+def other_regions(
+    keys: Int[Tensor, " batch"], looked: Bool[Tensor, "batch count"], seen: Boxes, targets: Boxes, side: int
+) -> dict[str, tuple[float, list[tuple[float, float]]]]:
+    """What nobody had to learn: recall of as many regions as were looked at, and the curve by their number.
+
+    "random": boxes anywhere, as many in each image; "sliding": windows, as many as in the mean image.
+
+    Args:
+        keys: of the random ones, one an image.
+        looked: true for each region that was looked at.
+        seen: boxes from which sizes and shapes are taken.
+        targets: what is to be found.
+        side: of the images in pixels.
+    """
+    drawn = random_regions(keys, looked.shape[1], seen, side)
+    curve = points(recall_so_far(drawn, torch.ones_like(looked), targets))
+    found = {"random": (float(recall_so_far(drawn, looked, targets)[-1]), curve)}
+    mean = max(1, round(float(looked.sum(1).float().mean())))
+    slid = {}
+    for count in sorted({mean, *(count for count in CURVE if count <= looked.shape[1])}):
+        boxes = sliding_boxes(count, seen, len(targets.mask), side)
+        slid[count] = float(recall_so_far(boxes.boxes, boxes.mask, targets)[-1])
+    found["sliding"] = slid[mean], [(float(count), recall) for count, recall in slid.items()]
+    return found
+
+
+def random_regions(keys: Int[Tensor, " batch"], count: int, seen: Boxes, side: int) -> Float[Tensor, "batch count 4"]:
+    """Boxes anywhere within the image, each as wide and high as one of those seen before, which is drawn."""
+    sizes = (seen.boxes[..., 2:] - seen.boxes[..., :2])[seen.wanted]
     pick = noise.integers(noise.fold(keys, "size"), len(sizes), count)
     size = sizes[pick]
     low = noise.uniform(noise.fold(keys, "place"), count, 2) * (side - size)

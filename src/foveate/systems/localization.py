@@ -24,24 +24,32 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.classification import check_images
-from foveate.data.detection import Detections, check_objects, chosen, load_detections, of_class, several_views, showing
+from foveate.data.detection import (
+    Detections,
+    check_objects,
+    chosen,
+    load_detections,
+    of_class,
+    several_views,
+    showing,
+    subset,
+)
 from foveate.data.picture_folders import check_memory, read_pictures
-from foveate.envs.box_search import ACTIONS, TRIGGER, BoxSearchEnv, SearchState
+from foveate.envs.box_search import ACTIONS, TRIGGER, BoxSearchEnv
 from foveate.geometry import Boxes
 from foveate.learn.q_learning import Dueling
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.box_slots import BoxSlots, slot_loss
-from foveate.models.region_q import NEVER, RegionQ, Regions
+from foveate.models.region_q import RegionQ, seen_maps
 from foveate.pictures.searches import search_frames, search_grid
-from foveate.rewards.boxes import corpus_average_precision
-from foveate.rewards.regions import best_shape, random_regions, recall_so_far, sliding
-from foveate.rewards.sets import set_scores
+from foveate.rewards import regions as judged
+from foveate.rewards.regions import Searched, ap50
 from foveate.run import Run
 from foveate.two_steps import restored, tracked
 from foveate.types import Evaluation, InputError, concatenate, map_tree
@@ -120,8 +128,6 @@ PART = "policy"  # the tracked part that holds the policy
 SHARE = 0.5  # of the budget for the agent; the rest is the regressor's
 AT_ONCE = 250  # images searched together where nothing is learned
 HELD_OUT = 100  # images of val that are searched in training
-SPENT = 0.01  # of AP on val that giving up may cost
-CURVE = (1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 49, 64, 81, 100)  # numbers of sliding windows
 _load = lru_cache(maxsize=6)(load_detections)
 
 
@@ -179,29 +185,10 @@ def _regressor(config: Config) -> BoxSlots:
     return BoxSlots(config.triggers, config.image_size, config.backbone, *sizes)
 
 
-def _regions(state: SearchState, maps: Tensor | None, pixels: Tensor | None = None) -> Regions:
-    """What the network is shown of a state: maps that are there already, or the images in play, each once."""
-    marked = torch.arange(state.marks.shape[1], device=state.box.device) < state.triggered[:, None]
-    told = state.box, state.marks, marked, state.history
-    if maps is not None:
-        return Regions(state.image, *told, maps=maps)
-    assert pixels is not None
-    images, number = state.image.unique(return_inverse=True)
-    return Regions(number, *told, images=pixels[images].float() / 255)
-
-
-def _maps(network: RegionQ | BoxSlots, pixels: Tensor, device: torch.device) -> Tensor:
-    """Maps of all pictures, once."""
-    with torch.no_grad():
-        return torch.cat([network.see(some.to(device).float() / 255) for some in pixels.split(64)])
-
-
 def train(config: Config, run: Run) -> None:
     """Learn to search; then, for as long, the regressor that sees as much and is told where the boxes are."""
-    data, val = (
-        several_views(showing(_data(config, "train")), config.views or 1),
-        _first(_data(config, "val"), HELD_OUT),
-    )
+    data, val = several_views(showing(_data(config, "train")), config.views or 1), _data(config, "val")
+    val = subset(val, torch.arange(min(HELD_OUT, len(val))))
     torch.manual_seed(config.seed)
     policy, optimizer, keeper = tracked(run, PART, build(config), by="held_out_ap50")
     torch.manual_seed(config.seed)
@@ -210,18 +197,17 @@ def train(config: Config, run: Run) -> None:
     if policy.eye is None:  # it stands still: every picture is seen once, for both
         side = config.image_size // policy.stride
         check_memory(config.backbone, (len(data), policy.channels, side, side), 4)
-        maps = _maps(policy, data.pixels, run.device)
+        maps = seen_maps(policy, data.pixels)
     env = BoxSearchEnv(config.copies, detections=data, device=run.device, spare=config.spare, **_task(config))
     env.reset(seed=config.seed + run.rank * config.copies)
     target, env, replay = run.track(
         target=build(config), env=env, replay=Replay(env.state, -(-config.replay // config.copies))
     )
-    how: dict[str, Any] = {"look": partial(_regions, maps=maps, pixels=pixels), "good": env.rewarded}
+    how: dict[str, Any] = {"look": partial(env.regions, maps=maps), "good": env.rewarded}
     how |= {"keeper": keeper, "validate": partial(_held_out, config, policy, val)}
     learn_by_acting(run, PART, SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
     policy.eval()
-    policy.level.fill_(_level(_search(config, policy, val), val.boxes))
-    score = partial(_slots_held_out, slots, val)
+    policy.level.fill_(judged.giving_up(_search(config, policy, val), val.boxes))
     for step in run.steps("regressor", 1 - SHARE):
         if step == 0:
             slots_keeper.begin()
@@ -229,49 +215,26 @@ def train(config: Config, run: Run) -> None:
         rows = noise.examples(config.seed, step, config.batch, len(data))[here].to(run.device)
         seen = slots.see(pixels[rows].float() / 255) if maps is None else maps[rows]
         boxes = map_tree(lambda leaf, rows=rows: leaf[rows.to(leaf.device)].to(run.device), data.boxes)
-        losses = slot_loss(*slots(seen), boxes, config.image_size)
+        placed, logits = slots(seen)
+        losses = slot_loss(placed, logits, boxes, config.image_size)
         set_learning_rate(slots_optimizer, one_cycle(run.progress, config.learning_rate))
         run.optimise(torch.stack(list(losses.values())).sum(), slots_optimizer, clip=1.0)
         run.log(**{name: loss.detach() for name, loss in losses.items()})
         if (step + 1) % 500 == 0:
-            slots_keeper.offer(slots, (found := score())["held_out_ap50"])
-            run.log(**found)
-    slots_keeper.offer(slots, score()["held_out_ap50"])
+            slots_keeper.offer(slots, found := ap50(_slots_found(slots, val), val.boxes))
+            run.log(held_out_ap50=found)
+    slots_keeper.offer(slots, ap50(_slots_found(slots, val), val.boxes))
     slots.load_state_dict(slots_keeper.best.state_dict())
     run.save()
-
-
-def _first(data: Detections, count: int) -> Detections:
-    return replace(data, pixels=data.pixels[:count], boxes=map_tree(lambda leaf: leaf[:count], data.boxes))
-
-
-@dataclass(frozen=True)
-class Searched:
-    """Searches, padded to one length: what was looked at, how much the best action promised, and what was triggered."""
-
-    regions: Float[Tensor, "batch time 4"]
-    values: Float[Tensor, "batch time"]
-    looked: Bool[Tensor, "batch time"]
-    fired: Bool[Tensor, "batch time"]
-
-    def until(self, level: float) -> Searched:
-        """Given up at the first region whose best value is below a level."""
-        ends = (self.looked & (self.values < level)).int().cumsum(1)
-        looked = self.looked & (F.pad(ends, (1, 0))[:, :-1] == 0)
-        return replace(self, looked=looked, fired=self.fired & looked & (ends == 0))
-
-    def boxes(self) -> Boxes:
-        """What was triggered, with the trigger's value as score."""
-        return Boxes(self.regions, torch.zeros_like(self.fired, dtype=torch.int64), self.fired, self.values)
 
 
 def _search(config: Config, policy: RegionQ, data: Detections) -> Searched:
     """Search greedily in all pictures, to the end."""
     device, horizon, found = policy.level.device, config.patience * config.triggers, []
     for rows in torch.arange(len(data)).split(AT_ONCE):
-        some = replace(data, pixels=data.pixels[rows], boxes=map_tree(lambda leaf, rows=rows: leaf[rows], data.boxes))
+        some = subset(data, rows)
         env = BoxSearchEnv(len(rows), detections=some, device=device, autoreset="disabled", **_task(config))
-        look = partial(_regions, maps=_maps(policy, some.pixels, device))
+        look = partial(env.regions, maps=seen_maps(policy, some.pixels))
         made = walk(env, policy, torch.arange(len(rows), device=device), look)
         fired, rest = made.taken & (made.actions == TRIGGER), horizon - made.taken.shape[1]
         parts = made.values, made.taken, fired
@@ -280,32 +243,17 @@ def _search(config: Config, policy: RegionQ, data: Detections) -> Searched:
     return map_tree(lambda leaf: leaf.cpu(), concatenate(found, 0))
 
 
-def _ap50(found: Boxes, targets: Boxes) -> float:
-    return corpus_average_precision(found, targets, 1)["map50"]
-
-
 def _held_out(config: Config, policy: RegionQ, val: Detections) -> dict[str, float]:
     policy.eval()
     found = _search(config, policy, val)
-    recall = float(recall_so_far(found.regions, found.looked, val.boxes)[-1])
-    return {"held_out_ap50": _ap50(found.boxes(), val.boxes), "held_out_recall": recall}
-
-
-def _slots_held_out(slots: BoxSlots, val: Detections) -> dict[str, float]:
-    return {"held_out_ap50": _ap50(_slots_found(slots, val), val.boxes)}
+    recall = float(judged.recall_so_far(found.regions, found.looked, val.boxes)[-1])
+    return {"held_out_ap50": ap50(found.boxes(), val.boxes), "held_out_recall": recall}
 
 
 def _slots_found(slots: BoxSlots, data: Detections) -> Boxes:
     slots.eval()
-    found = slots.found(_maps(slots, data.pixels, next(slots.parameters()).device))
+    found = slots.found(seen_maps(slots, data.pixels))
     return map_tree(lambda leaf: leaf.cpu(), found)
-
-
-def _level(found: Searched, targets: Boxes) -> float:
-    """The value below which a search is given up: the highest that costs at most `SPENT` of the AP."""
-    levels = found.values[found.looked].quantile(torch.linspace(0, 0.95, 20)).tolist()
-    scores = [_ap50(found.until(level).boxes(), targets) for level in (NEVER, *levels)]
-    return max(level for level, score in zip((NEVER, *levels), scores, strict=True) if score >= max(scores) - SPENT)
 
 
 def evaluate(config: Config, policy: RegionQ, run: Run, elsewhere: bool = False) -> Evaluation:
@@ -316,56 +264,27 @@ def evaluate(config: Config, policy: RegionQ, run: Run, elsewhere: bool = False)
     middle; `random` boxes of the sizes of training objects, and `sliding` windows, as many as the agent looked at.
     The shapes of `centre` and `sliding` are those best on the training split.
     """
-    data, train_, side = _data(config, "test"), _data(config, "train"), config.image_size
+    data, seen, side = _data(config, "test"), _data(config, "train").boxes, config.image_size
     found = _search(config, policy, data).until(float(policy.level))
-    metrics, curve = _scores(found, data.boxes)
     torch.manual_seed(config.seed)
     before = _search(config, build(config).to(run.device).eval(), data)
-    baselines, series = {}, {"agent": curve}
-    baselines["untrained"], series["untrained"] = _scores(before, data.boxes)
+    series, baselines = {}, {}
+    metrics, series["agent"] = judged.search_scores(found, data.boxes)
+    baselines["untrained"], series["untrained"] = judged.search_scores(before, data.boxes)
     for name, slots in restored(run, {"regressor": "regressor"}, partial(_regressor, config)).items():
-        baselines[name] = _box_scores(_slots_found(slots, data), data.boxes)
-    centre = sliding(1, best_shape(1, train_.boxes, side), side).expand(len(data), -1, -1)
-    one = torch.ones(len(data), 1)
-    baselines["centre"] = _box_scores(Boxes(centre, one.long() * 0, one.bool(), one), data.boxes)
-    sizes = (train_.boxes.boxes[..., 2:] - train_.boxes.boxes[..., :2])[train_.boxes.wanted]
-    keys = noise.key(config.seed, "random regions", torch.arange(len(data)))
-    drawn = random_regions(keys, found.looked.shape[1], sizes, side)
-    baselines["random"] = {"recall": float(recall_so_far(drawn, found.looked, data.boxes)[-1])}
-    series["random"] = _points(recall_so_far(drawn, torch.ones_like(found.looked), data.boxes))
-
-    def slid(count: int) -> float:
-        windows = sliding(count, best_shape(count, train_.boxes, side), side).expand(len(data), -1, -1)
-        return float(recall_so_far(windows, torch.ones(windows.shape[:2]).bool(), data.boxes)[-1])
-
-    baselines["sliding"] = {"recall": slid(max(1, round(float(found.looked.sum(1).float().mean()))))}
-    series["sliding"] = [(float(count), slid(count)) for count in CURVE if count <= found.looked.shape[1]]
+        baselines[name] = judged.box_scores(_slots_found(slots, data), data.boxes)
+    baselines["centre"] = judged.box_scores(judged.sliding_boxes(1, seen, len(data), side), data.boxes)
+    keys = noise.key(config.seed, "random", torch.arange(len(data)))
+    for name, (recall, points) in judged.other_regions(keys, found.looked, seen, data.boxes, side).items():
+        baselines[name], series[name] = {"recall": recall}, points
     return Evaluation(metrics, baselines, {"recall against regions looked at": series})
-
-
-def _scores(found: Searched, targets: Boxes) -> tuple[dict[str, float], list[tuple[float, float]]]:
-    """Metrics of searches, and recall by the number of regions."""
-    so_far = recall_so_far(found.regions, found.looked, targets)
-    scores = _box_scores(found.boxes(), targets) | {"recall": float(so_far[-1])}
-    hits = recall_so_far(found.regions, found.fired, targets)[-1] * targets.wanted.sum()
-    scores["regions"] = float(found.looked.sum() / hits.clamp(min=1))
-    return scores, _points(so_far)
-
-
-def _box_scores(found: Boxes, targets: Boxes) -> dict[str, float]:
-    looked = recall_so_far(found.boxes, found.mask, targets)[-1]
-    return {"ap50": _ap50(found, targets), "f1": set_scores(found, targets)["f1"], "recall": float(looked)}
-
-
-def _points(recalls: Tensor) -> list[tuple[float, float]]:
-    return [(float(place + 1), recall) for place, recall in enumerate(recalls.tolist())]
 
 
 def predict(config: Config, policy: RegionQ, images: Pictures) -> dict[str, Tensor]:
     """Search in images in [0, 1].
 
-    Returns `boxes` [batch, triggers, 4] in pixels of the images, `scores` (the trigger's value) and `mask`; and of every
-    step `regions` [batch, time, 4], `looked`, `fired` and `values`.
+    Returns `boxes` [batch, triggers, 4] in pixels of the images, `scores` (the trigger's value) and `mask`; and of
+    every step `regions` [batch, time, 4], `looked`, `fired` and `values`.
 
     Raises:
         InputError: the images break the convention, or are not RGB.
@@ -396,13 +315,15 @@ def picture(config: Config, policy: RegionQ, run: Run, images: Pictures | None =
         test = _data(config, "test")
         images, truth = chosen(test, torch.arange(min(8, len(test))))
     images = images.cpu()
-    device = policy.level.device
-    way = {name: value.cpu() for name, value in predict(config, policy, images.to(device)).items()}
+    way = predict(config, policy, images)
     names = config.classes or ("object",)
-    searches = search_grid(images, *(way[name] for name in ("regions", "looked", "fired", "values")), truth, names)
-    first = way["looked"][0]
-    frames = search_frames(images[0], *(way[name][0][first] for name in ("regions", "fired", "values")))
-    return {"searches": searches, "first search": frames}
+    regions, looked, fired, values = (way[name] for name in ("regions", "looked", "fired", "values"))
+    searches = search_grid(images, regions, looked, fired, values, truth, names)
+    seen = looked[0]
+    return {
+        "searches": searches,
+        "first search": search_frames(images[0], regions[0][seen], fired[0][seen], values[0][seen]),
+    }
 
 
 def read(config: Config, path: Path) -> Pictures:
@@ -413,6 +334,6 @@ def read(config: Config, path: Path) -> Pictures:
 def check(config: Config) -> dict[str, Any]:
     """The first training pictures with their boxes, and further views of them."""
     data = showing(_data(config, "train"))
-    data = several_views(_first(data, 8), min(config.views or 1, 2))
+    data = several_views(subset(data, torch.arange(min(8, len(data)))), min(config.views or 1, 2))
     images, boxes = chosen(data, torch.arange(len(data)))
     return {"data": pictures.box_grid(images, {"truth": boxes}, data.classes, columns=4)}
