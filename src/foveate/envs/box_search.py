@@ -43,7 +43,7 @@ FRAME = (255, 160, 0)  # colour of the box in a picture
 
 @dataclass(frozen=True)
 class SearchState:
-    """Coordinates, actions and image numbers: a tree of [batch, ...] that a replay can hold.
+    """Coordinates, actions and image numbers: a tree of [batch, ...] that a replay can hold, or [batch, time, ...].
 
     Attributes:
         image: its number.
@@ -56,14 +56,14 @@ class SearchState:
         begun: how often it began again.
     """
 
-    image: Int[Tensor, " batch"]
-    box: Float[Tensor, "batch 4"]
-    history: UInt8[Tensor, "batch past"]
-    marks: Float[Tensor, "batch triggers 4"]
-    triggered: Int[Tensor, " batch"]
-    free: Bool[Tensor, "batch objects"]
-    age: Int[Tensor, " batch"]
-    begun: Int[Tensor, " batch"]
+    image: Int[Tensor, "*batch"]
+    box: Float[Tensor, "*batch 4"]
+    history: UInt8[Tensor, "*batch past"]
+    marks: Float[Tensor, "*batch triggers 4"]
+    triggered: Int[Tensor, "*batch"]
+    free: Bool[Tensor, "*batch objects"]
+    age: Int[Tensor, "*batch"]
+    begun: Int[Tensor, "*batch"]
 
 
 class BoxSearchEnv(TensorEnv):
