@@ -16,12 +16,12 @@ from torchvision.ops import roi_align
 import foveate
 from foveate import noise
 from foveate.cli import main
-from foveate.data.detection import Detections, load_detections, of_class, several_views, showing, subset
+from foveate.data.detection import Detections, load_detections, of_class, several_views, showing
 from foveate.envs.box_search import ACTIONS, TRIGGER, BoxSearchEnv
 from foveate.geometry import Boxes
 from foveate.learn.q_learning import Dueling
 from foveate.models.box_slots import BoxSlots, matched, slot_loss
-from foveate.models.region_q import AROUND, CROSS, REGION, RegionQ, Regions, crossed, region_cells, seen_maps
+from foveate.models.region_q import AROUND, CROSS, REGION, RegionQ, crossed, region_cells, seen_maps
 from foveate.rewards.regions import Searched, best_shape, giving_up, random_regions, recall_so_far, sliding
 from foveate.run import Run
 from foveate.systems import localization
@@ -424,3 +424,16 @@ def test_real_pictures_are_searched(shared_data: Path, tmp_path: Path) -> None:
     found = json.loads((made.folder / "evaluation.json").read_text())
     assert found["baselines"]["centre"]["ap50"] > 0.3, "most raccoons sit in the middle"
     assert found["baselines"]["centre"]["ap50"] > found["metrics"]["ap50"], "nothing was learned in two steps"
+
+
+def test_searching_is_learned(tmp_path: Path) -> None:
+    """One object in small scenes, in some seconds: better than before, and than a box in the middle."""
+    settings = TINY | {"width": 16, "hidden": 64, "bins": 5, "batch": 64, "copies": 32, "patience": 20, "scenes": 400}
+    settings |= {"objects": 1, "triggers": 1, "discount": 0.3, "ahead": 1, "learning_rate": 3e-3, "replay": 20_000}
+    made = foveate.train("localization", steps=900, out=tmp_path / "run", device="cpu", **settings)
+    found = json.loads((made.folder / "evaluation.json").read_text())
+    rows, ours = found["baselines"], found["metrics"]
+    for name in ("untrained", "centre"):
+        assert ours["ap50"] > rows[name]["ap50"] + 0.1, name
+    for name in ("untrained", "random", "sliding"):
+        assert ours["recall"] > rows[name]["recall"] + 0.1, name

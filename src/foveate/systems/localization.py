@@ -116,7 +116,7 @@ class Config:
     """steps over which rewards are summed before a value is bootstrapped"""
     discount: float = 0.9
     """of what comes later, a step"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """of Adam at its peak"""
     replay: int = 100_000
     """transitions that are kept"""
@@ -128,6 +128,7 @@ PART = "policy"  # the tracked part that holds the policy
 SHARE = 0.5  # of the budget for the agent; the rest is the regressor's
 AT_ONCE = 250  # images searched together where nothing is learned
 HELD_OUT = 100  # images of val that are searched in training
+SHAPED = 500  # training pictures of whose objects the baselines take their shapes
 _load = lru_cache(maxsize=6)(load_detections)
 
 
@@ -264,7 +265,8 @@ def evaluate(config: Config, policy: RegionQ, run: Run, elsewhere: bool = False)
     middle; `random` boxes of the sizes of training objects, and `sliding` windows, as many as the agent looked at.
     The shapes of `centre` and `sliding` are those best on the training split.
     """
-    data, seen, side = _data(config, "test"), _data(config, "train").boxes, config.image_size
+    data, shown, side = _data(config, "test"), showing(_data(config, "train")), config.image_size
+    seen = subset(shown, torch.arange(min(SHAPED, len(shown)))).boxes
     found = _search(config, policy, data).until(float(policy.level))
     torch.manual_seed(config.seed)
     before = _search(config, build(config).to(run.device).eval(), data)
