@@ -6,7 +6,7 @@
 | action | move the box right, left, up, down, make it bigger, smaller, fatter, taller; or trigger |
 | reward | of a move: the sign of the change in IoU with the best object left; of the trigger: 3 if it is 0.6, else -3 |
 | horizon | 40 steps for each of `triggers` triggers |
-| learner | Q-learning with a replay: double, dueling, three steps, guided exploration |
+| learner | Q-learning with a replay: double, dueling, guided exploration |
 | corner | value |
 
 Caicedo and Lazebnik 2015, "Active object localization with deep reinforcement learning" (ICCV; arXiv 1511.06015). What
@@ -112,9 +112,9 @@ class Config:
     """searches that go on side by side"""
     batch: int = 128
     """transitions in an update"""
-    ahead: int = 3
+    ahead: int = 1
     """steps over which rewards are summed before a value is bootstrapped"""
-    discount: float = 0.9
+    discount: float = 0.3
     """of what comes later, a step"""
     learning_rate: float = 3e-3
     """of Adam at its peak"""
