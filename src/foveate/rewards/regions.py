@@ -71,9 +71,14 @@ def points(recalls: Float[Tensor, " count"]) -> list[tuple[float, float]]:
 
 
 def giving_up(found: Searched, targets: Boxes) -> float:
-    """The value below which searches are given up: the highest that costs at most `SPENT` of their AP here."""
+    """The value below which searches are given up: the highest that costs at most `SPENT` of their AP here.
+
+    Where nothing is found yet there is nothing to tell it by: they never are.
+    """
     levels = (NEVER, *found.values[found.looked].quantile(torch.linspace(0, 0.95, 20)).tolist())
     scores = [ap50(found.until(level).boxes(), targets) for level in levels]
+    if max(scores) <= SPENT:
+        return NEVER
     return max(level for level, score in zip(levels, scores, strict=True) if score >= max(scores) - SPENT)
 
 
