@@ -50,6 +50,7 @@ QUICK = {
         "tuning_batch": 2,
         "samples": 2,
     },
+    "landmarks": {"spacing": 8.0, "warps": 4, "copies": 8, "rows": 50, "batch": 8, "starts": 1, "side": 8, "registrations": 1},
     "foveating-grid": {"batch": 16, "episodes": 200},
     "tune-captioner": {"scenes": 64, "image_size": 16, "width": 16, "depth": 1, "batch": 4, "tuning_batch": 4},
     "tune-segmenter": {"batch": 4, "looks": 4, "image_size": 24, "width": 8},

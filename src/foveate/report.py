@@ -18,7 +18,7 @@ from PIL import Image
 from foveate.types import Evaluation, InputError
 
 LOWER_IS_BETTER = frozenset(
-    ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds")
+    ("deviation", "distance", "error", "failures", "glimpses", "loss", "minutes", "nll", "regret", "seconds", "steps")
 )
 HIGHER_IS_BETTER = frozenset(
     (

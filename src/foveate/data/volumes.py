@@ -31,6 +31,7 @@ DATASETS: dict[str, str] = {
     "folder": "ROOT/*.nii.gz (or ROOT/images/) and ROOT/landmarks.csv",
 }
 SPACING = {"template": 3.0, "decathlon": 1.0, "afids": 2.0}  # mm
+WARPS = {"template": 64, "decathlon": 4, "afids": 24, "folder": 4}  # of each volume to train on
 WARPED = {"val": 12, "test": 24}  # warps of a template to choose by and to test on
 TEMPLATE = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 # mm to the right, anterior and superior in the space of MNI152NLin2009 symmetric, rounded to 0.1: the mean placements of
@@ -284,13 +285,44 @@ def read_volumes(path: Path, spacing: float) -> dict[str, Tensor]:
     if not paths:
         raise InputError(f"{path}: no volumes (*.nii.gz, *.nii) directly in it: name another folder or file")
     grids = [isotropic(read_grid(each), spacing) for each in paths]
-    empty = torch.zeros(1, 0, 3)
-    found = gathered(
-        [_bytes(grid.voxels[None]) for grid in grids], [empty] * len(grids), (), (), spacing, "folder", "all"
-    )
+    none = [torch.zeros(1, 0, 3)] * len(grids)
+    found = gathered([_bytes(grid.voxels[None]) for grid in grids], none, (), (), spacing, "folder", "all")
     return {
         "volume": found.voxels[:, None].float() / 255,
         "spacing": torch.full((len(grids), 3), spacing),
         "size": found.sizes,
         "affine": torch.stack([grid.affine for grid in grids]),
     }
+
+
+def volumes_of(
+    volumes: Float[Tensor, "batch 1 depth height width"],
+    spacing: Float[Tensor, "batch 3"],
+    wanted: float,
+    names: tuple[str, ...],
+    sizes: Int[Tensor, "batch 3"] | None = None,
+) -> Volumes:
+    """Volumes of the user, resampled to one spacing; of their landmarks only the names are known.
+
+    Args:
+        volumes: in [0, 1]; axes right, anterior, superior for width, height, depth.
+        spacing: mm between voxels, x, y, z.
+        wanted: the spacing to resample to.
+        names: of the landmarks.
+        sizes: voxels along x, y, z where the rest of a volume is padding.
+
+    Raises:
+        InputError: values outside of [0, 1], no volume, or a spacing that is not above 0.
+    """
+    if not len(volumes) or not bool(((volumes >= 0) & (volumes <= 1)).all()):
+        found = f"{float(volumes.min()):g} to {float(volumes.max()):g}" if len(volumes) else "none"
+        raise InputError(f"volumes: found values of {found}, expected [0, 1]; stretch them, or read files by `read`")
+    if not bool((spacing > 0).all()):
+        raise InputError(f"spacing: found {float(spacing.min()):g} mm, expected more than 0")
+    found, eye = [], torch.eye(4)
+    for row, (volume, sides) in enumerate(zip(volumes, spacing.tolist(), strict=True)):
+        depth, height, width = volume.shape[1:] if sizes is None else sizes[row].tolist()[::-1]
+        grid = Grid(volume[0, :depth, :height, :width], (sides[0], sides[1], sides[2]), eye)
+        found.append(_bytes(isotropic(grid, wanted).voxels[None]))
+    none = [torch.zeros(1, len(names), 3)] * len(found)
+    return gathered(found, none, names, tuple(map(str, range(len(found)))), wanted, "folder", "all")
