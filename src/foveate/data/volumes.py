@@ -1,8 +1,8 @@
 """Volumes with landmarks: a brain template under warps, or NIfTI files with their points, in memory at one spacing.
 
 Every volume is turned to right-anterior-superior axes and resampled to the same spacing in all directions; volumes of
-different sizes stand at the first voxels of equally large boxes, and `sizes` says where they end. Splits are fixed: they
-depend on the data alone, never on the seed of a run.
+different sizes stand at the first voxels of equally large boxes, and `sizes` says where they end. Splits are fixed:
+they depend on the data alone, never on the seed of a run.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SPACING = {"template": 3.0, "decathlon": 1.0, "afids": 2.0}  # mm
 WARPS = {"template": 64, "decathlon": 4, "afids": 24, "folder": 4}  # of each volume to train on
 WARPED = {"val": 12, "test": 24}  # warps of a template to choose by and to test on
 TEMPLATE = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
-# mm to the right, anterior and superior in the space of MNI152NLin2009 symmetric, rounded to 0.1: the mean placements of
-# Lau et al. 2019, "A framework for evaluating correspondence between brain images using anatomical fiducials" (CC BY 4.0)
+# mm to the right, anterior and superior in the space of MNI152NLin2009 symmetric, rounded to 0.1: the placements of Lau
+# et al. 2019, "A framework for evaluating correspondence between brain images using anatomical fiducials" (CC BY 4.0)
 MNI_POINTS: Points = {
     "AC": (-0.1, 2.6, -4.8),
     "PC": (0.1, -25.1, -2.1),
@@ -74,6 +74,11 @@ class Volumes:
     def __len__(self) -> int:
         return len(self.voxels)
 
+    def cut(self, row: int) -> Float[Tensor, "mydepth myheight mywidth"]:
+        """A volume without its padding, in [0, 1]."""
+        width, height, depth = self.sizes[row].tolist()
+        return self.voxels[row, :depth, :height, :width].float() / 255
+
     @property
     def relative(self) -> Float[Tensor, "size landmarks 3"]:
         """Landmarks in parts of their volume's size: 0 at its first voxel, 1 at its last."""
@@ -86,8 +91,8 @@ def load_volumes(
 ) -> Volumes:
     """Read one split of a data set into memory.
 
-    - template: `warps` warps of nilearn's brain template to train on, up to `WARPED` others to choose by and to test on,
-      with the points of `MNI_POINTS`.
+    - template: `warps` warps of nilearn's brain template to train on, up to `WARPED` others to choose by and to test
+      on, with the points of `MNI_POINTS`.
     - afids: as many warps of every template in the folder, with the points of its file.
     - decathlon, folder: files are split by the hash of their names, 20 % test and 15 % of the rest val; each volume to
       train on is there as it is and in `warps` - 1 weaker warps.
@@ -126,9 +131,7 @@ def _template() -> Path:
     try:
         import nilearn
     except ImportError as error:
-        raise InputError(
-            "data: the template lies in nilearn; install it: pip install 'foveate[volumes]'"
-        ) from error
+        raise InputError("data: the template lies in nilearn; install it: pip install 'foveate[volumes]'") from error
     path = Path(nilearn.__file__).parent / "datasets" / "data" / TEMPLATE
     if not path.is_file():
         raise InputError(f"{path}: does not exist; this nilearn has no such template: pip install 'nilearn>=0.11'")
@@ -151,7 +154,12 @@ def _templates(root: Path) -> dict[str, tuple[Path, Points]]:
 
 
 def _of_template(
-    templates: dict[str, tuple[Path, Points]], name: str, split: Part, spacing: float | None, warps: int, strength: float
+    templates: dict[str, tuple[Path, Points]],
+    name: str,
+    split: Part,
+    spacing: float | None,
+    warps: int,
+    strength: float,
 ) -> Volumes:
     spacing = spacing or SPACING[name]
     names = tuple(next(iter(templates.values()))[1])
@@ -168,9 +176,7 @@ def _of_template(
     return gathered([one for one, _ in made], [points for _, points in made], names, files, spacing, name, split)
 
 
-def _of_files(
-    root: Path, name: str, split: Part, spacing: float | None, warps: int, strength: float
-) -> Volumes:
+def _of_files(root: Path, name: str, split: Part, spacing: float | None, warps: int, strength: float) -> Volumes:
     places = [root / "imagesTr"] if name == "decathlon" else [root / "imagesTr", root / "images", root]
     folder = next((place for place in places if place.is_dir() and files_in(place)), None)
     if folder is None:

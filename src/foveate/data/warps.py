@@ -1,8 +1,8 @@
 """Random affine and elastic warps of volumes, and where they take points.
 
-A warp says for every place of the new volume where in the old one its value is from: p ↦ A (p - c) + c + t + u(p), with
-c the middle of the volume and u a sum of waves, smooth everywhere. A point of the old volume lies where the warp leads to
-it, found by iteration: the waves are long and low, so that u moves less than the place it is taken at.
+A warp says for every place of the new volume where in the old one its value is from: p ↦ A (p - c) + c + t + u(p),
+with c the middle of the volume and u a sum of waves, smooth everywhere. A point of the old volume lies where the warp
+leads to it, found by iteration: the waves are long and low, so that u moves less than the place it is taken at.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def moved(warps: Warps, points: Float[Tensor, "batch count 3"]) -> Float[Tensor,
     return places
 
 
-def warped(
-    warps: Warps, volume: Float[Tensor, "depth height width"]
-) -> Float[Tensor, "batch depth height width"]:
+def warped(warps: Warps, volume: Float[Tensor, "depth height width"]) -> Float[Tensor, "batch depth height width"]:
     """New volumes of the same size, 0 where nothing was."""
     depth, height, width = volume.shape
     line = [torch.arange(count, dtype=torch.float32, device=volume.device) for count in (depth, height, width)]

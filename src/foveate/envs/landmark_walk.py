@@ -4,21 +4,21 @@ learning agents for anatomical landmark detection").
 
 | | |
 |---|---|
-| state | the volume's and the landmark's number, the scale, the place, the last places at this scale, the part that is shown |
+| state | the volume's and the landmark's number, the scale, the place, the last places at this scale, what is shown |
 | observation | `cube`: voxels around the place at its scale; `landmark` and `scale`, one-hot |
 | action | one voxel of the present scale to the right, left, anterior, posterior, superior or inferior |
 | reward | decrease of the squared distance to the landmark in parts of the squared step, cut to [-1, 1] |
 | horizon | 100 steps; it ends when a place of the finest scale is visited again, or outside of what is shown |
 
 Places are voxels of a pyramid: at scale k every 2^k-th voxel of a volume that was smoothed as often, so that a step is
-2^k voxels long and a cube as many times wider. A place visited again means that the walk turns around: it goes on at the
-next finer scale.
+2^k voxels long and a cube as many times wider. A place visited again means that the walk turns around: it goes on at
+the next finer scale.
 
 With d the landmark's distance along the axis of the action, in steps, a step towards it decreases the squared distance
 in mm² by (2|d| - 1) squared steps: from one step away on the reward is 1 or -1, nearer it tells how near.
 
-A part of the volumes can be shown without the landmark (`absent`): then the way leads out of it, and leaving is rewarded
-by 1; where the landmark is there, it costs 1.
+A part of the volumes can be shown without the landmark (`absent`): then the way leads out of it, and leaving is
+rewarded by 1; where the landmark is there, it costs 1.
 """
 
 from __future__ import annotations
@@ -224,9 +224,7 @@ class LandmarkWalkEnv(TensorEnv):
         reward = torch.where(left, torch.where(self.hidden(state), 1.0, -1.0), reward)
         again = (state.past == moved[:, None]).all(2).any(1) & ~left
         finer = again & (state.scale > 0)
-        past = torch.cat((state.place[:, None], state.past[:, :-1]), 1).masked_fill(
-            finer[:, None, None], NOWHERE
-        )
+        past = torch.cat((state.place[:, None], state.past[:, :-1]), 1).masked_fill(finer[:, None, None], NOWHERE)
         after = WalkState(
             state.volume,
             state.landmark,
@@ -256,7 +254,7 @@ class LandmarkWalkEnv(TensorEnv):
 
     def voxel(self, state: WalkState) -> Float[Tensor, "batch 3"]:
         """The place in voxels of the volume, x, y, z."""
-        return state.place.float() * (2.0 ** state.scale)[:, None]
+        return state.place.float() * (2.0**state.scale)[:, None]
 
     def distance(self, state: WalkState) -> Float[Tensor, " batch"]:
         """From the place to the landmark, in mm."""
@@ -279,7 +277,7 @@ class LandmarkWalkEnv(TensorEnv):
         count = since.sum(1).clamp(min=1)[:, None]
         mean = torch.where(since[..., None], places, 0.0).sum(1) / count
         found = torch.where(again.any(1, keepdim=True), mean, state.place.float())
-        return found * (2.0 ** state.scale)[:, None]
+        return found * (2.0**state.scale)[:, None]
 
     def rewarded(self, state: WalkState) -> Bool[Tensor, "batch actions"]:
         """Steps that would be rewarded now: what guided exploration draws from."""
@@ -291,16 +289,16 @@ class LandmarkWalkEnv(TensorEnv):
 
     def _gains(self, state: WalkState) -> Float[Tensor, "batch actions"]:
         """Decrease of the squared distance by each step, in squared steps; spacings cancel."""
-        far = self._target(state) / (2.0 ** state.scale)[:, None] - state.place
+        far = self._target(state) / (2.0**state.scale)[:, None] - state.place
         return 2 * far @ self.steps.T.float() - 1
 
     def _outside(self, state: WalkState, places: Tensor) -> Bool[Tensor, "batch count"]:
-        step = (2.0 ** state.scale)[:, None, None]
+        step = (2.0**state.scale)[:, None, None]
         full, slack = places * step, SLACK * step
         return ((full < state.low[:, None] - slack) | (full > state.high[:, None] + slack)).any(2)
 
     def draw(self, state: WalkState) -> UInt8[Tensor, "batch height width 3"]:
-        """The three slices through the place, superior and anterior up: axial, coronal, sagittal; place and landmark."""
+        """Axial, coronal and sagittal slice through the place, superior and anterior up; the place and the landmark."""
         depth, height, width = self._sides
         at, truth = (self._within(value) for value in (self.voxel(state), self._target(state)))
         first = self._begins[0] + state.volume.long() * self._strides[0, 3]
@@ -330,7 +328,9 @@ class LandmarkWalkEnv(TensorEnv):
         return torch.minimum(voxels.round().long().clamp(min=0), last)
 
 
-def halved(volumes: Float[Tensor, "size 1 depth height width"]) -> Float[Tensor, "size 1 halfdepth halfheight halfwidth"]:
+def halved(
+    volumes: Float[Tensor, "size 1 depth height width"],
+) -> Float[Tensor, "size 1 halfdepth halfheight halfwidth"]:
     """Every second voxel of smoothed volumes: 1, 4, 6, 4, 1 along each axis (Burt and Adelson 1983)."""
     weights = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=volumes.device) / 16
     for dim in (2, 3, 4):

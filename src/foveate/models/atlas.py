@@ -62,6 +62,11 @@ def registered(
     return torch.tensor(places) / spacing
 
 
+def most_usual(points: Float[Tensor, "volumes landmarks 3"]) -> int:
+    """Which volume's landmarks are nearest to their mean over all: the one to make an atlas of."""
+    return int((points - points.mean(0)).norm(dim=2).mean(1).argmin())
+
+
 def _method(sitk: Any, fixed: Any, shrink: tuple[int, ...], first: Any) -> Any:
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(BINS)

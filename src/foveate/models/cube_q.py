@@ -1,15 +1,15 @@
 """Networks that look into volumes: values of steps from a cube of voxels, and a regressor of landmarks from the whole.
 
 The layers that look are shared by all landmarks and scales; each landmark has its own head at each scale (Ghesu et al.
-2019 train a network for each of both, Vlontzos et al. 2019, "Multiple landmark detection using multi-agent reinforcement
-learning", share the layers below the heads).
+2019 train a network for each of both, Vlontzos et al. 2019, "Multiple landmark detection using multi-agent
+reinforcement learning", share the layers below the heads).
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from foveate.types import InputError
@@ -92,20 +92,33 @@ class VolumeRegressor(nn.Module):
         nn.init.zeros_(self.point.weight)
         nn.init.constant_(self.point.bias, 0.5)
 
-    def forward(
-        self, volumes: Float[Tensor, "batch 1 side side side"]
+    def forward(self, volumes: UInt8[Tensor, "batch 1 side side side"]) -> Float[Tensor, "batch landmarks 3"]:
+        """Landmarks x, y, z in parts of the volume's size; volumes are those of `stretched`."""
+        return self.point(self.look(volumes.float() / 255)).view(-1, self.landmarks, 3)
+
+    @torch.no_grad()
+    def points(
+        self, volumes: UInt8[Tensor, "batch 1 side side side"], sizes: Int[Tensor, "batch 3"]
     ) -> Float[Tensor, "batch landmarks 3"]:
-        """Landmarks x, y, z in parts of the volume's size."""
-        return self.point(self.look(volumes)).view(-1, self.landmarks, 3)
+        """Landmarks in voxels of volumes of these sizes."""
+        self.eval()
+        found = torch.cat([self(some) for some in volumes.split(32)])
+        return found * (sizes[:, None] - 1)
 
 
+@torch.no_grad()
 def stretched(
-    volumes: Float[Tensor, "batch 1 depth height width"], sizes: Float[Tensor, "batch 3"], side: int
-) -> Float[Tensor, "batch 1 side side side"]:
+    volumes: UInt8[Tensor, "batch depth height width"], sizes: Int[Tensor, "batch 3"], side: int, at_once: int = 16
+) -> UInt8[Tensor, "batch 1 side side side"]:
     """Volumes (x, y, z voxels `sizes` of each; the rest is padding) stretched to cubes, smoothed if that is coarser."""
+    pairs = zip(volumes.split(at_once), sizes.split(at_once), strict=True)
+    return torch.cat([_stretched(some[:, None].float(), mine, side) for some, mine in pairs]).round().to(torch.uint8)
+
+
+def _stretched(volumes: Tensor, sizes: Tensor, side: int) -> Tensor:
     while min(volumes.shape[2:]) > 1.5 * side:
-        volumes = F.avg_pool3d(volumes, 3, 1, 1, count_include_pad=False)
-        volumes, sizes = volumes[:, :, ::2, ::2, ::2], (sizes + 1) // 2
+        volumes = F.avg_pool3d(volumes, 3, 1, 1, count_include_pad=False)[:, :, ::2, ::2, ::2]
+        sizes = (sizes + 1) // 2
     line = torch.linspace(0, 1, side, device=volumes.device)
     z, y, x = torch.meshgrid(line, line, line, indexing="ij")
     ends = (sizes - 1) / (torch.tensor(volumes.shape[:1:-1], device=volumes.device) - 1).clamp(min=1)
