@@ -74,6 +74,8 @@ def read_volume(path: Path) -> Grid:
     try:
         image = nibabel.load(path)
         values = np.asarray(image.dataobj, dtype=np.float32)
+        with nibabel.openers.ImageOpener(path) as file:  # as it stands there: on loading a spacing of 0 becomes 1
+            header = type(image.header).from_fileobj(file, check=False)
     except Exception as error:  # nibabel, zlib and the file system each have their own
         raise InputError(f"{path}: is no readable NIfTI file ({str(error).splitlines()[0]}); replace it") from error
     if values.ndim > 3 and values.shape[3:] == (1,) * (values.ndim - 3):
@@ -81,7 +83,7 @@ def read_volume(path: Path) -> Grid:
     if values.ndim != 3:
         shape = "x".join(map(str, values.shape))
         raise InputError(f"{path}: has {values.ndim} dimensions ({shape}), expected 3; save one time point or channel")
-    sides = np.linalg.norm(image.affine[:3, :3], axis=0), np.asarray(image.header["pixdim"][1:4], dtype=float)
+    sides = np.linalg.norm(image.affine[:3, :3], axis=0), np.asarray(header["pixdim"][1:4], dtype=float)
     for found in sides:
         if not (np.isfinite(found).all() and (np.abs(found) > 1e-6).all()):
             said = ", ".join(f"{side:g}" for side in found)

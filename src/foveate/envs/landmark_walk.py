@@ -53,7 +53,7 @@ Starts = Literal["near", "anywhere", "mean"]
 
 @dataclass(frozen=True)
 class WalkState:
-    """Numbers and places: a tree of [batch, ...] that a replay can hold, under 100 bytes a copy.
+    """Numbers and places: a tree of [batch, ...] that a replay can hold, under 100 bytes a copy. Walks have a time too.
 
     Attributes:
         volume: its number.
@@ -64,13 +64,13 @@ class WalkState:
         low, high: first and last voxel that is shown, x, y, z.
     """
 
-    volume: Int[Tensor, " batch"]
-    landmark: Int[Tensor, " batch"]
-    scale: Int[Tensor, " batch"]
-    place: Int[Tensor, "batch 3"]
-    past: Int[Tensor, "batch past 3"]
-    low: Int[Tensor, "batch 3"]
-    high: Int[Tensor, "batch 3"]
+    volume: Int[Tensor, "*batch"]
+    landmark: Int[Tensor, "*batch"]
+    scale: Int[Tensor, "*batch"]
+    place: Int[Tensor, "*batch 3"]
+    past: Int[Tensor, "*batch past 3"]
+    low: Int[Tensor, "*batch 3"]
+    high: Int[Tensor, "*batch 3"]
 
 
 class LandmarkWalkEnv(TensorEnv):

@@ -91,7 +91,7 @@ class Config:
     """of later rewards, a step"""
     learning_rate: float = 1e-3
     """peak of the one-cycle schedule of Adam, in both phases"""
-    starts: int = 9
+    starts: int = 5
     """walks to a landmark in use, of whose answers the median is taken"""
     side: int = 32
     """of the cube to which the regressor stretches volumes"""
