@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,7 @@ def _lines(path: Path) -> list[str]:
         raise InputError(f"{path}: cannot be read as text ({error.__class__.__name__}); expected landmarks") from error
 
 
-def _numbers(texts: list[str | None], where: str) -> tuple[float, float, float]:
+def _numbers(texts: Sequence[str | None], where: str) -> tuple[float, float, float]:
     try:
         x, y, z = (float(text or "") for text in texts)
     except ValueError as error:

@@ -323,8 +323,8 @@ def volumes_of(
         InputError: values outside of [0, 1], no volume, or a spacing that is not above 0.
     """
     if not len(volumes) or not bool(((volumes >= 0) & (volumes <= 1)).all()):
-        found = f"{float(volumes.min()):g} to {float(volumes.max()):g}" if len(volumes) else "none"
-        raise InputError(f"volumes: found values of {found}, expected [0, 1]; stretch them, or read files by `read`")
+        said = f"{float(volumes.min()):g} to {float(volumes.max()):g}" if len(volumes) else "no volume"
+        raise InputError(f"volumes: found values of {said}, expected [0, 1]; stretch them, or read files by `read`")
     if not bool((spacing > 0).all()):
         raise InputError(f"spacing: found {float(spacing.min()):g} mm, expected more than 0")
     found, eye = [], torch.eye(4)

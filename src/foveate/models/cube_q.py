@@ -39,15 +39,14 @@ class CubeQ(nn.Module):
         if cube < 7:
             raise InputError(f"cube: found {cube}, expected at least 7 voxels for the network's layers")
         self.landmarks, self.scales, self.actions = landmarks, scales, actions
-        side = (cube - 5) // 2 + 1
+        side = (cube - 3) // 2  # where things lie in the cube is kept: it says where to go
         self.look = nn.Sequential(
-            nn.Conv3d(1, width, 5, stride=2),
+            nn.Conv3d(1, width, 3, stride=2),
             nn.ReLU(),
-            nn.Conv3d(width, 2 * width, min(3, side)),
+            nn.Conv3d(width, 2 * width, 2),
             nn.ReLU(),
             nn.Flatten(),
         )
-        side -= min(3, side) - 1
         self.tell = nn.Linear(2 * width * side**3, hidden)
         self.kind = nn.Linear(landmarks + scales, hidden, bias=False)
         self.join = nn.Linear(hidden, hidden)

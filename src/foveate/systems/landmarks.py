@@ -141,7 +141,7 @@ def _walking(config: Config, data: Volumes, policy: CubeQ, starts: int, absent: 
 
 
 def _acting(config: Config) -> Acting:
-    settings = {"batch": config.batch, "steps": config.returns, "discount": config.discount}
+    settings: dict[str, Any] = {"batch": config.batch, "steps": config.returns, "discount": config.discount}
     return Acting(**settings, learning_rate=config.learning_rate)
 
 
@@ -161,10 +161,10 @@ def train(config: Config, run: Run) -> None:
     """Learn to walk; then, for as long, to tell the landmarks from the whole volume at once, as the control."""
     data, val = _data(config, "train"), _data(config, "val")
     torch.manual_seed(config.seed)
-    policy, target, regressor = build(config), build(config), _regressor(config)
+    policy, target = build(config), build(config)
     policy.mean.copy_(data.relative.mean(0))
     policy, optimizer, keeper = tracked(run, PART, policy)
-    regressor, *rest = tracked(run, "regressor", regressor)
+    control = tracked(run, "regressor", _regressor(config))
     env = LandmarkWalkEnv(config.copies, volumes=data, device=run.device, **_how(config))
     env.reset(seed=config.seed + run.rank * config.copies)
     target, env, replay = run.track(target=target, env=env, replay=Replay(env.state, config.rows))
@@ -172,7 +172,7 @@ def train(config: Config, run: Run) -> None:
     how: dict[str, Any] = {"good": env.rewarded}
     how |= {"keeper": keeper, "every": EVERY, "validate": partial(_validated, policy, held_out, val)}
     learn_by_acting(run, PART, 0.5, env, policy, target, optimizer, replay, _acting(config), **how)
-    _regress(config, run, regressor, *rest, data, val)
+    _regress(config, run, *control, data, val)
 
 
 def _validated(policy: CubeQ, env: LandmarkWalkEnv, val: Volumes) -> dict[str, float]:
