@@ -7,7 +7,7 @@ they depend on the data alone, never on the seed of a run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -73,6 +73,11 @@ class Volumes:
 
     def __len__(self) -> int:
         return len(self.voxels)
+
+    def first(self, count: int) -> Volumes:
+        """The first volumes alone."""
+        kept = {name: getattr(self, name)[:count] for name in ("voxels", "sizes", "landmarks", "files")}
+        return replace(self, **kept)
 
     def cut(self, row: int) -> Float[Tensor, "mydepth myheight mywidth"]:
         """A volume without its padding, in [0, 1]."""

@@ -50,6 +50,7 @@ def registered(
     )
     found = _method(sitk, fixed, (4, 2, 1), first)
     found.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 100, 0.5)
+    found.SetOptimizerScalesFromPhysicalShift()
     affine = found.Execute(fixed, moving)
     transform = affine
     if elastic:
@@ -73,7 +74,6 @@ def _method(sitk: Any, fixed: Any, shrink: tuple[int, ...], first: Any) -> Any:
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentage(SAMPLED, 1)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerScalesFromPhysicalShift()
     most = max(1, min(fixed.GetSize()) // 8)  # a volume of few voxels is not shrunk to nothing
     shrink = tuple(min(each, most) for each in shrink)
     method.SetShrinkFactorsPerLevel(list(shrink))

@@ -48,7 +48,7 @@ class CubeQ(nn.Module):
             nn.Flatten(),
         )
         self.tell = nn.Linear(2 * width * side**3, hidden)
-        self.kind = nn.Linear(landmarks + scales, hidden, bias=False)
+        self.kind = nn.Linear(landmarks + scales, 2 * hidden, bias=False)
         self.join = nn.Linear(hidden, hidden)
         self.heads = nn.Linear(hidden, landmarks * scales * (1 + actions))
         self.register_buffer("mean", torch.full((landmarks, 3), 0.5))
@@ -59,7 +59,8 @@ class CubeQ(nn.Module):
         # contrast differs between scanners: what is seen is told by its differences
         cube = (cube - cube.mean((2, 3, 4), keepdim=True)) / (cube.std((2, 3, 4), keepdim=True) + 0.1)
         kind = torch.cat((seen["landmark"], seen["scale"]), 1)
-        features = F.relu(self.tell(self.look(cube)) + self.kind(kind))
+        factor, shift = self.kind(kind).chunk(2, 1)  # what is looked for decides what of it matters
+        features = F.relu(self.tell(self.look(cube)) * (1 + factor) + shift)
         features = F.relu(self.join(features))
         every = self.heads(features).view(-1, self.landmarks, self.scales, 1 + self.actions)
         mine = torch.einsum("blsa,bl,bs->ba", every, seen["landmark"], seen["scale"])

@@ -272,7 +272,7 @@ def _registered(config: Config, data: Volumes) -> dict[str, float]:
     whole, points, began = known.cut(atlas), known.landmarks[atlas], time.perf_counter()
     found = torch.stack([registered(whole, data.cut(row), points, data.spacing) for row in range(count)])
     seconds = (time.perf_counter() - began) / count
-    return scores(found, replace(data, landmarks=data.landmarks[:count])) | {"seconds": seconds}
+    return scores(found, data.first(count)) | {"seconds": seconds}
 
 
 def predict(config: Config, policy: CubeQ, volumes: Tree) -> dict[str, Tensor]:
@@ -312,8 +312,7 @@ def _given(config: Config, volumes: Tree) -> tuple[dict[str, Tensor], Volumes]:
 
 def picture(config: Config, policy: CubeQ, run: Run, images: Tree | None = None) -> dict[str, Any]:
     """Walks to the landmarks of a volume, of the test split or of the user; the longest one as an animation."""
-    data = _data(config, "test") if images is None else _given(config, images)[1]
-    data = replace(data, **{name: getattr(data, name)[:1] for name in ("voxels", "sizes", "landmarks", "files")})
+    data = (_data(config, "test") if images is None else _given(config, images)[1]).first(1)
     env = _walking(config, data, policy, 1)
     found = search(policy, env, data, 1)
     tiles, lines, truth = [], [], None
