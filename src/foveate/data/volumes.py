@@ -143,6 +143,12 @@ def _template() -> Path:
     return path
 
 
+@lru_cache(maxsize=2)
+def _whole(path: Path, spacing: float) -> Grid:
+    """A template at one spacing: all splits are warped from it."""
+    return isotropic(read_grid(path), spacing)
+
+
 def _templates(root: Path) -> dict[str, tuple[Path, Points]]:
     found = {}
     for path in files_in(root):
@@ -171,7 +177,7 @@ def _of_template(
     count = warps if split == "train" else min(WARPED[split], warps)
     parts = []
     for volume, (path, points) in templates.items():
-        grid = isotropic(read_grid(path), spacing)
+        grid = _whole(path, spacing)
         check_memory(str(path), (count, *grid.voxels.shape), 1)
         where = located(grid, points, names, path)
         keys = noise.key("volumes", name, volume, split, torch.arange(count))
