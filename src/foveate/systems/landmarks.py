@@ -323,8 +323,8 @@ def picture(config: Config, policy: CubeQ, run: Run, images: Tree | None = None)
         if images is None:
             truth = data.landmarks[0, number]
             told += f", {float(away(found.points, data)[0, number]):.1f} mm off"
-        tiles.append(walk_slices(data.cut(0), path, truth))
-        lines.append(told if found.present[0, number] else f"{told}; left: not there")
+        tiles.append(walk_slices(data.cut(0), path, truth, through=truth))
+        lines.append(told if found.present[0, number] else f"{told}; left")
     row = max(range(len(tiles)), key=lambda number: counts[number])
     states = map_tree(lambda leaf: leaf[row, : counts[row] + 1].cpu(), found.walks.states)
     steps = [f"step {step}, {2 ** int(one) * data.spacing:g} mm long" for step, one in enumerate(states.scale)]
