@@ -52,12 +52,12 @@ def boxes() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarra
 
 
 def volumes(side: int) -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
-    """Two volumes of `side` voxels a side with four landmarks each, and steps drawn once."""
-    keys = noise.key(0, torch.arange(2))
+    """A volume of `side` voxels a side with four landmarks, and steps drawn once."""
+    keys = noise.key(0, torch.arange(1))
     where = (0.2 + 0.6 * noise.uniform(keys, 4, 3)) * side
     voxels = noise.integers(keys, 256, side, side, side).to(torch.uint8)
     names = tuple("abcd")
-    shown = Volumes(voxels, torch.full((2, 3), side), where, names, names[:2], 1.0, "synthetic", "train")
+    shown = Volumes(voxels, torch.full((1, 3), side), where, names, ("one",), 1.0, "synthetic", "train")
     actions = np.random.default_rng(0).integers(0, len(MOVES), (STEPS, COPIES))
     return LandmarkWalkEnv, SingleLandmarkWalkEnv, {"volumes": shown, "horizon": STEPS - 1}, actions
 
@@ -139,8 +139,8 @@ ROWS: dict[str, Callable[[], Rates]] = {
     "glimpse-env-sync": partial(compare, glimpses, sync_vector),
     "box-search-env": partial(compare, boxes, one_by_one),
     "box-search-env-sync": partial(compare, boxes, sync_vector),
-    "landmark-env": partial(compare, partial(volumes, 64), one_by_one),
-    "landmark-env-sync": partial(compare, partial(volumes, 64), sync_vector),
+    "landmark-env": partial(compare, partial(volumes, 48), one_by_one),
+    "landmark-env-sync": partial(compare, partial(volumes, 48), sync_vector),
     "landmark-env-size": compare_sizes,
     "noise": compare_noise,
 }
