@@ -14,8 +14,10 @@ from benchmarks import best_seconds
 from foveate import noise
 from foveate.data.classification import Images
 from foveate.data.detection import Detections
+from foveate.data.volumes import Volumes
 from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
+from foveate.envs.landmark_walk import MOVES, LandmarkWalkEnv, SingleLandmarkWalkEnv
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import Boxes
@@ -47,6 +49,24 @@ def boxes() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarra
     actions = np.random.default_rng(0).integers(0, TRIGGER, (STEPS, COPIES))
     actions[-2] = TRIGGER
     return BoxSearchEnv, SingleBoxSearchEnv, {"detections": shown}, actions
+
+
+def volumes(side: int) -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """A volume of `side` voxels a side with four landmarks, and steps drawn once."""
+    keys = noise.key(0, torch.arange(1))
+    where = (0.2 + 0.6 * noise.uniform(keys, 4, 3)) * side
+    voxels = noise.integers(keys, 256, side, side, side).to(torch.uint8)
+    names = tuple("abcd")
+    shown = Volumes(voxels, torch.full((1, 3), side), where, names, ("one",), 1.0, "synthetic", "train")
+    actions = np.random.default_rng(0).integers(0, len(MOVES), (STEPS, COPIES))
+    return LandmarkWalkEnv, SingleLandmarkWalkEnv, {"volumes": shown, "horizon": STEPS - 1}, actions
+
+
+def compare_sizes(large: int = 192, small: int = 48, rounds: int = 5) -> Rates:
+    """Steps/s of all copies in large volumes, and in small ones of a 64th of the voxels: the cost is the same."""
+    ours, theirs = (lockstep(partial(volumes, side), COPIES) for side in (large, small))
+    fast, slow = best_seconds(ours, theirs, rounds=rounds)
+    return COPIES * STEPS / fast, COPIES * STEPS / slow, f"steps/s in volumes of {large}³, peer {small}³"
 
 
 def lockstep(task: Task, copies: int) -> Callable[[], None]:
@@ -119,5 +139,8 @@ ROWS: dict[str, Callable[[], Rates]] = {
     "glimpse-env-sync": partial(compare, glimpses, sync_vector),
     "box-search-env": partial(compare, boxes, one_by_one),
     "box-search-env-sync": partial(compare, boxes, sync_vector),
+    "landmark-env": partial(compare, partial(volumes, 48), one_by_one),
+    "landmark-env-sync": partial(compare, partial(volumes, 48), sync_vector),
+    "landmark-env-size": compare_sizes,
     "noise": compare_noise,
 }

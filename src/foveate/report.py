@@ -19,6 +19,7 @@ from foveate.types import Evaluation, InputError
 
 LOWER_IS_BETTER = frozenset(
     ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regions", "regret", "seconds")
+    ("deviation", "distance", "error", "failures", "glimpses", "loss", "minutes", "nll", "regret", "seconds", "steps")
 )
 HIGHER_IS_BETTER = frozenset(
     (

@@ -1,0 +1,92 @@
+"""Answers of walks to landmarks: all those of all volumes at once, from several starts; and how far off they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate.data.volumes import Volumes
+from foveate.envs.landmark_walk import AROUND, LandmarkWalkEnv
+from foveate.types import Tree, map_tree
+from foveate.value_learning import Walk, walk
+
+FAILED = 10.0  # mm from which on an answer is a failure
+
+
+@dataclass(frozen=True)
+class Found:
+    """Answers for volumes, from several walks each.
+
+    Attributes:
+        points: the median of the answers along each axis, x, y, z in voxels.
+        present: whether no more than half of the walks left the volume.
+        single: the answer of each walk.
+        gone: which walks left.
+        walks: the walks, [volumes · landmarks · starts, time, ...].
+    """
+
+    points: Float[Tensor, "volumes landmarks 3"]
+    present: Bool[Tensor, "volumes landmarks"]
+    single: Float[Tensor, "volumes landmarks starts 3"]
+    gone: Bool[Tensor, "volumes landmarks starts"]
+    walks: Walk
+
+
+def every_landmark(
+    volumes: Volumes, mean: Float[Tensor, "landmarks 3"], starts: int, device: Any, **how: Any
+) -> LandmarkWalkEnv:
+    """An environment for walks to all landmarks of all volumes at once, that many to each; one alone begins at `mean`.
+
+    Args:
+        volumes: in which to walk.
+        mean: where to begin, in parts of what is shown.
+        starts: walks to each landmark.
+        device: where everything lives.
+        **how: further arguments of `LandmarkWalkEnv`.
+    """
+    copies = len(volumes) * volumes.landmarks.shape[1] * starts
+    how |= {"starts": "mean", "mean": mean.cpu(), "around": 0.0 if starts == 1 else AROUND}
+    return LandmarkWalkEnv(copies, volumes=volumes, autoreset="disabled", device=device, **how)
+
+
+def search(network: Callable[[Tree], Tensor], env: LandmarkWalkEnv, volumes: Volumes, starts: int) -> Found:
+    """Walk, and take the median of the answers of those walks that did not leave.
+
+    Args:
+        network: values of the steps.
+        env: of `every_landmark`, with the same volumes and starts.
+        volumes: in which to walk.
+        starts: walks to each landmark.
+    """
+    count, landmarks = volumes.landmarks.shape[:2]
+    walks = walk(env, network, torch.arange(count * landmarks, device=env.device).repeat_interleave(starts))
+    last = map_tree(lambda leaf: leaf[:, -1], walks.states)
+    single = env.answer(last).view(count, landmarks, starts, 3).cpu()
+    gone = env.left(last).view(count, landmarks, starts).cpu()
+    present = gone.float().mean(2) <= 0.5
+    stayed = torch.where((gone & present[..., None])[..., None], math.nan, single)
+    points = stayed.nanquantile(0.5, dim=2)
+    return Found(torch.minimum(points.clamp(min=0), (volumes.sizes - 1.0)[:, None]), present, single, gone, walks)
+
+
+def away(points: Float[Tensor, "volumes landmarks 3"], volumes: Volumes) -> Float[Tensor, "volumes landmarks"]:
+    """Distance of points, in voxels, from the landmarks, in mm."""
+    return (points.cpu() - volumes.landmarks).norm(dim=2) * volumes.spacing
+
+
+def scores(
+    points: Float[Tensor, "volumes landmarks 3"],
+    volumes: Volumes,
+    present: Bool[Tensor, "volumes landmarks"] | None = None,
+) -> dict[str, float]:
+    """`error_mm`, its median, and `failures`: the part that is more than `FAILED` mm off, or said not to be there."""
+    errors = away(points, volumes)
+    failed = errors > FAILED if present is None else (errors > FAILED) | ~present
+    found = {"error_mm": errors.mean(), "median_error_mm": errors.median(), "failures": failed.float().mean()}
+    return {name: float(value) for name, value in found.items()}
