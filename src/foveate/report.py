@@ -18,7 +18,7 @@ from PIL import Image
 from foveate.types import Evaluation, InputError
 
 LOWER_IS_BETTER = frozenset(
-    ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds")
+    ("decay", "deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds")
 )
 HIGHER_IS_BETTER = frozenset(
     (
@@ -32,6 +32,8 @@ HIGHER_IS_BETTER = frozenset(
         "f",  # of f1
         "fps",
         "iou",
+        "j",
+        "jf",
         "map",
         "pq",
         "precision",

@@ -1,0 +1,435 @@
+"""Cut a moving object out of a video: place a pair of boxes in each frame, and make the mask from what they hold.
+
+| | |
+|---|---|
+| state | the frame, the object box and the context box around it, the last actions |
+| action | move or reshape the object box (8), make the context box wider or tighter, or stop |
+| reward | ten times the change of the mask's IoU, within -1 and 1; of the stop 3 times that of the change since the start |
+| horizon | `horizon` actions a frame; the next frame begins at the box of the mask made in this one |
+| learner | Q-learning with guided exploration; cross-entropy and Dice for the masks |
+| corner | policy |
+
+Han, Yang, Zhang, Chang, Liang 2018, "Reinforcement cutting-agent learning for video object segmentation" (CVPR). What
+differs here and why, and the numbers: docs/systems/cutting.md.
+
+    foveate train cutting --data davis --root DAVIS --minutes 30
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from foveate import noise, pictures
+from foveate.data.videos import Videos, check_video, load_videos, read_video, views
+from foveate.envs.cutting import ACTIONS, FACTORS, PAST, CuttingEnv, check_factors, true_boxes
+from foveate.envs.placing import acting, fixed, regressing, unmoved
+from foveate.learn.keeper import Keeper
+from foveate.learn.q_learning import Dueling
+from foveate.learn.replay import Replay
+from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.models.appearance import color_likeness, feature_likeness, stacked
+from foveate.models.backbones import EMBEDDED, Pretrained
+from foveate.models.cutting import Cutting, Executor, Placer, mask_loss
+from foveate.models.regions import Carried, Make, Place, around, carry, changes, cut, jittered
+from foveate.rewards.videos import davis_scores, frame_scores
+from foveate.run import Run
+from foveate.two_steps import restored
+from foveate.types import Evaluation, InputError
+from foveate.value_learning import Acting, learn_by_acting
+
+Clips: TypeAlias = tuple[Videos, UInt8[Tensor, "frames height width planes"]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `foveate train cutting`. What defaults to None is chosen by the data and printed."""
+
+    data: str = "scenes"
+    """scenes (rendered), or davis (JPEGImages, Annotations, ImageSets)"""
+    root: Path | None = None
+    """folder of the data; not needed for scenes"""
+    image_size: int | None = None
+    """height in pixels to which frames are scaled; None: 120 for davis, 64 for scenes"""
+    scenes: int = 60
+    """videos rendered to train on"""
+    length: int = 16
+    """frames of a rendered video"""
+    seed: int = 0
+    """of the weights, the order of the data and every draw"""
+    steps: int | None = None
+    """updates of all phases together"""
+    minutes: float | None = None
+    """wall-clock budget of all phases together"""
+    execution_share: float = 0.5
+    """part of the budget for the masks; the rest is shared evenly by the agent and the regressor, its control"""
+    likeness: Literal["colors", "efficientnet-lite0"] = "colors"
+    """what a pixel is compared with the first mask by: its colour, or also features of ImageNet (extra backbones)"""
+    crop: int = 32
+    """side in pixels of the square a mask is made in"""
+    width: int = 12
+    """features of the mask's network at full size"""
+    factors: tuple[float, ...] = FACTORS
+    """sizes of the context box, in sides of the object box; frames begin with the middle one"""
+    jitter: float = 0.15
+    """by which boxes are moved and scaled in training, in parts of their sides"""
+    gap: int = 2
+    """frames since the box an episode begins with, at most"""
+    patch: int = 20
+    """side in pixels of the agent's view, which shows twice the object box"""
+    hidden: int = 128
+    """width of the agent's layers"""
+    alpha: float = 0.1
+    """part of the box's sides by which an action changes it"""
+    horizon: int = 10
+    """actions in a frame at most"""
+    copies: int = 32
+    """of the environment in lockstep"""
+    rows: int = 1000
+    """steps of all copies that the replay keeps"""
+    discount: float = 0.9
+    """of rewards, an action"""
+    batch: int = 64
+    """boxes, or transitions, in an update"""
+    learning_rate: float = 1e-3
+    """peak of the one-cycle schedule of every phase"""
+    every: int = 250
+    """updates between looks at the val split"""
+
+
+PART = "policy"  # the tracked part that holds both networks
+WAYS = ("agent", "untrained", "unchanged", "refitted", "color", "regressor", "true box")  # to place the boxes
+_videos = lru_cache(maxsize=8)(load_videos)
+
+
+def resolve(config: Config) -> Config:
+    """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
+    if not 0 < config.execution_share < 1:
+        raise InputError(f"execution_share: found {config.execution_share}, expected more than 0 and less than 1")
+    for name in ("scenes", "length", "hidden", "horizon", "copies", "batch", "every", "patch", "gap"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    check_factors(config.factors)
+    Acting(config.batch, discount=config.discount)
+    config = replace(config, image_size=config.image_size or (120 if config.data == "davis" else 64))
+    for part in ("train", "val", "test"):
+        _loaded(config, part)  # now, not after hours
+    build(config)
+    return config
+
+
+def _loaded(config: Config, part: Any) -> Videos:
+    return _videos(config.data, config.root, part, config.image_size, config.scenes, config.length)
+
+
+def _clips(config: Config, part: str, device: torch.device) -> Clips:
+    """Videos and what is seen of them; those to train on also backwards and mirrored."""
+    settings = config.data, config.root, config.image_size, config.scenes, config.length, config.likeness
+    return _kept_clips(settings, part, device)
+
+
+@lru_cache(maxsize=4)
+def _kept_clips(settings: tuple[Any, ...], part: str, device: torch.device) -> Clips:
+    data, root, image_size, scenes, length, likeness = settings
+    config = Config(data, root, image_size, scenes, length, likeness=likeness)
+    videos = _loaded(config, part)
+    videos = (views(videos) if part == "train" else videos).to(device)
+    return videos, _planes(config, videos.pixels, videos.video, videos.first, videos.masks[videos.first])
+
+
+def _planes(config: Config, pixels: Tensor, video: Tensor, first: Tensor, masks: Tensor) -> Tensor:
+    alike = [color_likeness(pixels, video, first, masks)]
+    if config.likeness == EMBEDDED:
+        network = Pretrained(EMBEDDED, 8).to(pixels.device).eval()
+        alike.append(feature_likeness(pixels, video, first, masks, network, 240 / pixels.shape[2]))
+    return stacked(pixels, *alike)
+
+
+def build(config: Config) -> Cutting:
+    """Both networks of a resolved config, untrained."""
+    executor = Executor(_channels(config), config.factors, config.crop, config.width)
+    return Cutting(executor, _placer(config, Dueling(config.hidden, ACTIONS, config.hidden)))
+
+
+def _channels(config: Config) -> int:
+    return 4 if config.likeness == "colors" else 5
+
+
+def _placer(config: Config, head: nn.Module) -> Placer:
+    return Placer(_channels(config), config.patch, PAST, ACTIONS, len(config.factors), config.hidden, head)
+
+
+def _regressor(config: Config) -> Placer:
+    return _placer(config, nn.Linear(config.hidden, 4))
+
+
+def _env(config: Config, clips: Clips, executor: Executor, copies: int) -> CuttingEnv:
+    how: dict[str, Any] = {"factors": config.factors, "patch": config.patch, "alpha": config.alpha}
+    make = executor.maker(clips[1])
+    how |= {"jitter": config.jitter, "gap": config.gap, "horizon": config.horizon, "device": clips[1].device}
+
+    def execute(frames: Tensor, boxes: Tensor, contexts: Tensor) -> Tensor:
+        return make(frames, boxes, contexts) > 0.5
+
+    return CuttingEnv(copies, videos=clips[0], planes=clips[1], execute=execute, **how)
+
+
+def train(config: Config, run: Run) -> None:
+    """Learn to make masks from boxes; then to place the boxes by acting, and as long by regression."""
+    torch.manual_seed(config.seed)
+    untrained, policy, regressor = build(config).placer, build(config), _regressor(config)
+    target = copy.deepcopy(policy.placer).requires_grad_(False)
+    run.track(**{PART: policy, "untrained": untrained, "regressor": regressor, "target": target})
+    parts = {"executor": policy.executor, "placer": policy.placer, "regressor": regressor}
+    adam = {name: torch.optim.Adam(part.parameters()) for name, part in parts.items()}
+    keepers = {
+        name: Keeper(part, "held_out_iou" if name == "executor" else "held_out_j") for name, part in parts.items()
+    }
+    clips, val = (_clips(config, part, run.device) for part in ("train", "val"))
+    env = _env(config, clips, policy.executor, config.copies)
+    env.reset(seed=config.seed)
+    replay = Replay(env.state, config.rows)
+    run.track(env=env, replay=replay, **{f"{name}_optimizer": each for name, each in adam.items()})
+    run.track(**{f"{name}_keeper": each for name, each in keepers.items()})
+    learn, share = partial(_learn, config, run, env, adam, keepers), (1 - config.execution_share) / 2
+    held_out = _env(config, val, policy.executor, 1)
+
+    def followed(place: Place) -> dict[str, float]:
+        found = _followed(config, val, policy.executor, place)
+        return {"held_out_j": davis_scores(found.masks, *_truth(val[0]), boundary=False)["j"]}
+
+    learn("executor", config.execution_share, policy.executor, partial(_from_boxes, config, held_out))
+    if not int(replay.written):  # its first states know the masks of an executor that had learned nothing
+        env.reset(seed=config.seed)
+    how = Acting(config.batch, discount=config.discount, learning_rate=config.learning_rate)
+    learned = run, "agent", share, env, policy.placer, target, adam["placer"], replay, how
+    acts = acting(held_out, policy.placer, config.horizon)
+    looks: dict[str, Any] = {"keeper": keepers["placer"], "every": config.every, "validate": lambda: followed(acts)}
+    learn_by_acting(*learned, good=env.rewarded, **looks)
+    learn("regressor", share, regressor, lambda: followed(regressing(held_out, regressor, 1)))
+
+
+def _learn(
+    config: Config,
+    run: Run,
+    env: CuttingEnv,
+    adam: dict[str, torch.optim.Adam],
+    keepers: dict[str, Keeper],
+    name: str,
+    share: float,
+    network: Any,
+    validate: Callable[[], dict[str, float]],
+) -> None:
+    """A supervised phase, of masks from boxes or of boxes from boxes, which ends with the weights that were best on val."""
+    keeper, optimizer = keepers[name], adam[name]
+    for step in run.steps(name, share):
+        if step == 0:
+            keeper.begin()
+        network.train()
+        here = run.rows(config.batch)
+        ids = noise.examples(config.seed, step, config.batch, env.examples)[here].to(run.device)
+        keys = noise.key(run.seed, name, step, torch.arange(config.batch)[here]).to(run.device)
+        state = env.opened(ids, keys)
+        if name == "executor":
+            boxes = jittered(env.boxes[state.frame], keys, config.jitter, env.size)
+            regions = around(boxes, env.factors[state.context])
+            truth = cut(env.truth, state.frame, regions, config.crop)[:, 0] > 0.5
+            seen = _recolored(cut(env.planes, state.frame, regions, config.crop), keys)
+            loss = mask_loss(network(seen, state.context), truth)
+        else:
+            wanted = changes(state.box, env.boxes[state.frame])
+            loss = F.smooth_l1_loss(network(env.observe(state)), wanted, beta=0.1)
+        set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
+        run.optimise(loss, optimizer, clip=1.0)
+        run.log(**{f"{name}_loss": loss.detach()})
+        if (step + 1) % config.every == 0:
+            keeper.offer(network, (found := validate())[keeper.by])
+            run.log(**found)
+    network.eval()
+    keeper.offer(network, validate()[keeper.by])
+    network.load_state_dict(keeper.best.state_dict())
+    run.save()
+
+
+def _recolored(seen: Tensor, keys: Tensor) -> Tensor:
+    """Contrast and brightness of the colours changed by up to a fifth; what they are compared by stays."""
+    contrast, brightness = (0.4 * noise.uniform(noise.fold(keys, "colors"), 2, 3, 1, 1) - 0.2).unbind(1)
+    colors = ((seen[:, :3] - 0.5) * (1 + contrast) + 0.5 + brightness).clamp(0, 1)
+    return torch.cat((colors, seen[:, 3:]), 1)
+
+
+@torch.no_grad()
+def _from_boxes(config: Config, env: CuttingEnv) -> dict[str, float]:
+    """Mean IoU of masks from jittered boxes around the object, the same at every look."""
+    ids = torch.arange(env.examples, device=env.device)
+    state = env.opened(ids, keys := noise.key("held out", ids))
+    boxes = jittered(env.boxes[state.frame], keys, config.jitter, env.size)
+    return {"held_out_iou": float(env.score(state.frame, boxes, state.context).mean())}
+
+
+def _shown(videos: Videos) -> Tensor:
+    """Frames of all videos [videos, time]; those that are over stay at their last."""
+    return torch.stack([videos.frames(time) for time in range(int(videos.lengths.max()))], 1)
+
+
+def _truth(videos: Videos) -> tuple[Tensor, Tensor]:
+    return videos.masks[_shown(videos)], videos.lengths
+
+
+def _followed(
+    config: Config, clips: Clips, executor: Executor, place: Place, context: int | None = None, make: Make | None = None
+) -> Carried:
+    """All videos from their first masks."""
+    videos, planes = clips
+    start, context = videos.masks[videos.first], len(config.factors) // 2 if context is None else context
+    return carry(start, _shown(videos), place, make or executor.maker(planes), executor.factors, context)
+
+
+def evaluate(config: Config, policy: Cutting, run: Run, elsewhere: bool = False) -> Evaluation:
+    """DAVIS' J and F on the test split, in [0, 1]: the first mask is given, all others are made from the one before.
+
+    Baselines make masks by the same network, at boxes placed otherwise: `untrained` by values that were not learned;
+    `unchanged` where the first mask was; `refitted` at the mask before; `regressor` where a regression moves that to,
+    learned as long; `true box` at the true one, which nobody knows. `color` is `refitted` with masks of what has the
+    object's colours in the box. Their context box, and how often it is regressed, are what was best on val.
+    """
+    found: dict[str, dict[str, float]] = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    clips, val = (_clips(config, part, run.device) for part in ("test", "val"))
+    for row in WAYS:
+        best, score = None, -1.0
+        for choice in _choices(config, row):
+            if (play := _row(config, policy, run, val, row)) is None:
+                break
+            if len(_choices(config, row)) > 1:
+                there = davis_scores(play(*choice).masks, *_truth(val[0]), boundary=False)["j"]
+                best, score = (choice, there) if there > score else (best, score)
+            else:
+                best = choice
+        if best is None or (play := _row(config, policy, run, clips, row)) is None:
+            continue
+        masks, truth = play(*best).masks, _truth(clips[0])
+        found[row] = davis_scores(masks, *truth)
+        alive = torch.arange(masks.shape[1], device=masks.device) < truth[1][:, None]
+        means = (frame_scores(masks, truth[0])["j"] * alive).sum(0) / alive.sum(0)
+        curves[row] = [(float(time), float(value)) for time, value in enumerate(means)][1:]
+    return Evaluation(found.pop("agent"), found, {"j against frame": curves})
+
+
+def _choices(config: Config, row: str) -> list[tuple[int, int]]:
+    """(context, rounds) among which val decides; the agent chooses its contexts itself."""
+    if row in ("agent", "untrained"):
+        return [(len(config.factors) // 2, 0)]
+    rounds = (1, 2, 3) if row == "regressor" else (0,)
+    return [(context, number) for context in range(len(config.factors)) for number in rounds]
+
+
+def _row(config: Config, policy: Cutting, run: Run, clips: Clips, row: str) -> Callable[[int, int], Carried] | None:
+    """From a context and a number of rounds to masks carried in the way of this row; None if the run has no such part."""
+    env, networks = _env(config, clips, policy.executor, 1), {"agent": policy.placer}
+    if row in ("untrained", "regressor"):
+        build_it = partial(_regressor, config) if row == "regressor" else lambda: build(config).placer
+        networks |= restored(run, {row: row}, build_it)
+        if row not in networks:
+            return None
+    boxes, make = true_boxes(clips[0])[0], None
+    if row == "color":
+
+        def make(frames: Tensor, boxes: Tensor, contexts: Tensor) -> Tensor:
+            return env.by_color(frames, boxes, contexts).float()
+
+    def play(context: int, rounds: int) -> Carried:
+        places: dict[str, Callable[[], Place]] = {
+            "agent": lambda: acting(env, policy.placer, config.horizon),
+            "untrained": lambda: acting(env, networks["untrained"], config.horizon),
+            "regressor": lambda: regressing(env, networks["regressor"], rounds),
+            "unchanged": lambda: fixed(boxes[clips[0].first][clips[0].video]),
+            "true box": lambda: fixed(boxes),
+        }
+        return _followed(config, clips, policy.executor, places.get(row, lambda: unmoved)(), context, make)
+
+    return play
+
+
+def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Carry the first mask through one video.
+
+    Takes `frames` [time, 3, height, width] in [0, 1] and `mask` [1, height, width], where the object is in the first.
+    Returns `masks` [time, height, width], and `boxes` and `contexts` [time, 4], the pair of boxes in pixels of each.
+
+    Raises:
+        InputError: `foveate.data.videos.check_video`.
+    """
+    frames, mask = images["frames"], images["mask"]
+    check_video(frames, mask)
+    size = config.image_size, max(1, round(frames.shape[3] * config.image_size / frames.shape[2]))
+    device = policy.executor.factors.device
+    small = F.interpolate(frames.to(device), size, mode="bilinear", antialias=True)
+    start = F.interpolate(mask[None].to(device).float(), size, mode="area")[0] >= 0.5
+    count = len(frames)
+    small = torch.cat((small, small[-1:]))  # so that there is a frame to go to
+    videos = Videos(
+        (small * 255).round().byte(),
+        start.expand(count + 1, -1, -1),
+        torch.zeros(1, device=device).long(),
+        torch.tensor([count + 1], device=device),
+        ("video",),
+    )
+    clips = videos, _planes(config, videos.pixels, videos.video, videos.first, start)
+    env = _env(config, clips, policy.executor, 1)
+    found = _followed(config, clips, policy.executor, acting(env, policy.placer, config.horizon))
+    masks = F.interpolate(found.masks[:, :count].float(), frames.shape[2:], mode="bilinear")[0] > 0.5
+    scale = found.boxes.new_tensor([frames.shape[3] / size[1], frames.shape[2] / size[0]] * 2)
+    boxes, factors = found.boxes[0, :count], policy.executor.factors[found.contexts[0, :count]]
+    return {"masks": masks, "boxes": boxes * scale, "contexts": around(boxes, factors) * scale}
+
+
+def picture(config: Config, policy: Cutting, run: Run, images: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """Masks and boxes of some frames of the test videos, or of the user's; the first one as an animation."""
+    shown: list[tuple[dict[str, Tensor], Tensor | None]] = []
+    if images is None:
+        videos = _loaded(config, "test")
+        for first, length in zip(videos.first[:5].tolist(), videos.lengths[:5].tolist(), strict=True):
+            masks = videos.masks[first : first + length]
+            shown.append(({"frames": videos.pixels[first : first + length].float() / 255, "mask": masks[:1]}, masks))
+    else:
+        shown.append((images, None))
+    tiles, frames = [], []
+    for inputs, truth in shown:
+        found = {name: value.cpu() for name, value in predict(config, policy, inputs).items()}
+        drawn = pictures.mask_tiles(inputs["frames"].cpu(), found["masks"], found["boxes"], found["contexts"], truth)
+        frames = frames or drawn
+        tiles += [drawn[place] for place in pictures.spread(len(drawn), 4)]
+    return {"videos": pictures.tile_grid(tiles, 4), "first video": frames}
+
+
+def read(config: Config, path: Path) -> dict[str, Tensor]:
+    """The user's video: a folder of frames with mask.png, or a sequence of DAVIS."""
+    return read_video(path)
+
+
+def check(config: Config) -> dict[str, Any]:
+    """Some frames of the first videos, with their masks and boxes."""
+    videos = _loaded(config, "train")
+    boxes, _ = true_boxes(videos)
+    rows = [
+        int(videos.first[row]) + time
+        for row in range(min(4, len(videos)))
+        for time in pictures.spread(int(videos.lengths[row]), 4)
+    ]
+    tiles = pictures.mask_tiles(
+        videos.pixels[rows].float() / 255,
+        videos.masks[rows],
+        boxes[rows],
+        around(boxes[rows], torch.full((len(rows),), config.factors[-1])),
+    )
+    return {"data": pictures.tile_grid(tiles, 4)}
