@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
@@ -79,8 +80,8 @@ def load_videos(
     """Read one split of a data set into memory.
 
     - scenes: `videos` square ones to train on, a fifth as many for val and two fifths for test. `root` is not used.
-    - davis: test is `ImageSets/2016/val.txt` (or that of 2017), val a fifth of the sequences of `train.txt`, by the hash
-      of their names. All objects of a frame are one. Frames are scaled to `image_size` rows, and to the columns that the
+    - davis: test is `ImageSets/2016/val.txt` (or that of 2017), val a fifth of the sequences of `train.txt`, by the
+      hash of their names. All objects of a frame are one. Frames get `image_size` rows, and the columns that the
       first sequence then has.
 
     Args:
@@ -115,7 +116,7 @@ def load_videos(
 
 
 def read_video(path: Path) -> dict[str, Tensor]:
-    """A video and the mask of its first frame: `frames` [time, 3, height, width] in [0, 1] and `mask` [1, height, width].
+    """A video, `frames` [time, 3, height, width] in [0, 1], and its object in the first, `mask` [1, height, width].
 
     The folder holds the frames and `mask.png`, or is one of DAVIS' (`JPEGImages/480p/SEQ`, beside `Annotations`).
 
@@ -145,16 +146,17 @@ def read_video(path: Path) -> dict[str, Tensor]:
     }
 
 
-def check_video(frames: Tensor, mask: Tensor) -> None:
-    """Check a video and its first mask that a user hands in.
+def as_video(
+    frames: Float[Tensor, "time channels height width"], mask: Bool[Tensor, "1 rows columns"], image_size: int
+) -> Videos:
+    """One video of the user at `image_size` rows, with the first frame's mask in all frames, and the last frame twice.
 
     Raises:
-        InputError: no frames, another shape, colours beyond [0, 1], or a mask of another size or without foreground.
+        InputError: no frames, another shape, colours beyond [0, 1]; a mask of another size or without foreground, or
+            one of which nothing is left at that size.
     """
-    if frames.ndim != 4 or frames.shape[1] != 3 or not len(frames):
-        raise InputError(
-            f"frames: found {list(frames.shape)}, expected [time, 3, height, width] with at least one frame"
-        )
+    if frames.shape[1] != 3 or not len(frames):
+        raise InputError(f"frames: found {list(frames.shape)}, expected [time, 3, height, width] with a frame or more")
     low, high = float(frames.min()), float(frames.max())
     if not (low >= 0 and high <= 1):  # also NaN
         raise InputError(f"frames: found values from {low:g} to {high:g}, expected 0 to 1: divide by 255")
@@ -162,10 +164,19 @@ def check_video(frames: Tensor, mask: Tensor) -> None:
         raise InputError(f"mask: found {list(mask.shape)}, expected {[1, *frames.shape[2:]]}, the size of a frame")
     if not bool(mask.any()):
         raise InputError("mask: found no foreground, expected the object's pixels in the first frame: mark it")
+    size = image_size, max(1, round(frames.shape[3] * image_size / frames.shape[2]))
+    small = F.interpolate(torch.cat((frames, frames[-1:])), size, mode="bilinear", antialias=True)
+    start = F.interpolate(mask[None].float(), size, mode="area")[0] >= 0.5
+    if not bool(start.any()):
+        raise InputError(
+            f"mask: nothing of it is left at {size[1]}x{size[0]} pixels: mark more, or train at a larger size"
+        )
+    pixels, count = (small.clamp(0, 1) * 255).round().byte(), torch.tensor([len(small)], device=frames.device)
+    return Videos(pixels, start.expand(len(small), -1, -1), torch.zeros_like(count), count, ("video",))
 
 
 def views(videos: Videos) -> Videos:
-    """The videos, then the same backwards, then all of these mirrored. Of those that end without the object not backwards."""
+    """The videos, then the same backwards (but for those that end without the object), then all of these mirrored."""
     ends = videos.first + videos.lengths - 1
     back = [
         torch.arange(int(end), int(first) - 1, -1)
@@ -196,6 +207,9 @@ def _scenes(split: Split, side: int, videos: int, length: int) -> Videos:
     shown = [draw(_later(scenes, time), side) for time in range(length)]
     pixels = torch.stack([(each.images * 255).round().byte() for each in shown], 1)
     front = scenes.mask.sum(1)  # the last object stands in front of all others, so that it stays visible
+    # by its colour alone it is not to be found: half of the others have it too
+    alike = noise.uniform(noise.fold(scenes.keys, "alike"), scenes.colors.shape[1]) < 0.5
+    scenes = replace(scenes, colors=torch.where(alike, scenes.colors.gather(1, front[:, None] - 1), scenes.colors))
     masks = torch.stack([each.ids == front[:, None, None] for each in shown], 1)
     names = tuple(f"{split} {row}" for row in range(count))
     first, lengths = torch.arange(count) * length, torch.full((count,), length)

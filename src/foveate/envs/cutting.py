@@ -3,22 +3,24 @@ learning for video object segmentation").
 
 | | |
 |---|---|
-| state | the frame, the object box, the choice of the context box, the last actions, the mask's IoU now and at the start |
-| observation | `view`: the region twice as large as the object box; `history`; `context`; `place` of the box in the frame |
-| action | move the box right, left, up, down, make it bigger, smaller, fatter, taller; context wider, tighter; or stop |
-| reward | 1 if the mask's IoU rises by more than 0.1, -1 if it falls by more, else 10 times the change; of stop 3 times that |
+| state | the frame, the object box, which context box, the last actions, the mask's IoU now and at the start |
+| observation | `view`: the region twice the object box; `history`; `context`; `place` of the box in the frame |
+| action | move the box right, left, up, down, bigger, smaller, fatter, taller; context wider, tighter; or stop |
+| reward | ten times the change of the mask's IoU, within -1 and 1; of stop 3 times that of the change since the start |
 | horizon | 10 steps; it ends with the stop |
 
-The mask is made by whatever is handed in: `execute(frames, boxes, contexts)` gives for each pair of boxes a square mask in
-the region of the context box. Without it a pixel of the object box belongs to the mask if its colour is more frequent in
-the object of the first frame than in the rest of it, which needs no training.
+The paper, for a change D of the IoU: a above 0.1, -a below -0.1, 10 · a · D between (one summary prints "10 - a·D"; only
+the product is continuous); a is 3 for the stop, 1 otherwise. A stop moves nothing, so that its D would be 0 and the 3
+dead: the change taken there is the one since the frame began.
 
-A stop moves nothing, so that the change of the IoU would be 0 and its factor of 3 dead: the change rewarded there is the
-one since the frame began.
+The mask is made by whatever is handed in: `execute(frames, boxes, contexts)` gives for each pair of boxes a square mask
+in the region of the context box. Without it a pixel of the object box belongs to the mask if its colour is more frequent
+in the object of the first frame than in the rest of it, which needs no training.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,8 +77,8 @@ class CuttingState:
 class CuttingEnv(TensorEnv):
     """`foveate/Cutting-v0`. An example is a frame, but for the first of each video.
 
-    An episode begins at the true box of one of the `gap` frames before it, moved and scaled at random as if it was fitted
-    to a mask that is not quite right.
+    An episode begins at the true box of one of the `gap` frames before it, moved and scaled at random as if it was
+    fitted to a mask that is not quite right.
 
     Args:
         num_envs: copies in lockstep.
@@ -256,8 +258,8 @@ class CuttingEnv(TensorEnv):
     def rewarded(self, state: CuttingState) -> Bool[Tensor, "batch actions"]:
         """What guided exploration draws from, which looks at boxes alone.
 
-        Moves that bring the box nearer to the true one (IoU); a wider context where the object reaches beyond it, a tighter
-        one where the object has room in that; the stop at an IoU of `GOOD`, or where no move brings it nearer.
+        Moves that bring the box nearer to the true one (IoU); a wider context where the object reaches beyond it, a
+        tighter one where the object has room in that; the stop at an IoU of `GOOD`, or where no move brings it nearer.
         """
         true = self.boxes[state.frame]
         now = overlaps(state.box[:, None], true[:, None])[:, 0]
@@ -310,7 +312,7 @@ def check_factors(factors: tuple[float, ...]) -> None:
     Raises:
         InputError: none, below 1, or not rising.
     """
-    rising = all(low < high for low, high in zip(factors, factors[1:], strict=False))
+    rising = all(low < high for low, high in itertools.pairwise(factors))
     if not factors or factors[0] < 1 or not rising:
         raise InputError(f"factors: found {factors}, expected rising numbers from 1 on, e.g. 1.2 1.5 2.0")
 

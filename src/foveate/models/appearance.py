@@ -16,9 +16,9 @@ Masks = Bool[Tensor, "videos height width"]
 def color_likeness(
     pixels: Pixels, video: Int[Tensor, " frames"], first: Int[Tensor, " videos"], masks: Masks
 ) -> Float[Tensor, "frames height width"]:
-    """Share of the object among the pixels of this colour in the first frame, as if there was as much of it as of the rest.
+    """Share of the object among the pixels of this colour in the first frame, if of both there was as much.
 
-    Histograms of `BINS`³ colours, smoothed; 0.5 for a colour that the first frame does not have.
+    From histograms of `BINS`³ colours, smoothed; 0.5 for a colour that the first frame does not have.
 
     Args:
         pixels: of all frames of all videos.

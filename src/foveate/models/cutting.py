@@ -1,4 +1,4 @@
-"""Cutting a moving object out of its frames: one network places a pair of boxes, another makes the mask from what they hold.
+"""Cutting a moving object out of its frames: one network places a pair of boxes, another makes the mask in them.
 
 The object box lies around the object; the context box has the same centre and is some factor larger. A frame is not
 only its colours: every pixel also has what `foveate.models.appearance` says of it after the first frame's mask.
@@ -6,11 +6,14 @@ only its colours: every pixel also has what `foveate.models.appearance` says of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from foveate import noise
 from foveate.models.regions import Make, Planes, around, cut
 from foveate.types import InputError
 
@@ -55,7 +58,7 @@ class Executor(nn.Module):
         return self.score(self.fifth(torch.cat((fine, middle), 1)))[:, 0]
 
     def maker(self, planes: Planes) -> Make:
-        """From (frames, boxes, contexts) to the share of the object in each pixel of the context boxes, [batch, s, s]."""
+        """From (frames, boxes, contexts) to how likely each pixel of the context boxes is of the object."""
 
         @torch.no_grad()
         def make(frames: Tensor, boxes: Tensor, contexts: Tensor) -> Tensor:
@@ -92,6 +95,15 @@ def mask_loss(scores: Float[Tensor, "batch s s"], truth: Bool[Tensor, "batch s s
     return entropy + (1 - (2 * both + 1) / (sizes + 1)).mean()
 
 
+def recolored(
+    seen: Float[Tensor, "batch planes s s"], keys: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch planes s s"]:
+    """Contrast and brightness of the first three planes changed by up to a fifth: the colours; the others stay."""
+    contrast, brightness = (0.4 * noise.uniform(noise.fold(keys, "colors"), 2, 3, 1, 1) - 0.2).unbind(1)
+    colors = ((seen[:, :3] - 0.5) * (1 + contrast) + 0.5 + brightness).clamp(0, 1)
+    return torch.cat((colors, seen[:, 3:]), 1)
+
+
 class Placer(nn.Module):
     """The cutting-policy network: from a look at the boxes and the last actions, the value of each action.
 
@@ -109,7 +121,7 @@ class Placer(nn.Module):
         self, planes: int, patch: int, past: int, actions: int, contexts: int, hidden: int, head: nn.Module
     ) -> None:
         super().__init__()
-        side = -(-(-(-patch // 2)) // 2)
+        side = math.ceil(math.ceil(patch / 2) / 2)
         self.see = nn.Sequential(
             nn.Conv2d(planes, 16, 3, padding=1),
             nn.ReLU(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.pictures.canvas import MARGIN, SHARPER, enlarge, grid
 
-MASK, INNER, OUTER, TRUTH = (255, 70, 70), "#ffa000", "#3cc8ff", (255, 255, 255)
+MASK, INNER, OUTER, TRUTH = (255, 0, 190), "#ffa000", "#3cc8ff", (255, 255, 255)
 
 
 def mask_tiles(
@@ -23,7 +23,7 @@ def mask_tiles(
     truth: Bool[Tensor, "time height width"] | None = None,
     cell: int = 320,
 ) -> list[Image.Image]:
-    """A picture of each frame: the mask in red, the object box in orange, the context box in blue, the truth's outline white.
+    """A picture of each frame: the mask pink, the object box orange, the context box blue, the true outline white.
 
     Args:
         frames: in [0, 1].

@@ -1,8 +1,8 @@
 """DAVIS' scores of a mask carried through a video: region similarity J and boundary accuracy F.
 
-Perazzi et al. 2016, "A benchmark dataset and evaluation methodology for video object segmentation", sections 4 and 5. As in
-their code for methods that are given the first mask, the first and the last frame of a sequence are not scored. A
-statistic of the frames of each sequence is averaged over the sequences, short and long alike:
+Perazzi et al. 2016, "A benchmark dataset and evaluation methodology for video object segmentation", sections 4 and 5. As
+in their code for methods that are given the first mask, the first and the last frame of a sequence are not scored.
+A statistic of the frames of each sequence is averaged over the sequences, short and long alike:
 
 - mean; recall: the share of frames above 0.5; decay: the mean of the first quarter of the frames less that of the last.
 """
@@ -18,11 +18,16 @@ from foveate.rewards.masks import boundary_reward, iou_reward
 Masks = Bool[Tensor, "videos time height width"]
 
 
-def frame_scores(predictions: Masks, targets: Masks) -> dict[str, Float[Tensor, "videos time"]]:
-    """J and F of every frame, "j" and "f", in [0, 1]."""
+def overlap(predictions: Masks, targets: Masks) -> Float[Tensor, "videos time"]:
+    """J: the IoU of every frame, in [0, 1]; 1 if both masks are empty."""
     flat = predictions.flatten(0, 1)[:, None], targets.flatten(0, 1)[:, None]
-    shape = predictions.shape[:2]
-    return {"j": iou_reward(*flat).total.view(shape), "f": boundary_reward(*flat).total.view(shape)}
+    return iou_reward(*flat).total.view(predictions.shape[:2])
+
+
+def accuracy(predictions: Masks, targets: Masks) -> Float[Tensor, "videos time"]:
+    """F: F1 of the outlines of every frame, in [0, 1] (`foveate.rewards.masks.boundary_reward`)."""
+    flat = predictions.flatten(0, 1)[:, None], targets.flatten(0, 1)[:, None]
+    return boundary_reward(*flat).total.view(predictions.shape[:2])
 
 
 def davis_scores(
@@ -36,7 +41,9 @@ def davis_scores(
         lengths: frames of each video. If it has fewer than three, all after the first are scored.
         boundary: also F, which takes longer.
     """
-    frames = frame_scores(predictions, targets) if boundary else {"j": _overlap(predictions, targets)}
+    frames = {"j": overlap(predictions, targets)}
+    if boundary:
+        frames["f"] = accuracy(predictions, targets)
     found: dict[str, float] = {}
     for name, values in frames.items():
         rows = []
@@ -53,8 +60,3 @@ def decay(values: Float[Tensor, " time"]) -> float:
     edges = (torch.linspace(1, len(values), 5, dtype=torch.float64) + 1e-10).round().long() - 1
     first, last = values[edges[0] : edges[1] + 1], values[edges[3] : edges[4] + 1]
     return float(first.mean() - last.mean())
-
-
-def _overlap(predictions: Masks, targets: Masks) -> Tensor:
-    flat = predictions.flatten(0, 1)[:, None], targets.flatten(0, 1)[:, None]
-    return iou_reward(*flat).total.view(predictions.shape[:2])

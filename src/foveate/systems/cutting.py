@@ -4,7 +4,7 @@
 |---|---|
 | state | the frame, the object box and the context box around it, the last actions |
 | action | move or reshape the object box (8), make the context box wider or tighter, or stop |
-| reward | ten times the change of the mask's IoU, within -1 and 1; of the stop 3 times that of the change since the start |
+| reward | ten times the change of the mask's IoU, within -1 and 1; of the stop 3 times that since the start |
 | horizon | `horizon` actions a frame; the next frame begins at the box of the mask made in this one |
 | learner | Q-learning with guided exploration; cross-entropy and Dice for the masks |
 | corner | policy |
@@ -22,32 +22,39 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import UInt8
 from torch import Tensor, nn
+from torch.optim import Adam
 
 from foveate import noise, pictures
-from foveate.data.videos import Videos, check_video, load_videos, read_video, views
+from foveate.data.videos import Videos, as_video, load_videos, read_video, views
 from foveate.envs.cutting import ACTIONS, FACTORS, PAST, CuttingEnv, check_factors, true_boxes
-from foveate.envs.placing import acting, fixed, regressing, unmoved
+from foveate.envs.following import (
+    Clips,
+    acting,
+    clips_of,
+    color_maker,
+    fixed,
+    follow,
+    regressing,
+    shown,
+    truth,
+    unmoved,
+)
 from foveate.learn.keeper import Keeper
 from foveate.learn.q_learning import Dueling
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
-from foveate.models.appearance import color_likeness, feature_likeness, stacked
-from foveate.models.backbones import EMBEDDED, Pretrained
-from foveate.models.cutting import Cutting, Executor, Placer, mask_loss
-from foveate.models.regions import Carried, Make, Place, around, carry, changes, cut, jittered
-from foveate.rewards.videos import davis_scores, frame_scores
+from foveate.models.cutting import Cutting, Executor, Placer, mask_loss, recolored
+from foveate.models.regions import Carried, Place, around, changes, cut, jittered
+from foveate.rewards.videos import davis_scores, overlap
 from foveate.run import Run
 from foveate.two_steps import restored
 from foveate.types import Evaluation, InputError
 from foveate.value_learning import Acting, learn_by_acting
-
-Clips: TypeAlias = tuple[Videos, UInt8[Tensor, "frames height width planes"]]
 
 
 @dataclass(frozen=True)
@@ -133,54 +140,49 @@ def _loaded(config: Config, part: Any) -> Videos:
 
 def _clips(config: Config, part: str, device: torch.device) -> Clips:
     """Videos and what is seen of them; those to train on also backwards and mirrored."""
-    settings = config.data, config.root, config.image_size, config.scenes, config.length, config.likeness
-    return _kept_clips(settings, part, device)
+    shape = config.image_size, config.scenes, config.length
+    return _kept_clips(config.data, config.root, shape, _backbone(config), part, device)
 
 
 @lru_cache(maxsize=4)
-def _kept_clips(settings: tuple[Any, ...], part: str, device: torch.device) -> Clips:
-    data, root, image_size, scenes, length, likeness = settings
-    config = Config(data, root, image_size, scenes, length, likeness=likeness)
-    videos = _loaded(config, part)
-    videos = (views(videos) if part == "train" else videos).to(device)
-    return videos, _planes(config, videos.pixels, videos.video, videos.first, videos.masks[videos.first])
+def _kept_clips(
+    data: str, root: Path | None, shape: tuple[Any, ...], backbone: str | None, part: Any, device: torch.device
+) -> Clips:
+    videos = _videos(data, root, part, *shape)
+    return clips_of((views(videos) if part == "train" else videos).to(device), backbone)
 
 
-def _planes(config: Config, pixels: Tensor, video: Tensor, first: Tensor, masks: Tensor) -> Tensor:
-    alike = [color_likeness(pixels, video, first, masks)]
-    if config.likeness == EMBEDDED:
-        network = Pretrained(EMBEDDED, 8).to(pixels.device).eval()
-        alike.append(feature_likeness(pixels, video, first, masks, network, 240 / pixels.shape[2]))
-    return stacked(pixels, *alike)
+def _backbone(config: Config) -> str | None:
+    return None if config.likeness == "colors" else config.likeness
 
 
 def build(config: Config) -> Cutting:
     """Both networks of a resolved config, untrained."""
-    executor = Executor(_channels(config), config.factors, config.crop, config.width)
+    executor = Executor(_planes(config), config.factors, config.crop, config.width)
     return Cutting(executor, _placer(config, Dueling(config.hidden, ACTIONS, config.hidden)))
 
 
-def _channels(config: Config) -> int:
+def _planes(config: Config) -> int:
     return 4 if config.likeness == "colors" else 5
 
 
 def _placer(config: Config, head: nn.Module) -> Placer:
-    return Placer(_channels(config), config.patch, PAST, ACTIONS, len(config.factors), config.hidden, head)
+    return Placer(_planes(config), config.patch, PAST, ACTIONS, len(config.factors), config.hidden, head)
 
 
 def _regressor(config: Config) -> Placer:
     return _placer(config, nn.Linear(config.hidden, 4))
 
 
-def _env(config: Config, clips: Clips, executor: Executor, copies: int) -> CuttingEnv:
-    how: dict[str, Any] = {"factors": config.factors, "patch": config.patch, "alpha": config.alpha}
+def _env(config: Config, clips: Clips, executor: Executor, copies: int = 1) -> CuttingEnv:
     make = executor.maker(clips[1])
-    how |= {"jitter": config.jitter, "gap": config.gap, "horizon": config.horizon, "device": clips[1].device}
 
     def execute(frames: Tensor, boxes: Tensor, contexts: Tensor) -> Tensor:
         return make(frames, boxes, contexts) > 0.5
 
-    return CuttingEnv(copies, videos=clips[0], planes=clips[1], execute=execute, **how)
+    names = ("factors", "patch", "alpha", "jitter", "gap", "horizon")
+    how: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return CuttingEnv(copies, videos=clips[0], planes=clips[1], execute=execute, device=clips[1].device, **how)
 
 
 def train(config: Config, run: Run) -> None:
@@ -190,7 +192,7 @@ def train(config: Config, run: Run) -> None:
     target = copy.deepcopy(policy.placer).requires_grad_(False)
     run.track(**{PART: policy, "untrained": untrained, "regressor": regressor, "target": target})
     parts = {"executor": policy.executor, "placer": policy.placer, "regressor": regressor}
-    adam = {name: torch.optim.Adam(part.parameters()) for name, part in parts.items()}
+    adam = {name: Adam(part.parameters()) for name, part in parts.items()}
     keepers = {
         name: Keeper(part, "held_out_iou" if name == "executor" else "held_out_j") for name, part in parts.items()
     }
@@ -201,35 +203,32 @@ def train(config: Config, run: Run) -> None:
     run.track(env=env, replay=replay, **{f"{name}_optimizer": each for name, each in adam.items()})
     run.track(**{f"{name}_keeper": each for name, each in keepers.items()})
     learn, share = partial(_learn, config, run, env, adam, keepers), (1 - config.execution_share) / 2
-    held_out = _env(config, val, policy.executor, 1)
+    held_out = _env(config, val, policy.executor)
 
-    def followed(place: Place) -> dict[str, float]:
-        found = _followed(config, val, policy.executor, place)
-        return {"held_out_j": davis_scores(found.masks, *_truth(val[0]), boundary=False)["j"]}
-
+    scored = partial(_scored, config, val, policy.executor)
     learn("executor", config.execution_share, policy.executor, partial(_from_boxes, config, held_out))
     if not int(replay.written):  # its first states know the masks of an executor that had learned nothing
         env.reset(seed=config.seed)
     how = Acting(config.batch, discount=config.discount, learning_rate=config.learning_rate)
     learned = run, "agent", share, env, policy.placer, target, adam["placer"], replay, how
     acts = acting(held_out, policy.placer, config.horizon)
-    looks: dict[str, Any] = {"keeper": keepers["placer"], "every": config.every, "validate": lambda: followed(acts)}
+    looks: dict[str, Any] = {"keeper": keepers["placer"], "every": config.every, "validate": lambda: scored(acts)}
     learn_by_acting(*learned, good=env.rewarded, **looks)
-    learn("regressor", share, regressor, lambda: followed(regressing(held_out, regressor, 1)))
+    learn("regressor", share, regressor, lambda: scored(regressing(held_out, regressor, 1)))
 
 
 def _learn(
     config: Config,
     run: Run,
     env: CuttingEnv,
-    adam: dict[str, torch.optim.Adam],
+    adam: dict[str, Adam],
     keepers: dict[str, Keeper],
     name: str,
     share: float,
     network: Any,
     validate: Callable[[], dict[str, float]],
 ) -> None:
-    """A supervised phase, of masks from boxes or of boxes from boxes, which ends with the weights that were best on val."""
+    """A supervised phase, of masks or of boxes, which ends with the weights that were best on val."""
     keeper, optimizer = keepers[name], adam[name]
     for step in run.steps(name, share):
         if step == 0:
@@ -243,7 +242,7 @@ def _learn(
             boxes = jittered(env.boxes[state.frame], keys, config.jitter, env.size)
             regions = around(boxes, env.factors[state.context])
             truth = cut(env.truth, state.frame, regions, config.crop)[:, 0] > 0.5
-            seen = _recolored(cut(env.planes, state.frame, regions, config.crop), keys)
+            seen = recolored(cut(env.planes, state.frame, regions, config.crop), keys)
             loss = mask_loss(network(seen, state.context), truth)
         else:
             wanted = changes(state.box, env.boxes[state.frame])
@@ -260,13 +259,6 @@ def _learn(
     run.save()
 
 
-def _recolored(seen: Tensor, keys: Tensor) -> Tensor:
-    """Contrast and brightness of the colours changed by up to a fifth; what they are compared by stays."""
-    contrast, brightness = (0.4 * noise.uniform(noise.fold(keys, "colors"), 2, 3, 1, 1) - 0.2).unbind(1)
-    colors = ((seen[:, :3] - 0.5) * (1 + contrast) + 0.5 + brightness).clamp(0, 1)
-    return torch.cat((colors, seen[:, 3:]), 1)
-
-
 @torch.no_grad()
 def _from_boxes(config: Config, env: CuttingEnv) -> dict[str, float]:
     """Mean IoU of masks from jittered boxes around the object, the same at every look."""
@@ -276,22 +268,9 @@ def _from_boxes(config: Config, env: CuttingEnv) -> dict[str, float]:
     return {"held_out_iou": float(env.score(state.frame, boxes, state.context).mean())}
 
 
-def _shown(videos: Videos) -> Tensor:
-    """Frames of all videos [videos, time]; those that are over stay at their last."""
-    return torch.stack([videos.frames(time) for time in range(int(videos.lengths.max()))], 1)
-
-
-def _truth(videos: Videos) -> tuple[Tensor, Tensor]:
-    return videos.masks[_shown(videos)], videos.lengths
-
-
-def _followed(
-    config: Config, clips: Clips, executor: Executor, place: Place, context: int | None = None, make: Make | None = None
-) -> Carried:
-    """All videos from their first masks."""
-    videos, planes = clips
-    start, context = videos.masks[videos.first], len(config.factors) // 2 if context is None else context
-    return carry(start, _shown(videos), place, make or executor.maker(planes), executor.factors, context)
+def _scored(config: Config, clips: Clips, executor: Executor, place: Place) -> dict[str, float]:
+    found = follow(clips[0], place, executor.maker(clips[1]), executor.factors, len(config.factors) // 2)
+    return {"held_out_j": davis_scores(found.masks, *truth(clips[0]), boundary=False)["j"]}
 
 
 def evaluate(config: Config, policy: Cutting, run: Run, elsewhere: bool = False) -> Evaluation:
@@ -304,112 +283,80 @@ def evaluate(config: Config, policy: Cutting, run: Run, elsewhere: bool = False)
     """
     found: dict[str, dict[str, float]] = {}
     curves: dict[str, list[tuple[float, float]]] = {}
-    clips, val = (_clips(config, part, run.device) for part in ("test", "val"))
-    for row in WAYS:
-        best, score = None, -1.0
-        for choice in _choices(config, row):
-            if (play := _row(config, policy, run, val, row)) is None:
-                break
-            if len(_choices(config, row)) > 1:
-                there = davis_scores(play(*choice).masks, *_truth(val[0]), boundary=False)["j"]
-                best, score = (choice, there) if there > score else (best, score)
-            else:
-                best = choice
-        if best is None or (play := _row(config, policy, run, clips, row)) is None:
+    (test, _), (val, _) = clips = tuple(_clips(config, part, run.device) for part in ("test", "val"))
+    networks = {"agent": policy.placer} | restored(run, {"untrained": "untrained"}, lambda: build(config).placer)
+    networks |= restored(run, {"regressor": "regressor"}, partial(_regressor, config))
+    for way in WAYS:
+        if way in ("untrained", "regressor") and way not in networks:
             continue
-        masks, truth = play(*best).masks, _truth(clips[0])
-        found[row] = davis_scores(masks, *truth)
-        alive = torch.arange(masks.shape[1], device=masks.device) < truth[1][:, None]
-        means = (frame_scores(masks, truth[0])["j"] * alive).sum(0) / alive.sum(0)
-        curves[row] = [(float(time), float(value)) for time, value in enumerate(means)][1:]
+        on_test, on_val = (partial(_followed, config, policy, networks.get(way), each, way) for each in clips)
+        choices, best = _choices(config, way), 0
+        if len(choices) > 1:
+            scores = [davis_scores(on_val(*each).masks, *truth(val), boundary=False)["j"] for each in choices]
+            best = scores.index(max(scores))
+        masks, (wanted, lengths) = on_test(*choices[best]).masks, truth(test)
+        found[way] = davis_scores(masks, wanted, lengths)
+        alive = torch.arange(masks.shape[1], device=masks.device) < lengths[:, None]
+        means = (overlap(masks, wanted) * alive).sum(0) / alive.sum(0)
+        curves[way] = [(float(time), float(value)) for time, value in enumerate(means)][1:]
     return Evaluation(found.pop("agent"), found, {"j against frame": curves})
 
 
-def _choices(config: Config, row: str) -> list[tuple[int, int]]:
+def _choices(config: Config, way: str) -> list[tuple[int, int]]:
     """(context, rounds) among which val decides; the agent chooses its contexts itself."""
-    if row in ("agent", "untrained"):
+    if way in ("agent", "untrained"):
         return [(len(config.factors) // 2, 0)]
-    rounds = (1, 2, 3) if row == "regressor" else (0,)
+    rounds = (1, 2, 3) if way == "regressor" else (0,)
     return [(context, number) for context in range(len(config.factors)) for number in rounds]
 
 
-def _row(config: Config, policy: Cutting, run: Run, clips: Clips, row: str) -> Callable[[int, int], Carried] | None:
-    """From a context and a number of rounds to masks carried in the way of this row; None if the run has no such part."""
-    env, networks = _env(config, clips, policy.executor, 1), {"agent": policy.placer}
-    if row in ("untrained", "regressor"):
-        build_it = partial(_regressor, config) if row == "regressor" else lambda: build(config).placer
-        networks |= restored(run, {row: row}, build_it)
-        if row not in networks:
-            return None
-    boxes, make = true_boxes(clips[0])[0], None
-    if row == "color":
-
-        def make(frames: Tensor, boxes: Tensor, contexts: Tensor) -> Tensor:
-            return env.by_color(frames, boxes, contexts).float()
-
-    def play(context: int, rounds: int) -> Carried:
-        places: dict[str, Callable[[], Place]] = {
-            "agent": lambda: acting(env, policy.placer, config.horizon),
-            "untrained": lambda: acting(env, networks["untrained"], config.horizon),
-            "regressor": lambda: regressing(env, networks["regressor"], rounds),
-            "unchanged": lambda: fixed(boxes[clips[0].first][clips[0].video]),
-            "true box": lambda: fixed(boxes),
-        }
-        return _followed(config, clips, policy.executor, places.get(row, lambda: unmoved)(), context, make)
-
-    return play
+def _followed(
+    config: Config, policy: Cutting, network: nn.Module | None, clips: Clips, way: str, context: int, rounds: int
+) -> Carried:
+    """Masks made where boxes are placed in one of `WAYS`."""
+    videos, planes = clips
+    env, boxes, place = _env(config, clips, policy.executor), true_boxes(videos)[0], unmoved
+    if network is not None:
+        place = regressing(env, network, rounds) if way == "regressor" else acting(env, network, config.horizon)
+    elif way in ("unchanged", "true box"):
+        place = fixed(boxes if way == "true box" else boxes[videos.first][videos.video])
+    make = color_maker(env) if way == "color" else policy.executor.maker(planes)
+    return follow(videos, place, make, policy.executor.factors, context)
 
 
 def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[str, Tensor]:
     """Carry the first mask through one video.
 
     Takes `frames` [time, 3, height, width] in [0, 1] and `mask` [1, height, width], where the object is in the first.
-    Returns `masks` [time, height, width], and `boxes` and `contexts` [time, 4], the pair of boxes in pixels of each.
+    Returns `masks` [time, height, width]; `boxes` and `contexts` [time, 4], both boxes in pixels of the frames.
 
     Raises:
-        InputError: `foveate.data.videos.check_video`.
+        InputError: as `foveate.data.videos.as_video`.
     """
-    frames, mask = images["frames"], images["mask"]
-    check_video(frames, mask)
-    size = config.image_size, max(1, round(frames.shape[3] * config.image_size / frames.shape[2]))
-    device = policy.executor.factors.device
-    small = F.interpolate(frames.to(device), size, mode="bilinear", antialias=True)
-    start = F.interpolate(mask[None].to(device).float(), size, mode="area")[0] >= 0.5
-    count = len(frames)
-    small = torch.cat((small, small[-1:]))  # so that there is a frame to go to
-    videos = Videos(
-        (small * 255).round().byte(),
-        start.expand(count + 1, -1, -1),
-        torch.zeros(1, device=device).long(),
-        torch.tensor([count + 1], device=device),
-        ("video",),
-    )
-    clips = videos, _planes(config, videos.pixels, videos.video, videos.first, start)
-    env = _env(config, clips, policy.executor, 1)
-    found = _followed(config, clips, policy.executor, acting(env, policy.placer, config.horizon))
-    masks = F.interpolate(found.masks[:, :count].float(), frames.shape[2:], mode="bilinear")[0] > 0.5
-    scale = found.boxes.new_tensor([frames.shape[3] / size[1], frames.shape[2] / size[0]] * 2)
-    boxes, factors = found.boxes[0, :count], policy.executor.factors[found.contexts[0, :count]]
-    return {"masks": masks, "boxes": boxes * scale, "contexts": around(boxes, factors) * scale}
+    assert config.image_size is not None
+    count, _, height, width = images["frames"].shape
+    video = as_video(images["frames"], images["mask"], config.image_size).to(policy.executor.factors.device)
+    clips = clips_of(video, _backbone(config))
+    found = _followed(config, policy, policy.placer, clips, "agent", len(config.factors) // 2, 0)
+    masks = F.interpolate(found.masks[:, :count].float(), (height, width), mode="bilinear")[0] > 0.5
+    scale = found.boxes.new_tensor([width / video.size[1], height / video.size[0]] * 2)
+    boxes, factors = found.boxes[0, :count] * scale, policy.executor.factors[found.contexts[0, :count]]
+    return {"masks": masks, "boxes": boxes, "contexts": around(boxes, factors)}
 
 
 def picture(config: Config, policy: Cutting, run: Run, images: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Masks and boxes of some frames of the test videos, or of the user's; the first one as an animation."""
-    shown: list[tuple[dict[str, Tensor], Tensor | None]] = []
+    given: list[tuple[dict[str, Tensor], Tensor | None]] = [] if images is None else [(images, None)]
     if images is None:
         videos = _loaded(config, "test")
-        for first, length in zip(videos.first[:5].tolist(), videos.lengths[:5].tolist(), strict=True):
-            masks = videos.masks[first : first + length]
-            shown.append(({"frames": videos.pixels[first : first + length].float() / 255, "mask": masks[:1]}, masks))
-    else:
-        shown.append((images, None))
-    tiles, frames = [], []
-    for inputs, truth in shown:
+        for rows in shown(videos)[:5]:
+            given.append(({"frames": videos.pixels[rows] / 255, "mask": videos.masks[rows[:1]]}, videos.masks[rows]))
+    tiles, moving = [], []
+    for inputs, masks in given:
         found = {name: value.cpu() for name, value in predict(config, policy, inputs).items()}
-        drawn = pictures.mask_tiles(inputs["frames"].cpu(), found["masks"], found["boxes"], found["contexts"], truth)
-        frames = frames or drawn
-        tiles += [drawn[place] for place in pictures.spread(len(drawn), 4)]
-    return {"videos": pictures.tile_grid(tiles, 4), "first video": frames}
+        drawn = pictures.mask_tiles(inputs["frames"].cpu(), *found.values(), masks)
+        tiles, moving = tiles + [drawn[place] for place in pictures.spread(len(drawn), 4)], moving or drawn
+    return {"videos": pictures.tile_grid(tiles, 4), "first video": moving}
 
 
 def read(config: Config, path: Path) -> dict[str, Tensor]:
@@ -420,16 +367,8 @@ def read(config: Config, path: Path) -> dict[str, Tensor]:
 def check(config: Config) -> dict[str, Any]:
     """Some frames of the first videos, with their masks and boxes."""
     videos = _loaded(config, "train")
-    boxes, _ = true_boxes(videos)
-    rows = [
-        int(videos.first[row]) + time
-        for row in range(min(4, len(videos)))
-        for time in pictures.spread(int(videos.lengths[row]), 4)
-    ]
-    tiles = pictures.mask_tiles(
-        videos.pixels[rows].float() / 255,
-        videos.masks[rows],
-        boxes[rows],
-        around(boxes[rows], torch.full((len(rows),), config.factors[-1])),
-    )
+    rows = shown(videos)[:4, pictures.spread(int(videos.lengths[:4].min()), 4)].flatten()
+    boxes = true_boxes(videos)[0][rows]
+    outer = around(boxes, torch.full_like(boxes[:, 0], config.factors[-1]))
+    tiles = pictures.mask_tiles(videos.pixels[rows] / 255, videos.masks[rows], boxes, outer)
     return {"data": pictures.tile_grid(tiles, 4)}
