@@ -357,7 +357,7 @@ def _colors(image: Any) -> Array:
 def _marks(image: Any) -> Array:
     """Where a mask is not black, whether its values are gray, of a palette, or colours."""
     values = np.asarray(image if image.mode in ("1", "L", "P") else image.convert("RGB"))
-    return values.reshape(*values.shape[:2], -1).astype(bool).any(2)
+    return np.asarray(values.reshape(*values.shape[:2], -1).astype(bool).any(2))
 
 
 def _open(path: Path, get: Any) -> Array:

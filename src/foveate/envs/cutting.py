@@ -6,16 +6,16 @@ learning for video object segmentation").
 | state | the frame, the object box, which context box, the last actions, the mask's IoU now and at the start |
 | observation | `view`: the region twice the object box; `history`; `context`; `place` of the box in the frame |
 | action | move the box right, left, up, down, bigger, smaller, fatter, taller; context wider, tighter; or stop |
-| reward | ten times the change of the mask's IoU, within -1 and 1; of stop 3 times that of the change since the start |
+| reward | ten times the change of the mask's IoU, within -1 and 1; of stop 3 times that since the start |
 | horizon | 10 steps; it ends with the stop |
 
-The paper, for a change D of the IoU: a above 0.1, -a below -0.1, 10 · a · D between (one summary prints "10 - a·D"; only
-the product is continuous); a is 3 for the stop, 1 otherwise. A stop moves nothing, so that its D would be 0 and the 3
-dead: the change taken there is the one since the frame began.
+The paper, for a change D of the IoU: a above 0.1, -a below -0.1, 10 · a · D between (one summary prints "10 - a·D";
+only the product is continuous); a is 3 for the stop, 1 otherwise. A stop moves nothing, so that its D would be 0 and
+the 3 dead: the change taken there is the one since the frame began.
 
 The mask is made by whatever is handed in: `execute(frames, boxes, contexts)` gives for each pair of boxes a square mask
-in the region of the context box. Without it a pixel of the object box belongs to the mask if its colour is more frequent
-in the object of the first frame than in the rest of it, which needs no training.
+in the region of the context box. Without it a pixel of the object box belongs to the mask if its colour is more
+frequent in the object of the first frame than in the rest of it, which needs no training.
 """
 
 from __future__ import annotations

@@ -12,28 +12,29 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
+from foveate import noise
 from foveate.data.videos import Videos
 from foveate.envs.cutting import STOP, CuttingEnv
 from foveate.models.appearance import color_likeness, feature_likeness, stacked
 from foveate.models.backbones import Pretrained
-from foveate.models.regions import Carried, Make, Place, carry, changed
+from foveate.models.regions import Carried, Make, Place, carry, changed, jittered
 from foveate.types import map_tree
 
 Clips: TypeAlias = tuple[Videos, UInt8[Tensor, "frames height width planes"]]
 ROWS = 240  # pixels of a frame's height as a network of ImageNet sees it
 
 
-def clips_of(videos: Videos, backbone: str | None = None) -> Clips:
+def clips_of(videos: Videos, likeness: str = "colors") -> Clips:
     """Videos, and of each pixel its colours and how much it looks like the object of the video's first mask.
 
     Args:
         videos: of which only the first masks are looked at.
-        backbone: compare features of this network too (`foveate.models.backbones.Pretrained`).
+        likeness: "colors", or to compare features too the name of their network (`foveate.models.backbones`).
     """
     given = videos.pixels, videos.video, videos.first, videos.masks[videos.first]
     alike = [color_likeness(*given)]
-    if backbone is not None:
-        network = Pretrained(backbone, 8).to(videos.pixels.device).eval()
+    if likeness != "colors":
+        network = Pretrained(likeness, 8).to(videos.pixels.device).eval()
         alike.append(feature_likeness(*given, network, ROWS / videos.size[0]))
     return videos, stacked(videos.pixels, *alike)
 
@@ -60,6 +61,16 @@ def color_maker(env: CuttingEnv) -> Make:
         return env.by_color(frames, boxes, contexts).float()
 
     return make
+
+
+@torch.no_grad()
+def mask_iou(env: CuttingEnv) -> dict[str, float]:
+    """Mean IoU of the masks that an environment makes from jittered boxes around the object, the same at every look."""
+    ids = torch.arange(env.examples, device=env.device)
+    keys = noise.key("held out", ids)
+    state = env.opened(ids, keys)
+    boxes = jittered(env.boxes[state.frame], keys, env.jitter, env.size)
+    return {"held_out_iou": float(env.score(state.frame, boxes, state.context).mean())}
 
 
 def acting(env: CuttingEnv, placer: nn.Module, horizon: int) -> Place:

@@ -1,7 +1,7 @@
 """DAVIS' scores of a mask carried through a video: region similarity J and boundary accuracy F.
 
-Perazzi et al. 2016, "A benchmark dataset and evaluation methodology for video object segmentation", sections 4 and 5. As
-in their code for methods that are given the first mask, the first and the last frame of a sequence are not scored.
+Perazzi et al. 2016, "A benchmark dataset and evaluation methodology for video object segmentation", sections 4 and 5.
+As in their code for methods that are given the first mask, the first and the last frame of a sequence are not scored.
 A statistic of the frames of each sequence is averaged over the sequences, short and long alike:
 
 - mean; recall: the share of frames above 0.5; decay: the mean of the first quarter of the frames less that of the last.

@@ -39,6 +39,7 @@ from foveate.envs.following import (
     color_maker,
     fixed,
     follow,
+    mask_iou,
     regressing,
     shown,
     truth,
@@ -49,7 +50,7 @@ from foveate.learn.q_learning import Dueling
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.cutting import Cutting, Executor, Placer, mask_loss, recolored
-from foveate.models.regions import Carried, Place, around, changes, cut, jittered
+from foveate.models.regions import Place, around, changes, cut, jittered
 from foveate.rewards.videos import davis_scores, overlap
 from foveate.run import Run
 from foveate.two_steps import restored
@@ -101,8 +102,6 @@ class Config:
     """actions in a frame at most"""
     copies: int = 32
     """of the environment in lockstep"""
-    rows: int = 1000
-    """steps of all copies that the replay keeps"""
     discount: float = 0.9
     """of rewards, an action"""
     batch: int = 64
@@ -113,8 +112,8 @@ class Config:
     """updates between looks at the val split"""
 
 
+REPLAY = 1000  # steps of all copies that are kept
 PART = "policy"  # the tracked part that holds both networks
-WAYS = ("agent", "untrained", "unchanged", "refitted", "color", "regressor", "true box")  # to place the boxes
 _videos = lru_cache(maxsize=8)(load_videos)
 
 
@@ -138,22 +137,11 @@ def _loaded(config: Config, part: Any) -> Videos:
     return _videos(config.data, config.root, part, config.image_size, config.scenes, config.length)
 
 
+@lru_cache(maxsize=4)
 def _clips(config: Config, part: str, device: torch.device) -> Clips:
     """Videos and what is seen of them; those to train on also backwards and mirrored."""
-    shape = config.image_size, config.scenes, config.length
-    return _kept_clips(config.data, config.root, shape, _backbone(config), part, device)
-
-
-@lru_cache(maxsize=4)
-def _kept_clips(
-    data: str, root: Path | None, shape: tuple[Any, ...], backbone: str | None, part: Any, device: torch.device
-) -> Clips:
-    videos = _videos(data, root, part, *shape)
-    return clips_of((views(videos) if part == "train" else videos).to(device), backbone)
-
-
-def _backbone(config: Config) -> str | None:
-    return None if config.likeness == "colors" else config.likeness
+    videos = _loaded(config, part)
+    return clips_of((views(videos) if part == "train" else videos).to(device), config.likeness)
 
 
 def build(config: Config) -> Cutting:
@@ -170,10 +158,6 @@ def _placer(config: Config, head: nn.Module) -> Placer:
     return Placer(_planes(config), config.patch, PAST, ACTIONS, len(config.factors), config.hidden, head)
 
 
-def _regressor(config: Config) -> Placer:
-    return _placer(config, nn.Linear(config.hidden, 4))
-
-
 def _env(config: Config, clips: Clips, executor: Executor, copies: int = 1) -> CuttingEnv:
     make = executor.maker(clips[1])
 
@@ -188,48 +172,53 @@ def _env(config: Config, clips: Clips, executor: Executor, copies: int = 1) -> C
 def train(config: Config, run: Run) -> None:
     """Learn to make masks from boxes; then to place the boxes by acting, and as long by regression."""
     torch.manual_seed(config.seed)
-    untrained, policy, regressor = build(config).placer, build(config), _regressor(config)
+    untrained, policy, regressor = build(config).placer, build(config), _placer(config, nn.Linear(config.hidden, 4))
     target = copy.deepcopy(policy.placer).requires_grad_(False)
     run.track(**{PART: policy, "untrained": untrained, "regressor": regressor, "target": target})
-    parts = {"executor": policy.executor, "placer": policy.placer, "regressor": regressor}
-    adam = {name: Adam(part.parameters()) for name, part in parts.items()}
-    keepers = {
-        name: Keeper(part, "held_out_iou" if name == "executor" else "held_out_j") for name, part in parts.items()
-    }
-    clips, val = (_clips(config, part, run.device) for part in ("train", "val"))
-    env = _env(config, clips, policy.executor, config.copies)
+    (clips, (val, planes)), executor = (_clips(config, part, run.device) for part in ("train", "val")), policy.executor
+    env, held_out = _env(config, clips, executor, config.copies), _env(config, (val, planes), executor)
     env.reset(seed=config.seed)
-    replay = Replay(env.state, config.rows)
-    run.track(env=env, replay=replay, **{f"{name}_optimizer": each for name, each in adam.items()})
-    run.track(**{f"{name}_keeper": each for name, each in keepers.items()})
-    learn, share = partial(_learn, config, run, env, adam, keepers), (1 - config.execution_share) / 2
-    held_out = _env(config, val, policy.executor)
+    replay, share = Replay(env.state, REPLAY), (1 - config.execution_share) / 2
+    run.track(env=env, replay=replay)
 
-    scored = partial(_scored, config, val, policy.executor)
-    learn("executor", config.execution_share, policy.executor, partial(_from_boxes, config, held_out))
-    if not int(replay.written):  # its first states know the masks of an executor that had learned nothing
+    def score(place: Place) -> dict[str, float]:
+        masks = follow(val, place, executor.maker(planes), executor.factors, len(config.factors) // 2).masks
+        return {"held_out_j": davis_scores(masks, *truth(val), boundary=False)["j"]}
+
+    def kept(name: str, part: nn.Module, by: str) -> tuple[Adam, Keeper]:
+        adam, keeper = run.track(**{f"{name}_optimizer": Adam(part.parameters()), f"{name}_keeper": Keeper(part, by)})
+        return adam, keeper
+
+    of = {
+        "executor": kept("executor", executor, "held_out_iou"),
+        "agent": kept("agent", policy.placer, "held_out_j"),
+        "regressor": kept("regressor", regressor, "held_out_j"),
+    }
+    looks = partial(mask_iou, held_out)
+    _learn(config, run, "executor", config.execution_share, env, executor, *of["executor"], looks)
+    if not int(replay.written):  # its first states know the masks of a network that had learned nothing
         env.reset(seed=config.seed)
     how = Acting(config.batch, discount=config.discount, learning_rate=config.learning_rate)
-    learned = run, "agent", share, env, policy.placer, target, adam["placer"], replay, how
-    acts = acting(held_out, policy.placer, config.horizon)
-    looks: dict[str, Any] = {"keeper": keepers["placer"], "every": config.every, "validate": lambda: scored(acts)}
-    learn_by_acting(*learned, good=env.rewarded, **looks)
-    learn("regressor", share, regressor, lambda: scored(regressing(held_out, regressor, 1)))
+    (adam, keeper), acts = of["agent"], acting(held_out, policy.placer, config.horizon)
+    choose: dict[str, Any] = {"good": env.rewarded, "keeper": keeper, "validate": lambda: score(acts)}
+    learned = env, policy.placer, target, adam, replay, how
+    learn_by_acting(run, "agent", share, *learned, **choose, every=config.every)
+    moves = regressing(held_out, regressor, 1)
+    _learn(config, run, "regressor", share, env, regressor, *of["regressor"], lambda: score(moves))
 
 
 def _learn(
     config: Config,
     run: Run,
-    env: CuttingEnv,
-    adam: dict[str, Adam],
-    keepers: dict[str, Keeper],
     name: str,
     share: float,
-    network: Any,
+    env: CuttingEnv,
+    network: nn.Module,
+    optimizer: Adam,
+    keeper: Keeper,
     validate: Callable[[], dict[str, float]],
 ) -> None:
     """A supervised phase, of masks or of boxes, which ends with the weights that were best on val."""
-    keeper, optimizer = keepers[name], adam[name]
     for step in run.steps(name, share):
         if step == 0:
             keeper.begin()
@@ -259,20 +248,6 @@ def _learn(
     run.save()
 
 
-@torch.no_grad()
-def _from_boxes(config: Config, env: CuttingEnv) -> dict[str, float]:
-    """Mean IoU of masks from jittered boxes around the object, the same at every look."""
-    ids = torch.arange(env.examples, device=env.device)
-    state = env.opened(ids, keys := noise.key("held out", ids))
-    boxes = jittered(env.boxes[state.frame], keys, config.jitter, env.size)
-    return {"held_out_iou": float(env.score(state.frame, boxes, state.context).mean())}
-
-
-def _scored(config: Config, clips: Clips, executor: Executor, place: Place) -> dict[str, float]:
-    found = follow(clips[0], place, executor.maker(clips[1]), executor.factors, len(config.factors) // 2)
-    return {"held_out_j": davis_scores(found.masks, *truth(clips[0]), boundary=False)["j"]}
-
-
 def evaluate(config: Config, policy: Cutting, run: Run, elsewhere: bool = False) -> Evaluation:
     """DAVIS' J and F on the test split, in [0, 1]: the first mask is given, all others are made from the one before.
 
@@ -283,45 +258,44 @@ def evaluate(config: Config, policy: Cutting, run: Run, elsewhere: bool = False)
     """
     found: dict[str, dict[str, float]] = {}
     curves: dict[str, list[tuple[float, float]]] = {}
-    (test, _), (val, _) = clips = tuple(_clips(config, part, run.device) for part in ("test", "val"))
-    networks = {"agent": policy.placer} | restored(run, {"untrained": "untrained"}, lambda: build(config).placer)
-    networks |= restored(run, {"regressor": "regressor"}, partial(_regressor, config))
-    for way in WAYS:
-        if way in ("untrained", "regressor") and way not in networks:
-            continue
-        on_test, on_val = (partial(_followed, config, policy, networks.get(way), each, way) for each in clips)
-        choices, best = _choices(config, way), 0
-        if len(choices) > 1:
-            scores = [davis_scores(on_val(*each).masks, *truth(val), boundary=False)["j"] for each in choices]
-            best = scores.index(max(scores))
-        masks, (wanted, lengths) = on_test(*choices[best]).masks, truth(test)
-        found[way] = davis_scores(masks, wanted, lengths)
+    val, test = (_Played(config, policy, run, part) for part in ("val", "test"))
+    for name, places in test.places.items():
+        tries = [(number, context) for number in range(len(places)) for context in range(len(config.factors))]
+        if name in ("agent", "untrained"):  # which choose the context themselves
+            tries = [(0, len(config.factors) // 2)]
+        scores = [val.score(val.masks(name, *each)) for each in tries] if len(tries) > 1 else [0.0]
+        masks, (wanted, lengths) = test.masks(name, *tries[scores.index(max(scores))]), truth(test.videos)
+        found[name] = davis_scores(masks, wanted, lengths)
         alive = torch.arange(masks.shape[1], device=masks.device) < lengths[:, None]
         means = (overlap(masks, wanted) * alive).sum(0) / alive.sum(0)
-        curves[way] = [(float(time), float(value)) for time, value in enumerate(means)][1:]
+        curves[name] = [(float(time), float(value)) for time, value in enumerate(means)][1:]
     return Evaluation(found.pop("agent"), found, {"j against frame": curves})
 
 
-def _choices(config: Config, way: str) -> list[tuple[int, int]]:
-    """(context, rounds) among which val decides; the agent chooses its contexts itself."""
-    if way in ("agent", "untrained"):
-        return [(len(config.factors) // 2, 0)]
-    rounds = (1, 2, 3) if way == "regressor" else (0,)
-    return [(context, number) for context in range(len(config.factors)) for number in rounds]
+class _Played:
+    """A split, and the ways to place boxes in it: name → one or several, among which val decides."""
 
+    def __init__(self, config: Config, policy: Cutting, run: Run, part: str) -> None:
+        self.videos, self.planes = _clips(config, part, run.device)
+        self.executor, self.env = policy.executor, _env(config, (self.videos, self.planes), policy.executor)
+        env, steps = self.env, config.horizon
+        self.places: dict[str, list[Place]] = {"agent": [acting(env, policy.placer, steps)]}
+        for other in restored(run, {"untrained": "untrained"}, lambda: build(config).placer).values():
+            self.places["untrained"] = [acting(env, other, steps)]
+        self.places["unchanged"] = [fixed(env.boxes[self.videos.first][self.videos.video])]
+        self.places |= {"refitted": [unmoved], "color": [unmoved]}
+        for other in restored(
+            run, {"regressor": "regressor"}, lambda: _placer(config, nn.Linear(config.hidden, 4))
+        ).values():
+            self.places["regressor"] = [regressing(env, other, rounds) for rounds in (1, 2, 3)]
+        self.places["true box"] = [fixed(env.boxes)]
 
-def _followed(
-    config: Config, policy: Cutting, network: nn.Module | None, clips: Clips, way: str, context: int, rounds: int
-) -> Carried:
-    """Masks made where boxes are placed in one of `WAYS`."""
-    videos, planes = clips
-    env, boxes, place = _env(config, clips, policy.executor), true_boxes(videos)[0], unmoved
-    if network is not None:
-        place = regressing(env, network, rounds) if way == "regressor" else acting(env, network, config.horizon)
-    elif way in ("unchanged", "true box"):
-        place = fixed(boxes if way == "true box" else boxes[videos.first][videos.video])
-    make = color_maker(env) if way == "color" else policy.executor.maker(planes)
-    return follow(videos, place, make, policy.executor.factors, context)
+    def masks(self, name: str, number: int, context: int) -> Tensor:
+        make = color_maker(self.env) if name == "color" else self.executor.maker(self.planes)
+        return follow(self.videos, self.places[name][number], make, self.executor.factors, context).masks
+
+    def score(self, masks: Tensor) -> float:
+        return davis_scores(masks, *truth(self.videos), boundary=False)["j"]
 
 
 def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -336,8 +310,9 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     assert config.image_size is not None
     count, _, height, width = images["frames"].shape
     video = as_video(images["frames"], images["mask"], config.image_size).to(policy.executor.factors.device)
-    clips = clips_of(video, _backbone(config))
-    found = _followed(config, policy, policy.placer, clips, "agent", len(config.factors) // 2, 0)
+    clips = clips_of(video, config.likeness)
+    executor, place = policy.executor, acting(_env(config, clips, policy.executor), policy.placer, config.horizon)
+    found = follow(video, place, executor.maker(clips[1]), executor.factors, len(config.factors) // 2)
     masks = F.interpolate(found.masks[:, :count].float(), (height, width), mode="bilinear")[0] > 0.5
     scale = found.boxes.new_tensor([width / video.size[1], height / video.size[0]] * 2)
     boxes, factors = found.boxes[0, :count] * scale, policy.executor.factors[found.contexts[0, :count]]
@@ -351,11 +326,14 @@ def picture(config: Config, policy: Cutting, run: Run, images: dict[str, Tensor]
         videos = _loaded(config, "test")
         for rows in shown(videos)[:5]:
             given.append(({"frames": videos.pixels[rows] / 255, "mask": videos.masks[rows[:1]]}, videos.masks[rows]))
-    tiles, moving = [], []
+    tiles: list[Any] = []
+    moving: list[Any] = []
     for inputs, masks in given:
         found = {name: value.cpu() for name, value in predict(config, policy, inputs).items()}
-        drawn = pictures.mask_tiles(inputs["frames"].cpu(), *found.values(), masks)
-        tiles, moving = tiles + [drawn[place] for place in pictures.spread(len(drawn), 4)], moving or drawn
+        drawn = inputs["frames"].cpu(), found["masks"], found["boxes"], found["contexts"], masks
+        moving = moving or pictures.mask_tiles(*drawn)
+        rows = pictures.spread(len(drawn[0]), 4)
+        tiles += pictures.mask_tiles(*(None if each is None else each[rows] for each in drawn))
     return {"videos": pictures.tile_grid(tiles, 4), "first video": moving}
 
 
