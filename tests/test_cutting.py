@@ -91,7 +91,7 @@ def test_what_is_cut_out_at_its_own_size_is_the_pixels_and_black_beyond_the_fram
 
 
 def test_masks_are_put_back_where_they_were_cut_out() -> None:
-    """Also from a region that reaches beyond the frame; and what is counted in the square is what stands in the frame."""
+    """Also from a region that reaches beyond the frame; what is counted in the square stands in the frame."""
     masks = boxed([10, 8, 22, 20], [30, 0, 40, 12])
     truths = boxed([12, 8, 26, 20], [28, 2, 40, 12])
     planes = (torch.stack((masks, truths), 3) * 255).byte()
@@ -108,27 +108,25 @@ def test_masks_are_put_back_where_they_were_cut_out() -> None:
 
 def test_changes_are_undone_and_jittered_boxes_stay_in_the_frame() -> None:
     keys = noise.key(0, torch.arange(200))
-    boxes = jittered(torch.tensor([[5.0, 5, 25, 20]]).expand(200, -1), keys, 0.3, SIZE)
+    boxes = jittered(torch.tensor([[5.0, 5, 25, 20]]).expand(200, -1), keys, 0.15, SIZE)
     assert (boxes >= 0).all()
     assert (boxes <= torch.tensor([40.0, 30, 40, 30])).all()
     assert (boxes[:, 2:] - boxes[:, :2] >= 4 - 1e-4).all()
-    torch.testing.assert_close(changed(boxes, changes(boxes, boxes.flip(0)), SIZE), boxes.flip(0), atol=2e-2, rtol=0.05)
+    torch.testing.assert_close(changed(boxes, changes(boxes, boxes.flip(0)), SIZE), boxes.flip(0))
     assert boxes.std(0).min() > 1
 
 
 # ---- the environment ----
 
 
-def test_a_reward_is_ten_times_the_change_within_one_and_three_times_that_for_the_stop() -> None:
-    env = episode([11.0, 8, 21, 18])
+def test_a_reward_is_ten_times_the_change_and_of_the_stop_three_times_that() -> None:
+    env = episode([12.0, 8, 22, 18], alpha=0.2)
     start = float(env.state.iou)
-    assert start == pytest.approx(9 / 11, abs=0.02)
+    assert start == pytest.approx(0.8, abs=0.03)
     reward = env.step(torch.tensor([MOVES.index("left")]))[1]
-    assert float(env.state.iou) == pytest.approx(1.0, abs=0.02)
-    assert float(reward) == 1.0, "0.18 is more than 0.1"
-    reward = env.step(torch.tensor([MOVES.index("bigger")]))[1]
-    change = float(env.state.iou) - 1.0
-    assert float(reward) == pytest.approx(10 * change, abs=0.2), "the mask is the truth in the box: hardly changed"
+    assert float(env.state.iou) == pytest.approx(1.0, abs=0.03)
+    assert float(reward) == 1.0, "0.2 is more than 0.1"
+    env.step(torch.tensor([MOVES.index("bigger")]))
     now = float(env.state.iou)
     _, reward, ended, _, _ = env.step(torch.tensor([STOP]))
     assert float(reward) == pytest.approx(3 * min(1, 10 * (now - start)), abs=1e-4)
@@ -138,8 +136,8 @@ def test_a_reward_is_ten_times_the_change_within_one_and_three_times_that_for_th
     reward = small.step(torch.tensor([MOVES.index("left")]))[1]
     assert 0 < float(small.state.iou) - before < 0.1
     assert float(reward) == pytest.approx(10 * (float(small.state.iou) - before), abs=1e-4)
-    away = episode([11.0, 8, 21, 18])
-    assert float(away.step(torch.tensor([MOVES.index("right")]))[1]) == pytest.approx(-1.0, abs=0.3)
+    away = episode([12.0, 8, 22, 18], alpha=0.2)
+    assert float(away.step(torch.tensor([MOVES.index("right")]))[1]) == -1.0
 
 
 def test_contexts_change_within_their_choices_and_boxes_do_not() -> None:
@@ -293,7 +291,7 @@ def test_an_executor_learns_to_cut_by_the_box_it_is_given() -> None:
         truths = cut(wanted, frames, regions, 16)[torch.arange(16), which] > 0.5
         return cut(planes, frames, regions, 16), contexts, truths
 
-    for step in range(120):
+    for step in range(60):
         seen, contexts, truths = batch(step)
         mask_loss(executor(seen, contexts), truths).backward()
         optimizer.step()
@@ -301,7 +299,7 @@ def test_an_executor_learns_to_cut_by_the_box_it_is_given() -> None:
     seen, contexts, truths = batch(1000)
     made = executor(seen, contexts) > 0
     both, either = (made & truths).sum((1, 2)), (made | truths).sum((1, 2))
-    assert (both / either).mean() > 0.85
+    assert (both / either).mean() > 0.75
 
 
 def test_masks_follow_the_box_that_is_placed() -> None:

@@ -194,15 +194,14 @@ def train(config: Config, run: Run) -> None:
         "agent": kept("agent", policy.placer, "held_out_j"),
         "regressor": kept("regressor", regressor, "held_out_j"),
     }
-    looks = partial(mask_iou, held_out)
-    _learn(config, run, "executor", config.execution_share, env, executor, *of["executor"], looks)
+    found = partial(mask_iou, held_out)
+    _learn(config, run, "executor", config.execution_share, env, executor, *of["executor"], found)
     if not int(replay.written):  # its first states know the masks of a network that had learned nothing
         env.reset(seed=config.seed)
     how = Acting(config.batch, discount=config.discount, learning_rate=config.learning_rate)
     (adam, keeper), acts = of["agent"], acting(held_out, policy.placer, config.horizon)
-    choose: dict[str, Any] = {"good": env.rewarded, "keeper": keeper, "validate": lambda: score(acts)}
-    learned = env, policy.placer, target, adam, replay, how
-    learn_by_acting(run, "agent", share, *learned, **choose, every=config.every)
+    looks: dict[str, Any] = {"keeper": keeper, "validate": lambda: score(acts), "every": config.every}
+    learn_by_acting(run, "agent", share, env, policy.placer, target, adam, replay, how, good=env.rewarded, **looks)
     moves = regressing(held_out, regressor, 1)
     _learn(config, run, "regressor", share, env, regressor, *of["regressor"], lambda: score(moves))
 
