@@ -194,16 +194,16 @@ def train(config: Config, run: Run) -> None:
         "agent": kept("agent", policy.placer, "held_out_j"),
         "regressor": kept("regressor", regressor, "held_out_j"),
     }
-    found = partial(mask_iou, held_out)
-    _learn(config, run, "executor", config.execution_share, env, executor, *of["executor"], found)
+    masks = partial(mask_iou, held_out)
+    _learn(config, run, "executor", config.execution_share, env, executor, *of["executor"], masks)
     if not int(replay.written):  # its first states know the masks of a network that had learned nothing
         env.reset(seed=config.seed)
     how = Acting(config.batch, discount=config.discount, learning_rate=config.learning_rate)
-    (adam, keeper), acts = of["agent"], acting(held_out, policy.placer, config.horizon)
-    looks: dict[str, Any] = {"keeper": keeper, "validate": lambda: score(acts), "every": config.every}
+    (adam, keeper), acts = of["agent"], partial(score, acting(held_out, policy.placer, config.horizon))
+    looks: dict[str, Any] = {"keeper": keeper, "validate": acts, "every": config.every}
     learn_by_acting(run, "agent", share, env, policy.placer, target, adam, replay, how, good=env.rewarded, **looks)
-    moves = regressing(held_out, regressor, 1)
-    _learn(config, run, "regressor", share, env, regressor, *of["regressor"], lambda: score(moves))
+    moves = partial(score, regressing(held_out, regressor, 1))
+    _learn(config, run, "regressor", share, env, regressor, *of["regressor"], moves)
 
 
 def _learn(
@@ -325,13 +325,11 @@ def picture(config: Config, policy: Cutting, run: Run, images: dict[str, Tensor]
         videos = _loaded(config, "test")
         for rows in shown(videos)[:5]:
             given.append(({"frames": videos.pixels[rows] / 255, "mask": videos.masks[rows[:1]]}, videos.masks[rows]))
-    tiles: list[Any] = []
-    moving: list[Any] = []
+    tiles, moving = list[Any](), list[Any]()
     for inputs, masks in given:
         found = {name: value.cpu() for name, value in predict(config, policy, inputs).items()}
-        drawn = inputs["frames"].cpu(), found["masks"], found["boxes"], found["contexts"], masks
-        moving = moving or pictures.mask_tiles(*drawn)
-        rows = pictures.spread(len(drawn[0]), 4)
+        drawn: list[Any] = [inputs["frames"].cpu(), found["masks"], found["boxes"], found["contexts"], masks]
+        rows, moving = pictures.spread(len(drawn[0]), 4), moving or pictures.mask_tiles(*drawn)
         tiles += pictures.mask_tiles(*(None if each is None else each[rows] for each in drawn))
     return {"videos": pictures.tile_grid(tiles, 4), "first video": moving}
 
