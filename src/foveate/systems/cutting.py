@@ -330,7 +330,8 @@ def picture(config: Config, policy: Cutting, run: Run, images: dict[str, Tensor]
         found = {name: value.cpu() for name, value in predict(config, policy, inputs).items()}
         drawn: list[Any] = [inputs["frames"].cpu(), found["masks"], found["boxes"], found["contexts"], masks]
         rows, moving = pictures.spread(len(drawn[0]), 4), moving or pictures.mask_tiles(*drawn)
-        tiles += pictures.mask_tiles(*(None if each is None else each[rows] for each in drawn))
+        few: list[Any] = [None if each is None else each[rows] for each in drawn]
+        tiles += pictures.mask_tiles(*few)
     return {"videos": pictures.tile_grid(tiles, 4), "first video": moving}
 
 
