@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -483,14 +484,16 @@ def test_what_is_wrong_is_named(settings: dict[str, Any], message: str) -> None:
 
 def test_boxes_placed_by_a_learned_agent_beat_those_it_began_with(tmp_path: Path) -> None:
     """Rendered objects among others of their colour; the executor that both share is learned first."""
-    settings: dict[str, Any] = {"image_size": 48, "scenes": 24, "length": 8, "crop": 16, "width": 8, "patch": 12}
-    agent = foveate.train("cutting", steps=560, device="cpu", out=tmp_path / "run", every=100, **settings)
-    found = foveate.evaluate(tmp_path / "run", device="cpu")
-    assert found.baselines["true box"]["j"] > 0.6
-    assert found.metrics["j"] > found.baselines["untrained"]["j"] + 0.1
-    assert found.metrics["j"] > found.baselines["unchanged"]["j"] + 0.1
-    clip = load_videos("scenes", None, "test", 48, 24, 8)
-    made = agent({"frames": clip.pixels[:8] / 255, "mask": clip.masks[:1]})
-    assert made["masks"].shape == (8, 48, 48)
+    settings: dict[str, Any] = {"image_size": 48, "scenes": 20, "length": 6, "crop": 16, "width": 8, "patch": 12}
+    settings |= {"batch": 32, "copies": 16, "every": 60, "execution_share": 0.4}
+    agent = foveate.train("cutting", steps=400, device="cpu", out=tmp_path / "run", **settings)
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    rows = {name: row["j"] for name, row in found["baselines"].items()}
+    assert rows["true box"] > 0.7
+    assert found["metrics"]["j"] > rows["untrained"] + 0.05
+    assert found["metrics"]["j"] > rows["unchanged"] + 0.05
+    clip = load_videos("scenes", None, "test", 48, 20, 6)
+    made = agent({"frames": clip.pixels[:6] / 255, "mask": clip.masks[:1]})
+    assert made["masks"].shape == (6, 48, 48)
     assert torch.equal(made["masks"][0], clip.masks[0])
     assert (made["contexts"][:, 2:] - made["contexts"][:, :2] > made["boxes"][:, 2:] - made["boxes"][:, :2]).all()
