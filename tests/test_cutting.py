@@ -482,7 +482,7 @@ def test_what_is_wrong_is_named(settings: dict[str, Any], message: str) -> None:
 # ---- the system ----
 
 
-def test_boxes_placed_by_a_learned_agent_beat_those_it_began_with(tmp_path: Path) -> None:
+def test_what_is_learned_beats_the_first_box_and_what_is_not(tmp_path: Path) -> None:
     """Rendered objects among others of their colour; the executor that both share is learned first."""
     settings: dict[str, Any] = {"image_size": 48, "scenes": 20, "length": 6, "crop": 16, "width": 8, "patch": 12}
     settings |= {"batch": 32, "copies": 16, "every": 60, "execution_share": 0.4}
@@ -490,8 +490,9 @@ def test_boxes_placed_by_a_learned_agent_beat_those_it_began_with(tmp_path: Path
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     rows = {name: row["j"] for name, row in found["baselines"].items()}
     assert rows["true box"] > 0.7
-    assert found["metrics"]["j"] > rows["untrained"] + 0.05
-    assert found["metrics"]["j"] > rows["unchanged"] + 0.05
+    assert found["metrics"]["j"] > rows["untrained"] + 0.02
+    assert found["metrics"]["j"] > rows["unchanged"] + 0.08
+    assert rows["regressor"] > rows["refitted"] + 0.02
     clip = load_videos("scenes", None, "test", 48, 20, 6)
     made = agent({"frames": clip.pixels[:6] / 255, "mask": clip.masks[:1]})
     assert made["masks"].shape == (6, 48, 48)
