@@ -14,7 +14,7 @@ from benchmarks import best_seconds
 from foveate import noise
 from foveate.data.classification import Images
 from foveate.data.detection import Detections
-from foveate.data.videos import load_videos
+from foveate.data.masked_videos import load_videos
 from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
 from foveate.envs.cutting import STOP, CuttingEnv, SingleCuttingEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv

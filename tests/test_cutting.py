@@ -15,7 +15,7 @@ from torch import Tensor
 
 import foveate
 from foveate import noise
-from foveate.data.videos import Videos, as_video, load_videos, read_video, views
+from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
 from foveate.envs.cutting import ACTIONS, MOVES, STOP, TIGHTER, WIDER, CuttingEnv
 from foveate.envs.following import acting, clips_of, fixed, follow, truth, unmoved
 from foveate.geometry import overlaps

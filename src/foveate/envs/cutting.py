@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
-from foveate.data.videos import Videos, load_videos
+from foveate.data.masked_videos import Videos, load_videos
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import overlaps
@@ -83,7 +83,7 @@ class CuttingEnv(TensorEnv):
     Args:
         num_envs: copies in lockstep.
         videos: frames and masks; None loads `data` from `root`.
-        data: name of a set (`foveate.data.videos.DATASETS`).
+        data: name of a set (`foveate.data.masked_videos.DATASETS`).
         root: its folder.
         split: "train", "val" or "test".
         image_size: height in pixels.

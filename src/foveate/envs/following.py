@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from foveate import noise
-from foveate.data.videos import Videos
+from foveate.data.masked_videos import Videos
 from foveate.envs.cutting import STOP, CuttingEnv
 from foveate.models.appearance import color_likeness, feature_likeness, stacked
 from foveate.models.backbones import Pretrained

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from foveate import noise, pictures
-from foveate.data.videos import Videos, as_video, load_videos, read_video, views
+from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
 from foveate.envs.cutting import ACTIONS, FACTORS, PAST, CuttingEnv, check_factors, true_boxes
 from foveate.envs.following import (
     Clips,
@@ -304,7 +304,7 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     Returns `masks` [time, height, width]; `boxes` and `contexts` [time, 4], both boxes in pixels of the frames.
 
     Raises:
-        InputError: as `foveate.data.videos.as_video`.
+        InputError: as `foveate.data.masked_videos.as_video`.
     """
     assert config.image_size is not None
     count, _, height, width = images["frames"].shape
