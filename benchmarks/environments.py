@@ -15,7 +15,9 @@ from foveate import noise
 from foveate.data.classification import Images
 from foveate.data.detection import Detections
 from foveate.data.volumes import Volumes
+from foveate.data.masked_videos import load_videos
 from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
+from foveate.envs.cutting import STOP, CuttingEnv, SingleCuttingEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
 from foveate.envs.landmark_walk import MOVES, LandmarkWalkEnv, SingleLandmarkWalkEnv
 from foveate.envs.single import SingleEnv
@@ -67,6 +69,11 @@ def compare_sizes(large: int = 192, small: int = 48, rounds: int = 5) -> Rates:
     ours, theirs = (lockstep(partial(volumes, side), COPIES) for side in (large, small))
     fast, slow = best_seconds(ours, theirs, rounds=rounds)
     return COPIES * STEPS / fast, COPIES * STEPS / slow, f"steps/s in volumes of {large}³, peer {small}³"
+def cuttings() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Rendered videos of 64 pixels, masks by colours, and moves drawn once; an episode ends before the last step."""
+    actions = np.random.default_rng(0).integers(0, STOP, (STEPS, COPIES))
+    actions[-2] = STOP
+    return CuttingEnv, SingleCuttingEnv, {"videos": load_videos("scenes", None, "train", 64, 20, 8)}, actions
 
 
 def lockstep(task: Task, copies: int) -> Callable[[], None]:
@@ -142,5 +149,6 @@ ROWS: dict[str, Callable[[], Rates]] = {
     "landmark-env": partial(compare, partial(volumes, 48), one_by_one),
     "landmark-env-sync": partial(compare, partial(volumes, 48), sync_vector),
     "landmark-env-size": compare_sizes,
+    "cutting-env": partial(compare, cuttings, one_by_one),
     "noise": compare_noise,
 }

@@ -61,6 +61,7 @@ QUICK = {
         "side": 8,
         "registrations": 1,
     },
+    "cutting": {"image_size": 32, "scenes": 4, "length": 4, "crop": 8, "width": 4, "patch": 8, "copies": 4, "batch": 4},
     "foveating-grid": {"batch": 16, "episodes": 200},
     "tune-captioner": {"scenes": 64, "image_size": 16, "width": 16, "depth": 1, "batch": 4, "tuning_batch": 4},
     "tune-segmenter": {"batch": 4, "looks": 4, "image_size": 24, "width": 8},

@@ -20,6 +20,7 @@ from foveate.types import Evaluation, InputError
 LOWER_IS_BETTER = frozenset(
     ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regions", "regret", "seconds")
     ("deviation", "distance", "error", "failures", "glimpses", "loss", "minutes", "nll", "regret", "seconds", "steps")
+    ("decay", "deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds")
 )
 HIGHER_IS_BETTER = frozenset(
     (
@@ -33,6 +34,8 @@ HIGHER_IS_BETTER = frozenset(
         "f",  # of f1
         "fps",
         "iou",
+        "j",
+        "jf",
         "map",
         "pq",
         "precision",

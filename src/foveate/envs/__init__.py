@@ -10,6 +10,7 @@ ENVIRONMENTS = {
     "foveate/FoveatingGrid-v0": "foveating_grid:{}FoveatingGridEnv",
     "foveate/BoxSearch-v0": "box_search:{}BoxSearchEnv",
     "foveate/LandmarkWalk-v0": "landmark_walk:{}LandmarkWalkEnv",
+    "foveate/Cutting-v0": "cutting:{}CuttingEnv",
 }
 
 

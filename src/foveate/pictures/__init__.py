@@ -6,6 +6,7 @@ Images are [batch, channels, height, width] in [0, 1], grey or RGB.
 from foveate.pictures.canvas import MARGIN, image_grid, save_gif, sentence_grid
 from foveate.pictures.glimpses import UNSEEN, box_walks, glimpse_frames, glimpse_paths
 from foveate.pictures.objects import box_grid, painted, segment_grid
+from foveate.pictures.videos import mask_tiles, spread, tile_grid
 
 __all__ = [
     "MARGIN",
@@ -15,8 +16,11 @@ __all__ = [
     "glimpse_frames",
     "glimpse_paths",
     "image_grid",
+    "mask_tiles",
     "painted",
     "save_gif",
     "segment_grid",
     "sentence_grid",
+    "spread",
+    "tile_grid",
 ]

@@ -10,6 +10,7 @@ SYSTEMS = {
     "panoptic": "give every pixel a class and a thing by a short code, tuned on PQ (Pinto et al. 2023)",
     "landmarks": "walk through a volume to an anatomical landmark, from coarse to fine (Ghesu et al. 2019)",
     "foveating-grid": "find a bright cell on a grid by glimpses and warmer/colder cues, within any budget",
+    "cutting": "cut a moving object out of a video by placing two boxes in each frame (Han et al. 2018)",
     "tune-segmenter": "tune any segmenter on the Dice or IoU of its masks, each pixel by its own effect",
     "tune-detector": "tune any detector on the score of its sets of boxes, each box by what the set gains from it",
     "tune-captioner": "tune any image captioner of Hugging Face, or your own, on CIDEr-D",

@@ -1,0 +1,122 @@
+"""Objects followed through videos: what is seen of the frames, and the ways to place boxes in each of them.
+
+A way is (frames, boxes, contexts) → boxes and contexts, from where the mask of the frame before lies to where this
+one's is made: by acting in `CuttingEnv`, by regression, or without anything learned.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from foveate import noise
+from foveate.data.masked_videos import Videos
+from foveate.envs.cutting import STOP, CuttingEnv
+from foveate.models.appearance import color_likeness, feature_likeness, stacked
+from foveate.models.backbones import Pretrained
+from foveate.models.regions import Carried, Make, Place, carry, changed, jittered
+from foveate.types import map_tree
+
+Clips: TypeAlias = tuple[Videos, UInt8[Tensor, "frames height width planes"]]
+ROWS = 240  # pixels of a frame's height as a network of ImageNet sees it
+
+
+def clips_of(videos: Videos, likeness: str = "colors") -> Clips:
+    """Videos, and of each pixel its colours and how much it looks like the object of the video's first mask.
+
+    Args:
+        videos: of which only the first masks are looked at.
+        likeness: "colors", or to compare features too the name of their network (`foveate.models.backbones`).
+    """
+    given = videos.pixels, videos.video, videos.first, videos.masks[videos.first]
+    alike = [color_likeness(*given)]
+    if likeness != "colors":
+        network = Pretrained(likeness, 8).to(videos.pixels.device).eval()
+        alike.append(feature_likeness(*given, network, ROWS / videos.size[0]))
+    return videos, stacked(videos.pixels, *alike)
+
+
+def shown(videos: Videos) -> Int[Tensor, "videos time"]:
+    """The frames of all videos; those that are over stay at their last."""
+    return torch.stack([videos.frames(time) for time in range(int(videos.lengths.max()))], 1)
+
+
+def truth(videos: Videos) -> tuple[Bool[Tensor, "videos time height width"], Int[Tensor, " videos"]]:
+    """Their masks, and how many there are."""
+    return videos.masks[shown(videos)], videos.lengths
+
+
+def follow(videos: Videos, place: Place, make: Make, factors: Float[Tensor, " contexts"], context: int) -> Carried:
+    """Carry the first masks of all videos to their ends."""
+    return carry(videos.masks[videos.first], shown(videos), place, make, factors, context)
+
+
+def color_maker(env: CuttingEnv) -> Make:
+    """Masks without a network, from an environment's `by_color`."""
+
+    def make(frames: Tensor, boxes: Tensor, contexts: Tensor) -> Tensor:
+        return env.by_color(frames, boxes, contexts).float()
+
+    return make
+
+
+@torch.no_grad()
+def mask_iou(env: CuttingEnv) -> dict[str, float]:
+    """Mean IoU of the masks that an environment makes from jittered boxes around the object, the same at every look."""
+    ids = torch.arange(env.examples, device=env.device)
+    keys = noise.key("held out", ids)
+    state = env.opened(ids, keys)
+    boxes = jittered(env.boxes[state.frame], keys, env.jitter, env.size)
+    return {"held_out_iou": float(env.score(state.frame, boxes, state.context).mean())}
+
+
+def acting(env: CuttingEnv, placer: nn.Module, horizon: int) -> Place:
+    """By the actions of the highest value, until it stops or has taken `horizon` of them."""
+
+    @torch.no_grad()
+    def place(frames: Tensor, boxes: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        placer.eval()
+        state, going = env.begun(frames, boxes, contexts), torch.ones_like(frames, dtype=torch.bool)
+        for _ in range(horizon):
+            actions = placer(env.observe(state)).argmax(1)
+            going = going & (actions != STOP)
+            if not bool(going.any()):
+                break
+
+            def chosen(new: Tensor, old: Tensor, going: Tensor = going) -> Tensor:
+                return torch.where(going.view(-1, *(1,) * (new.ndim - 1)), new, old)
+
+            state = map_tree(chosen, env.acted(state, actions), state)
+        return state.box, state.context
+
+    return place
+
+
+def regressing(env: CuttingEnv, regressor: nn.Module, rounds: int) -> Place:
+    """By regression, so many times one after the other."""
+
+    @torch.no_grad()
+    def place(frames: Tensor, boxes: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        regressor.eval()
+        for _ in range(rounds):
+            boxes = changed(boxes, regressor(env.observe(env.begun(frames, boxes, contexts))), env.size)
+        return boxes, contexts
+
+    return place
+
+
+def fixed(boxes_of: Tensor) -> Place:
+    """At given boxes [frames, 4]: the true ones, or one that does not move."""
+
+    def place(frames: Tensor, boxes: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        return boxes_of[frames], contexts
+
+    return place
+
+
+def unmoved(frames: Tensor, boxes: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+    """Where they are: at the masks of the frame before."""
+    return boxes, contexts
