@@ -126,14 +126,20 @@ class SeedsEnv(TensorEnv):
         self.object, self.inside = regions(self.masks, border)
 
     def initial(self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> SeedState:
-        """The user's seeds, one well inside of each side."""
+        """The user's seeds."""
+        seeds = self.user_seeds(ids, keys)
+        return SeedState(ids, seeds, self.walked(ids, seeds) >= 0.5)
+
+    def user_seeds(
+        self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
+    ) -> UInt8[Tensor, "batch rows columns"]:
+        """A seed well inside of each side, drawn from the keys."""
         dice = noise.uniform(noise.fold(keys, "user"), 2, CELLS, CELLS)
         sides = torch.stack((~self.object[ids], self.object[ids]), 1) & self.inside[ids, None]
         places = (dice + sides).flatten(2).argmax(2)
         seeds = torch.zeros(len(ids), CELLS * CELLS, dtype=torch.uint8, device=ids.device)
         kinds = torch.tensor([BACKGROUND, FOREGROUND], dtype=torch.uint8, device=ids.device)
-        seeds = seeds.scatter(1, places, kinds.expand(len(ids), 2)).view(-1, CELLS, CELLS)
-        return SeedState(ids, seeds, self.walked(ids, seeds) >= 0.5)
+        return seeds.scatter(1, places, kinds.expand(len(ids), 2)).view(-1, CELLS, CELLS)
 
     def transition(
         self, state: SeedState, actions: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]

@@ -7,6 +7,7 @@ SYSTEMS = {
     "captioning": "say what is in an image, tuned on CIDEr-D (Rennie et al. 2017; Pinto et al. 2023)",
     "colorization": "colour grey pictures by a short code of chroma, tuned to be vivid and varied (Pinto et al. 2023)",
     "panoptic": "give every pixel a class and a thing by a short code, tuned on PQ (Pinto et al. 2023)",
+    "seednet": "place seeds for a random walker that cuts an object out, by Q-learning (Song et al. 2018)",
     "foveating-grid": "find a bright cell on a grid by glimpses and warmer/colder cues, within any budget",
     "tune-segmenter": "tune any segmenter on the Dice or IoU of its masks, each pixel by its own effect",
     "tune-detector": "tune any detector on the score of its sets of boxes, each box by what the set gains from it",
