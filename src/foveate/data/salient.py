@@ -101,8 +101,8 @@ def load_salient(
                 continue
             what = "is object everywhere" if mask.all() else f"has no object of a pixel's size at {image_size} pixels"
             raise InputError(
-                f"{root}: the mask of {called} {what}, expected an object and a background: replace it, or leave it out "
-                "with --skip-bad"
+                f"{root}: the mask of {called} {what}, expected an object and a background: replace it, or leave it "
+                "out with --skip-bad"
             )
         pixels.append((_stretched(picture[window].float(), image_size)).round().clamp(0, 255).byte())
         masks.append(mask)

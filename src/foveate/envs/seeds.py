@@ -1,5 +1,5 @@
-"""Place seeds for a random walker (Song et al. 2018, "SeedNet: automatic seed generation with deep reinforcement learning
-for robust interactive segmentation").
+"""Place seeds for a random walker (Song et al. 2018, "SeedNet: automatic seed generation with deep reinforcement
+learning for robust interactive segmentation").
 
 | | |
 |---|---|

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,13 +40,15 @@ def grab_cut(
     for image, box in zip(images, boxes.round().int().tolist(), strict=True):
         cv2.setRNGSeed(0)
         pixels = np.ascontiguousarray((image * 255).round().byte().permute(1, 2, 0).flip(2).cpu().numpy())
-        marks = np.zeros(pixels.shape[:2], np.uint8)
+        marks: Any = np.zeros(pixels.shape[:2], np.uint8)
         rows, columns = slice(box[1], max(box[3], box[1] + 1)), slice(box[0], max(box[2], box[0] + 1))
         marks[rows, columns] = cv2.GC_PR_FGD
         inside = marks == cv2.GC_PR_FGD
         if not inside.all():  # else there is nothing to tell the background by
             try:
-                cv2.grabCut(pixels, marks, None, np.zeros((1, 65)), np.zeros((1, 65)), ROUNDS, cv2.GC_INIT_WITH_MASK)
+                models = np.zeros((1, 65)), np.zeros((1, 65))  # of the colours of both sides; room to write in
+                rect: Any = None
+                cv2.grabCut(pixels, marks, rect, *models, ROUNDS, cv2.GC_INIT_WITH_MASK)
             except cv2.error:  # too few pixels on one side for its mixtures of colours
                 marks[inside] = cv2.GC_PR_FGD
         found.append(torch.from_numpy((marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD)))

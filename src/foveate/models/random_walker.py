@@ -11,8 +11,9 @@ before one of the background solves a linear system with the graph's Laplacian, 
 - "elimination", exact: row after row of pixels is eliminated, in float64. The system is block tridiagonal, and blocks
   of the shorter side are inverted; a side of n costs about n⁴ operations an image;
 - "gradients": conjugate gradients with Jacobi's preconditioner (the system is scaled by its diagonal to begin with). An
-  image that has converged is left as it is and costs nothing more. Where no seed is in a region behind sharp edges, its
-  weights are of order 1e-10, and no tolerance within reach is enough: for small images elimination is exact *and* faster.
+  image that has converged is left as it is and costs nothing more. Regions without seeds behind sharp edges hang on
+  weights of order 1e-10, for which no tolerance within reach is enough: for small images elimination is exact and
+  faster.
 
 Both treat each image by itself: its result does not depend on the others.
 """
@@ -77,7 +78,7 @@ def random_walker(
     across, down = across * free[:, :-1] * free[:, 1:], down * free[:, :-width] * free[:, width:]
     if method == "elimination":
         parts = zip(*(leaf.split(TOGETHER) for leaf in (across, down, right)), strict=True)
-        found = torch.cat([_eliminated(*part, width) for part in parts])
+        found = torch.cat([_eliminated(*part, width=width) for part in parts])
     else:
         guess = torch.full_like(wanted, 0.5) if start is None else start.flatten(1).to(wanted)
         guess = torch.where(known, 0.0, guess * degree.sqrt())
@@ -97,7 +98,7 @@ def edge_weights(
     `across` has height · width - 1: of a pixel and the next, 0 at the end of a row. `down` has (height - 1) · width: of
     a pixel and the one below.
     """
-    channels, _, width = images.shape[1:]
+    channels = images.shape[1]
     spread = images.flatten(1).std(1, correction=0).clamp(min=1e-12)
     scale = (-beta / (10 * spread * channels**0.5))[:, None, None]
     aside = torch.exp(scale * (images[..., 1:] - images[..., :-1]).square().sum(1)) + LEAST
@@ -116,7 +117,7 @@ def _neighbours(across: Tensor, down: Tensor, values: Tensor, width: int) -> Ten
     return total
 
 
-def _eliminated(across: Tensor, down: Tensor, right: Tensor, width: int) -> Tensor:
+def _eliminated(across: Tensor, down: Tensor, right: Tensor, *, width: int) -> Tensor:
     """Solve z - (neighbours of z) = right for each row, one line of pixels after the other."""
     lines, below = (leaf.view(len(right), -1, width).unbind(1) for leaf in (right, down))
     aside = F.pad(across, (0, 1)).view(len(right), -1, width)[..., :-1].unbind(1)

@@ -1,7 +1,7 @@
-"""Where the next seed is worth most, and which pixels are of the object: fully convolutional networks on a grid of cells.
+"""Where the next seed is worth most, and which pixels are of the object: fully convolutional networks on a grid.
 
-The values are those of Song et al. 2018, "SeedNet" (CVPR), with the dueling heads of Wang et al. 2016. `SeedMask` has the
-same trunk and sees the same, but for what an agent does: it is the supervised control.
+The values are those of Song et al. 2018, "SeedNet" (CVPR), with the dueling heads of Wang et al. 2016. `SeedMask` has
+the same trunk and sees the same, but for what an agent does: it is the supervised control.
 """
 
 from __future__ import annotations

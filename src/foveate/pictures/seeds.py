@@ -24,7 +24,7 @@ def seed_tile(
     given: int = 2,
     cell: int = 224,
 ) -> Image.Image:
-    """An image: what is outside of the mask is darkened, seeds are discs, blue for the background and red for the object.
+    """An image, darkened outside of the mask; seeds are discs, blue for the background and red for the object.
 
     Args:
         image: in [0, 1].
@@ -58,17 +58,22 @@ def seed_grid(
     places: Float[Tensor, "batch seeds 2"],
     labels: Bool[Tensor, "batch seeds"],
     steps: Sequence[int],
-    captions: Sequence[str] | None = None,
     truth: Bool[Tensor, "batch rows columns"] | None = None,
     given: int = 2,
 ) -> Image.Image:
     """A row an image: the mask after each of these numbers of seeds, with the seeds so far, and the true mask."""
-    tiles = []
+    tiles, captions = [], []
     for row, image in enumerate(images):
         for step in steps:
             count = given + step
             tiles.append(seed_tile(image, masks[row, step], places[row, :count], labels[row, :count], given))
+            told = f"{step} seed{'' if step == 1 else 's'}"
+            if truth is not None:
+                both, either = (masks[row, step] & truth[row]).sum(), (masks[row, step] | truth[row]).sum()
+                told += f": IoU {both / either:.2f}"
+            captions.append(told)
         if truth is not None:
+            captions.append("truth")
             tiles.append(seed_tile(image, truth[row], places[row, :0], labels[row, :0], given))
     return grid(tiles, captions, len(steps) + (truth is not None))
 

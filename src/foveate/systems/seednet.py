@@ -4,7 +4,7 @@
 |---|---|
 | state | the image, the seeds so far on a 20×20 grid, and the mask that the random walker makes of them |
 | action | the next seed: of the background or of the object, at one of 400 cells |
-| reward | (exp(5 · IoU) - 1) / (exp(5) - 1) of a seed well inside its side, 1 less near the border, -1 on the wrong side |
+| reward | R = (exp(5 · IoU) - 1) / (exp(5) - 1) of a seed well inside its side; R - 1 near the border, else -1 |
 | horizon | 10 seeds |
 | learner | double Q-learning with dueling heads, explored where seeds are right |
 | corner | value |
@@ -32,7 +32,8 @@ from foveate import noise, pictures
 from foveate.data.classification import check_images
 from foveate.data.picture_folders import read_pictures
 from foveate.data.salient import Salient, load_salient
-from foveate.envs.seeds import BACKGROUND, CELLS, FOREGROUND, SeedsEnv, SeedState
+from foveate.envs.seed_play import cut_out, enlarged, given_places, play, shown_first, user_places
+from foveate.envs.seeds import ACTIONS, CELLS, SeedsEnv, SeedState
 from foveate.learn.keeper import Keeper
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
@@ -42,10 +43,12 @@ from foveate.models.seed_q import FROZEN_SIDE, SeedMask, SeedQ, frozen_features
 from foveate.pictures.seeds import seed_frames, seed_grid
 from foveate.run import Run
 from foveate.two_steps import tracked
-from foveate.types import Evaluation, InputError, State, Tree, map_tree
-from foveate.value_learning import Acting, Walk, learn_by_acting, walk
+from foveate.types import Evaluation, InputError, State, Tree
+from foveate.value_learning import Acting, learn_by_acting
 
 Look: TypeAlias = Callable[[State], Tree]
+Scores: TypeAlias = dict[str, float]
+Tracked: TypeAlias = tuple[SeedMask, torch.optim.Optimizer, Keeper]
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,9 @@ class Config:
     seed: int = 0
     """of the weights, the order of the data and every draw"""
     steps: int | None = None
-    """updates of the agent; each control has as many"""
+    """updates of the agent and of its two controls together"""
     minutes: float | None = None
-    """wall-clock budget of agent and controls together"""
-    agent_share: float = 0.5
-    """part of the budget for the agent, if in minutes; of a budget in steps all phases have the whole"""
+    """wall-clock budget of all three together, a third each"""
     seeds: int = 10
     """that the agent places"""
     border: float = 0.05
@@ -103,22 +104,20 @@ class Config:
 PART = "policy"  # the tracked part that holds the policy
 CONTROLS = {"supervised": False, "supervised_seeds": True}  # tracked part → whether it sees the user's seeds
 AT_ONCE = 256  # episodes played together where nothing is learned
+SHARE = 1 / (1 + len(CONTROLS))  # of the budget, for the agent and for each control
+EVERY = 200  # updates between looks at the held-out images
 GOOD = 0.9  # IoU from which a mask counts as a success
 _load = lru_cache(maxsize=8)(load_salient)
 
 
 def resolve(config: Config) -> Config:
     """Check the fields and the data; raises `InputError` for what is wrong."""
-    for name in ("seeds", "copies", "batch", "draws", "depth"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    for name, least in {"seeds": 1, "copies": 1, "batch": 1, "draws": 1, "depth": 1, "rows": 2}.items():
+        if getattr(config, name) < least:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least {least}")
     if config.width < 8 or config.width % 8:
         raise InputError(f"width: found {config.width}, expected a multiple of 8")
-    if not 0 < config.agent_share < 1:
-        raise InputError(f"agent_share: found {config.agent_share:g}, expected more than 0 and less than 1")
     _acting(config)
-    if config.rows < 2:
-        raise InputError(f"rows: found {config.rows}, expected at least 2")
     for part in ("train", "val", "test"):
         _world(config, _data(config, part), 1, "cpu")  # now, not after hours
     build(config)
@@ -139,8 +138,14 @@ def _frozen(config: Config, part: Literal["train", "val", "test"]) -> Tensor | N
     """Features of all images of a split, then of all mirrored ones."""
     if config.backbone == "convolutions":
         return None
-    images = _data(config, part, FROZEN_SIDE * CELLS).images
+    images = _large(config, part)
     return torch.cat([frozen_features(_backbone(), each, CELLS) for each in (images, images.flip(-1))])
+
+
+def _large(config: Config, part: Literal["train", "val", "test"]) -> Tensor:
+    """The images of a split at the size that the pretrained network sees."""
+    large = _data(config, part, FROZEN_SIDE * CELLS)  # with --skip-bad it may have more of them
+    return large.images[[large.names.index(name) for name in _data(config, part).names]]
 
 
 def _world(config: Config, data: Salient, copies: int, device: Any, **options: Any) -> SeedsEnv:
@@ -159,17 +164,17 @@ def build(config: Config) -> SeedQ:
     return SeedQ(CELLS, config.width, config.depth, _channels(config))
 
 
-def _channels(config: Config) -> int:
-    return 0 if config.backbone == "convolutions" else sum(_backbone().network.feature_info.channels()[-2:])
-
-
 def _mask_network(config: Config, part: str) -> SeedMask:
     return SeedMask(CONTROLS[part], CELLS, config.width, config.depth, _channels(config))
 
 
+def _channels(config: Config) -> int:
+    return 0 if config.backbone == "convolutions" else sum(_backbone().network.feature_info.channels()[-2:])
+
+
 def _acting(config: Config) -> Acting:
-    numbers = {"batch": config.batch, "discount": config.discount, "learning_rate": config.learning_rate}
-    return Acting(**numbers, last=config.explore)
+    rate = config.learning_rate
+    return Acting(batch=config.batch, discount=config.discount, learning_rate=rate, last=config.explore)
 
 
 def train(config: Config, run: Run) -> None:
@@ -179,123 +184,61 @@ def train(config: Config, run: Run) -> None:
     policy, optimizer, keeper = tracked(run, PART, build(config), by="held_out_iou")
     env = _world(config, data, config.copies, run.device, mirrored=True)
     env.reset(seed=config.seed + run.rank * config.copies)
-    replay = Replay(env.state, config.rows, 2 * CELLS * CELLS)
+    replay = Replay(env.state, config.rows, ACTIONS)
     target, env, replay = run.track(target=build(config), env=env, replay=replay)
     parts = {}
     for name in CONTROLS:
         torch.manual_seed(config.seed)
         parts[name] = tracked(run, name, _mask_network(config, name), by="held_out_iou")
     look, frozen = _look(env, _frozen(config, "train")), _frozen(config, "val")
-    # A step of each phase is an update, so a budget in steps gives each as many as one in minutes shares the time.
-    shares = (1.0, 1.0) if config.minutes is None else (config.agent_share, (1 - config.agent_share) / len(CONTROLS))
-    learn_by_acting(
-        run,
-        "agent",
-        shares[0],
-        env,
-        policy,
-        target,
-        optimizer,
-        replay,
-        _acting(config),
-        look=look,
-        good=env.rewarded if config.guided else None,
-        keeper=keeper,
-        validate=partial(_held_out, config, policy, val, frozen, run),
-        every=200,
-    )
+    how: dict[str, Any] = {"look": look, "keeper": keeper, "every": EVERY}
+    how |= {"good": env.rewarded if config.guided else None}
+    how |= {"validate": partial(_held_out, config, policy, val, frozen, run)}
+    learn_by_acting(run, "agent", SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
     for name, control in parts.items():
-        _supervise(config, run, name, shares[1], *control, env, look, val, frozen)
+        held_out = partial(_drawn, config, val, 1, run.device, control[0], frozen)
+        _supervise(config, run, name, control, env, look, held_out)
 
 
 def _held_out(config: Config, policy: SeedQ, val: Salient, frozen: Tensor | None, run: Run) -> dict[str, float]:
-    found, *_ = _score(config, val, 1, run.device, policy.eval(), frozen)
+    found, _ = _score(config, val, 1, run.device, policy.eval(), frozen)
     return {"held_out_iou": found["iou"], "held_out_seed_precision": found["seed_precision"]}
 
 
 def _supervise(
-    config: Config,
-    run: Run,
-    phase: str,
-    share: float,
-    network: SeedMask,
-    optimizer: torch.optim.Optimizer,
-    keeper: Keeper,
-    env: SeedsEnv,
-    look: Look,
-    val: Salient,
-    frozen: Tensor | None,
+    config: Config, run: Run, phase: str, control: Tracked, env: SeedsEnv, look: Look, held_out: Callable[[], Scores]
 ) -> None:
     """A control: cross-entropy of every pixel."""
-    for step in run.steps(phase, share):
+    network, optimizer, keeper = control
+    for step in run.steps(phase, SHARE):
         if step == 0:
             keeper.begin()
         here = run.rows(config.batch)
         rows = noise.examples(config.seed, step, config.batch, env.examples)[here].to(run.device)
         keys = noise.key(config.seed, phase, "user", step, torch.arange(config.batch)[here]).to(run.device)
-        scores = network.train()(look(_first(env, rows, keys)))
+        scores = network.train()(look(shown_first(env, rows, keys)))
         loss = F.binary_cross_entropy_with_logits(scores, env.masks[rows].float())
         set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
         run.optimise(loss, optimizer, clip=10.0)
         run.log(cross_entropy_loss=loss.detach())
-        if (step + 1) % 200 == 0:
-            keeper.offer(network, _drawn(config, val, 1, run.device, network, frozen)["iou"])
-    score = _drawn(config, val, 1, run.device, network, frozen)["iou"]
-    keeper.offer(network, score)
+        if (step + 1) % EVERY == 0:
+            keeper.offer(network, held_out()["iou"])
+    keeper.offer(network, held_out()["iou"])
     network.load_state_dict(keeper.best.state_dict())
     run.save()
 
 
-def _first(env: SeedsEnv, ids: Tensor, keys: Tensor) -> SeedState:
-    """What a control is shown: the user's seeds, and no mask."""
-    return SeedState(ids, env.user_seeds(ids, keys), torch.zeros_like(env.masks[ids]))
-
-
-def _rows(size: int, draws: int, device: Any) -> tuple[Tensor, ...]:
-    """Test images, each as often as the user's seeds are drawn, in parts."""
-    return torch.arange(size, device=device).repeat(draws).split(AT_ONCE)
-
-
-@torch.no_grad()
 def _score(
-    config: Config,
-    data: Salient,
-    draws: int,
-    device: Any,
-    network: Callable[[Tree], Tensor] | None,
-    frozen: Tensor | None,
-) -> tuple[dict[str, float], list[tuple[float, float]], Walk]:
-    """Metrics after all seeds and the IoU after each, and the first episodes. Without a network: seeds with true labels.
-
-    These fall on either side alike, anywhere well inside of it.
-    """
-    ious, right, first = [], [], None
-    for part, ids in enumerate(_rows(len(data), draws, device)):
+    config: Config, data: Salient, draws: int, device: Any, network: SeedQ | None, frozen: Tensor | None
+) -> tuple[dict[str, float], list[tuple[float, float]]]:
+    """Metrics after all seeds, and the IoU after each. Without a network: of seeds with true labels."""
+    episodes = []
+    for part, ids in enumerate(torch.arange(len(data), device=device).repeat(draws).split(AT_ONCE)):
         env = _world(config, data, len(ids), device, autoreset="disabled")
-        keys = noise.key(config.seed, "true seeds", part, torch.arange(len(ids), device=device))
-        played = (
-            walk(env, partial(_true_seed, env, keys), ids, lambda state: state)
-            if network is None
-            else walk(env, network, ids, _look(env, frozen))
-        )
-        times = range(played.states.image.shape[1])
-        ious.append(torch.stack([env.iou(map_tree(lambda leaf: leaf[:, time], played.states)) for time in times], 1))  # noqa: B023
-        cells = env.object[ids].flatten(1).gather(1, played.actions % CELLS**2)
-        right.append(cells == (played.actions >= CELLS**2))
-        first = first or played
-    assert first is not None
-    iou = torch.cat(ious)
-    scores = {"iou": iou[:, -1].mean(), "success": (iou[:, -1] >= GOOD).float().mean()}
-    scores["seed_precision"] = torch.cat(right).float().mean()
-    curve = [(float(step), float(value)) for step, value in enumerate(iou.mean(0))]
-    return {name: float(value) for name, value in scores.items()}, curve, first
-
-
-def _true_seed(env: SeedsEnv, keys: Tensor, state: SeedState) -> Tensor:
-    """Values under which a seed of either side, drawn evenly among those that are right, is best."""
-    dice = noise.uniform(noise.fold(keys, (state.seeds > 0).flatten(1).sum(1)), 2 * CELLS**2 + 1)
-    side = (torch.arange(2, device=dice.device) == (dice[:, -1:] < 0.5)).repeat_interleave(CELLS**2, 1)
-    return dice[:, :-1] + 2.0 * env.rewarded(state) + side
+        episodes.append(play(env, ids, network, _look(env, frozen), config.seed + part))
+    ious, right = (torch.cat([getattr(each, name) for each in episodes]) for name in ("ious", "right"))
+    curve = [(float(step), float(value)) for step, value in enumerate(ious.mean(0))]
+    return _iou_scores(ious[:, -1]) | {"seed_precision": float(right.float().mean())}, curve
 
 
 @torch.no_grad()
@@ -304,9 +247,9 @@ def _drawn(
 ) -> dict[str, float]:
     """Metrics of masks that are drawn at once."""
     env, ious = _world(config, data, 1, device), []
-    for part, ids in enumerate(_rows(len(data), draws, device)):
+    for part, ids in enumerate(torch.arange(len(data), device=device).repeat(draws).split(AT_ONCE)):
         keys = noise.key(config.seed, "drawn", part, torch.arange(len(ids), device=device))
-        state = _first(env, ids, keys)
+        state = shown_first(env, ids, keys)
         masks = network.eval()(_look(env, frozen)(state)) > 0
         ious.append(env.iou(replace(state, mask=masks)))
     return _iou_scores(torch.cat(ious))
@@ -326,7 +269,7 @@ def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -
     """
     data, frozen = _data(config, "test"), _frozen(config, "test")
     score = partial(_score, config, data, config.draws, run.device)
-    metrics, curve, _ = score(policy.eval(), frozen)
+    metrics, curve = score(policy.eval(), frozen)
     torch.manual_seed(config.seed)
     untrained, random = score(build(config).to(run.device).eval(), frozen), score(None, None)
     env = _world(config, data, 1, run.device)
@@ -350,12 +293,8 @@ def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -
 def predict(config: Config, policy: SeedQ, images: Tree) -> dict[str, Tensor]:
     """Cut out what a user means.
 
-    Args:
-        config: of the run.
-        policy: its weights.
-        images: {"images": [batch, 3, height, width] in [0, 1], "foreground": [batch, 2], "background": [batch, 2]}, the
-            user's seeds as (x, y) in pixels. Bare images are taken to mean what is in the middle, and no longer at the
-            upper left corner.
+    `images` is {"images": [batch, 3, height, width] in [0, 1], "foreground": [batch, 2], "background": [batch, 2]}, the
+    user's seeds as (x, y) in pixels. Bare images are taken to mean what is in their middle and not in the upper left.
 
     Returns `masks` [batch, height, width] and `probabilities`; `seeds` [batch, 2 + seeds, 2], (x, y) in pixels, the
     user's first (background, foreground), and `labels`, true for the object; `steps` [batch, 1 + seeds, side, side],
@@ -370,81 +309,40 @@ def predict(config: Config, policy: SeedQ, images: Tree) -> dict[str, Tensor]:
         raise InputError(f"images: {shown.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
     device = next(policy.parameters()).device
     shown, (height, width) = shown.to(device), shown.shape[2:]
-    size = torch.tensor([width, height], device=device)
-    middle = {"background": torch.zeros_like(size), "foreground": size / 2}
-    given = images if isinstance(images, dict) else {name: at.expand(len(shown), 2) for name, at in middle.items()}
-    cells = [_cell(name, given, size, len(shown)) for name in ("background", "foreground")]
+    middle = torch.tensor([width / 2, height / 2]).expand(len(shown), 2)
+    given = images if isinstance(images, dict) else {"background": torch.zeros_like(middle), "foreground": middle}
+    places = {name: place.to(device) for name, place in given_places(given, len(shown), width, height).items()}
     small = F.interpolate(shown, (config.image_size, config.image_size), mode="bilinear", antialias=True)
     pixels = (small.clamp(0, 1) * 255).round().byte()
-    env = _world(config, Salient(pixels, pixels[:, 0] > 255, ("",) * len(pixels)), len(pixels), device)
+    env = _world(config, Salient(pixels, pixels[:, 0] > 127, ("",) * len(pixels)), len(pixels), device)
     frozen = None if config.backbone == "convolutions" else frozen_features(_backbone().to(device), shown, CELLS)
-    ids = torch.arange(len(shown), device=device)
-    grid = torch.zeros(len(shown), CELLS**2, dtype=torch.uint8, device=device)
-    for cell, kind in zip(cells, (BACKGROUND, FOREGROUND), strict=True):
-        grid[ids, cell] = kind
-    grid = grid.view(-1, CELLS, CELLS)
-    state, actions = SeedState(ids, grid, env.walked(ids, grid) >= 0.5), [cells[0], cells[1] + CELLS**2]
-    steps = [state.mask]
-    for _ in range(config.seeds):
-        with torch.no_grad():
-            actions.append(policy.eval()(_look(env, frozen)(state)).argmax(1))
-        state, *_ = env.transition(state, actions[-1], ids)
-        steps.append(state.mask)
-    found = env.walked(ids, state.seeds)
-    found = F.interpolate(found[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
-    placed = torch.stack(actions, 1)
-    return {
-        "masks": found >= 0.5,
-        "probabilities": found,
-        "seeds": _places(placed) * size,
-        "labels": placed >= CELLS**2,
-        "steps": torch.stack(steps, 1),
-    }
-
-
-def _places(actions: Tensor) -> Tensor:
-    """(x, y) of the middle of each cell, in parts of the image's sides."""
-    cell = actions % CELLS**2
-    return (torch.stack((cell % CELLS, cell // CELLS), -1) + 0.5) / CELLS
-
-
-def _cell(name: str, given: Tree, size: Tensor, count: int) -> Tensor:
-    """The cell in which each of the user's seeds lies."""
-    if name not in given or list(given[name].shape) != [count, 2]:
-        found = list(given[name].shape) if name in given else "none"
-        raise InputError(f"{name}: found {found}, expected [{count}, 2], a seed (x, y) in pixels for each image")
-    place = given[name].to(size.device)
-    if not bool(((place >= 0) & (place < size)).all()):
-        worst = place[~((place >= 0) & (place < size)).all(1)][0].tolist()
-        raise InputError(f"{name}: found a seed at {worst}, expected x and y within {size.tolist()} pixels")
-    cells = (place * CELLS / size).long()
-    return cells[:, 1] * CELLS + cells[:, 0]
+    look = _look(env, frozen)
+    found = cut_out(env, policy.eval(), look, places["background"], places["foreground"], config.seeds)
+    found["probabilities"] = enlarged(found["probabilities"], height, width)
+    found["seeds"] = found["seeds"] * torch.tensor([width, height], device=device)
+    return {"masks": found["probabilities"] >= 0.5, **found}
 
 
 def picture(config: Config, policy: SeedQ, run: Run, images: Tree = None) -> dict[str, Any]:
-    """Test pictures after 0, 1, 3 and all seeds beside the truth, or pictures of the user; the first one seed by seed."""
-    truth, captions = None, None
+    """Test pictures after 0, 1, 3 and all seeds, with the truth, or the user's pictures; the first one seed by seed."""
+    truth = None
     if images is None:
         data = _data(config, "test")
-        images, truth = data.images[:6], data.masks[:6]
+        plain = config.data == "scenes" and config.backbone == "convolutions"  # these are rendered at their size
+        images, truth = (data.images if plain else _large(config, "test"))[:6], data.masks[:6]
         env = _world(config, data, len(images), "cpu", autoreset="disabled")
         env.reset(seed=0, options={"ids": torch.arange(len(images))})
-        places = [(env.state.seeds == kind).flatten(1).int().argmax(1) for kind in (BACKGROUND, FOREGROUND)]
-        size = config.image_size
-        images = {"images": images} | {
-            name: _places(place) * size for name, place in zip(("background", "foreground"), places, strict=True)
-        }
+        places = user_places(env.state)
+        images = {"images": images} | {name: place * images.shape[-1] for name, place in places.items()}
     found = {name: leaf.cpu() for name, leaf in predict(config, policy, images).items()}
     shown = (images["images"] if isinstance(images, dict) else images).cpu()
     steps = sorted({0, min(1, config.seeds), min(3, config.seeds), config.seeds})
-    if truth is not None:
-        both = (found["steps"] & truth[:, None]).sum((2, 3)) / (found["steps"] | truth[:, None]).sum((2, 3))
-        captions = [
-            text for row in both for text in [*(f"{step} seeds: IoU {row[step]:.2f}" for step in steps), "truth"]
-        ]
     drawn = shown[:8], found["steps"][:8], found["seeds"][:8], found["labels"][:8]
-    frames = seed_frames(*(leaf[0] for leaf in drawn))
-    return {"seeds": seed_grid(*drawn, steps, captions, truth), "first picture": frames}
+    frames = seed_frames(drawn[0][0], drawn[1][0], drawn[2][0], drawn[3][0])
+    return {
+        "seeds": seed_grid(*drawn, steps, truth),
+        "first picture": frames,
+    }
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
