@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate import noise
 from foveate.envs.seeds import BACKGROUND, CELLS, FOREGROUND, SeedsEnv, SeedState
@@ -17,6 +17,7 @@ from foveate.types import InputError, State, Tree, map_tree
 from foveate.value_learning import walk
 
 AREA = CELLS * CELLS
+GOOD = 0.9  # IoU from which a mask counts as a success
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,25 @@ def _true_seeds(env: SeedsEnv, keys: Tensor, state: SeedState) -> Tensor:
 def shown_first(env: SeedsEnv, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> SeedState:
     """The user's seeds drawn from the keys, and no mask: what a network is shown that draws the mask at once."""
     return SeedState(ids, env.user_seeds(ids, keys), torch.zeros_like(env.masks[ids]))
+
+
+@torch.no_grad()
+def draw(
+    env: SeedsEnv,
+    ids: Int[Tensor, " batch"],
+    network: nn.Module,
+    look: Callable[[State], Tree],
+    seed: int = 0,
+) -> Float[Tensor, " batch"]:
+    """IoU of masks that a network draws at once: (what `look` makes) → scores of pixels, above 0 for the object."""
+    keys = noise.key(seed, "drawn", torch.arange(len(ids), device=ids.device))
+    state = shown_first(env, ids, keys)
+    return env.iou(replace(state, mask=network.eval()(look(state)) > 0))
+
+
+def iou_scores(ious: Float[Tensor, " batch"]) -> dict[str, float]:
+    """Their mean, and how many are a success."""
+    return {"iou": float(ious.mean()), "success": float((ious >= GOOD).float().mean())}
 
 
 @torch.no_grad()

@@ -50,9 +50,9 @@ class SeedState:
         mask: of the random walker.
     """
 
-    image: Int[Tensor, " batch"]
-    seeds: UInt8[Tensor, "batch rows columns"]
-    mask: Bool[Tensor, "batch side side"]
+    image: Int[Tensor, "*batch"]
+    seeds: UInt8[Tensor, "*batch rows columns"]
+    mask: Bool[Tensor, "*batch side side"]
 
 
 class SeedsEnv(TensorEnv):

@@ -42,8 +42,8 @@ class SeedTrunk(nn.Module):
         self,
         image: Float[Tensor, "batch 3 height width"],
         maps: list[Tensor],
-        frozen: Float[Tensor, "batch features rows columns"] | None,
-    ) -> Float[Tensor, "batch width rows columns"]:
+        frozen: Float[Tensor, "batch channels rows columns"] | None,
+    ) -> Float[Tensor, "batch features rows columns"]:
         """Features. Maps of any size are brought to that of the grid's pixels."""
         side = FINE * self.cells
         shown = [F.interpolate(image - 0.5, (side, side), mode="bilinear", antialias=True)]

@@ -18,7 +18,7 @@ segmentation" (CVPR). What differs here and why, and the numbers: docs/systems/s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -32,8 +32,8 @@ from foveate import noise, pictures
 from foveate.data.classification import check_images
 from foveate.data.picture_folders import read_pictures
 from foveate.data.salient import Salient, load_salient
-from foveate.envs.seed_play import cut_out, enlarged, given_places, play, shown_first, user_places
-from foveate.envs.seeds import ACTIONS, CELLS, SeedsEnv, SeedState
+from foveate.envs.seed_play import cut_out, draw, enlarged, given_places, iou_scores, play, shown_first, user_places
+from foveate.envs.seeds import ACTIONS, CELLS, SeedsEnv
 from foveate.learn.keeper import Keeper
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
@@ -47,6 +47,7 @@ from foveate.types import Evaluation, InputError, State, Tree
 from foveate.value_learning import Acting, learn_by_acting
 
 Look: TypeAlias = Callable[[State], Tree]
+Part: TypeAlias = Literal["train", "val", "test"]
 Scores: TypeAlias = dict[str, float]
 Tracked: TypeAlias = tuple[SeedMask, torch.optim.Optimizer, Keeper]
 
@@ -106,7 +107,6 @@ CONTROLS = {"supervised": False, "supervised_seeds": True}  # tracked part → w
 AT_ONCE = 256  # episodes played together where nothing is learned
 SHARE = 1 / (1 + len(CONTROLS))  # of the budget, for the agent and for each control
 EVERY = 200  # updates between looks at the held-out images
-GOOD = 0.9  # IoU from which a mask counts as a success
 _load = lru_cache(maxsize=8)(load_salient)
 
 
@@ -124,17 +124,17 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def _data(config: Config, part: Literal["train", "val", "test"], side: int | None = None) -> Salient:
+def _data(config: Config, part: Part, side: int | None = None) -> Salient:
     return _load(config.data, config.root, part, side or config.image_size, config.skip_bad, config.scenes)
 
 
-@lru_cache(maxsize=1)
+@lru_cache
 def _backbone() -> Pretrained:
     return Pretrained(EMBEDDED, 16).eval()
 
 
 @lru_cache(maxsize=8)
-def _frozen(config: Config, part: Literal["train", "val", "test"]) -> Tensor | None:
+def _frozen(config: Config, part: Part) -> Tensor | None:
     """Features of all images of a split, then of all mirrored ones."""
     if config.backbone == "convolutions":
         return None
@@ -142,7 +142,7 @@ def _frozen(config: Config, part: Literal["train", "val", "test"]) -> Tensor | N
     return torch.cat([frozen_features(_backbone(), each, CELLS) for each in (images, images.flip(-1))])
 
 
-def _large(config: Config, part: Literal["train", "val", "test"]) -> Tensor:
+def _large(config: Config, part: Part) -> Tensor:
     """The images of a split at the size that the pretrained network sees."""
     large = _data(config, part, FROZEN_SIDE * CELLS)  # with --skip-bad it may have more of them
     return large.images[[large.names.index(name) for name in _data(config, part).names]]
@@ -156,7 +156,8 @@ def _world(config: Config, data: Salient, copies: int, device: Any, **options: A
 def _look(env: SeedsEnv, frozen: Tensor | None) -> Look:
     if frozen is None:
         return env.observe
-    return lambda state: env.observe(state) | {"frozen": frozen[state.image.to(frozen.device)].to(state.image.device)}
+    features = frozen.to(env.device)
+    return lambda state: env.observe(state) | {"frozen": features[state.image]}
 
 
 def build(config: Config) -> SeedQ:
@@ -191,16 +192,17 @@ def train(config: Config, run: Run) -> None:
         torch.manual_seed(config.seed)
         parts[name] = tracked(run, name, _mask_network(config, name), by="held_out_iou")
     look, frozen = _look(env, _frozen(config, "train")), _frozen(config, "val")
-    how: dict[str, Any] = {"look": look, "keeper": keeper, "every": EVERY}
-    how |= {"good": env.rewarded if config.guided else None}
-    how |= {"validate": partial(_held_out, config, policy, val, frozen, run)}
+    how: dict[str, Any] = {"look": look, "keeper": keeper, "every": EVERY, "good": env.rewarded}
+    if not config.guided:
+        how["good"] = None
+    how["validate"] = partial(_held_out, config, policy, val, frozen, run)
     learn_by_acting(run, "agent", SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
     for name, control in parts.items():
         held_out = partial(_drawn, config, val, 1, run.device, control[0], frozen)
         _supervise(config, run, name, control, env, look, held_out)
 
 
-def _held_out(config: Config, policy: SeedQ, val: Salient, frozen: Tensor | None, run: Run) -> dict[str, float]:
+def _held_out(config: Config, policy: SeedQ, val: Salient, frozen: Tensor | None, run: Run) -> Scores:
     found, _ = _score(config, val, 1, run.device, policy.eval(), frozen)
     return {"held_out_iou": found["iou"], "held_out_seed_precision": found["seed_precision"]}
 
@@ -238,25 +240,14 @@ def _score(
         episodes.append(play(env, ids, network, _look(env, frozen), config.seed + part))
     ious, right = (torch.cat([getattr(each, name) for each in episodes]) for name in ("ious", "right"))
     curve = [(float(step), float(value)) for step, value in enumerate(ious.mean(0))]
-    return _iou_scores(ious[:, -1]) | {"seed_precision": float(right.float().mean())}, curve
+    return iou_scores(ious[:, -1]) | {"seed_precision": float(right.float().mean())}, curve
 
 
-@torch.no_grad()
-def _drawn(
-    config: Config, data: Salient, draws: int, device: Any, network: SeedMask, frozen: Tensor | None
-) -> dict[str, float]:
+def _drawn(config: Config, data: Salient, draws: int, device: Any, network: SeedMask, frozen: Tensor | None) -> Scores:
     """Metrics of masks that are drawn at once."""
-    env, ious = _world(config, data, 1, device), []
-    for part, ids in enumerate(torch.arange(len(data), device=device).repeat(draws).split(AT_ONCE)):
-        keys = noise.key(config.seed, "drawn", part, torch.arange(len(ids), device=device))
-        state = shown_first(env, ids, keys)
-        masks = network.eval()(_look(env, frozen)(state)) > 0
-        ious.append(env.iou(replace(state, mask=masks)))
-    return _iou_scores(torch.cat(ious))
-
-
-def _iou_scores(iou: Tensor) -> dict[str, float]:
-    return {"iou": float(iou.mean()), "success": float((iou >= GOOD).float().mean())}
+    env, ids = _world(config, data, 1, device), torch.arange(len(data), device=device).repeat(draws)
+    parts = enumerate(ids.split(AT_ONCE))
+    return iou_scores(torch.cat([draw(env, some, network, _look(env, frozen), config.seed + k) for k, some in parts]))
 
 
 def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -> Evaluation:
@@ -272,16 +263,14 @@ def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -
     metrics, curve = score(policy.eval(), frozen)
     torch.manual_seed(config.seed)
     untrained, random = score(build(config).to(run.device).eval(), frozen), score(None, None)
-    env = _world(config, data, 1, run.device)
     baselines = {"initial": {"iou": curve[0][1]}, "random": random[0], "untrained": untrained[0]}
     for name in CONTROLS:
         network = _mask_network(config, name).to(run.device)
         if run.restore(name, network):
             baselines[name] = _drawn(config, data, config.draws, run.device, network, frozen)
     if has_opencv():
-        cut = grab_cut(env.pixels.float() / 255, boxes_around(env.masks))
-        ids = torch.arange(len(data), device=run.device)
-        baselines["grabcut_box"] = _iou_scores(env.iou(SeedState(ids, env.pixels.new_zeros(len(ids), 1, 1), cut)))
+        cut, truth = grab_cut(data.images, boxes_around(data.masks)), data.masks
+        baselines["grabcut_box"] = iou_scores((cut & truth).sum((1, 2)) / (cut | truth).sum((1, 2)))
     else:
         run.say("grabcut_box is left out: it needs OpenCV, pip install 'foveate[references]'")
     if config.skip_bad:
@@ -298,10 +287,8 @@ def predict(config: Config, policy: SeedQ, images: Tree) -> dict[str, Tensor]:
 
     Returns `masks` [batch, height, width] and `probabilities`; `seeds` [batch, 2 + seeds, 2], (x, y) in pixels, the
     user's first (background, foreground), and `labels`, true for the object; `steps` [batch, 1 + seeds, side, side],
-    the masks before and after each seed, at the walker's size.
-
-    Raises:
-        InputError: the images break the convention or are not RGB; seeds of another shape or outside of the image.
+    the masks before and after each seed, at the walker's size. Raises `InputError` for images that break the convention
+    or are not RGB, and for seeds of another shape or outside of the image.
     """
     shown = images["images"] if isinstance(images, dict) else images
     check_images(shown, "images")
@@ -315,12 +302,15 @@ def predict(config: Config, policy: SeedQ, images: Tree) -> dict[str, Tensor]:
     small = F.interpolate(shown, (config.image_size, config.image_size), mode="bilinear", antialias=True)
     pixels = (small.clamp(0, 1) * 255).round().byte()
     env = _world(config, Salient(pixels, pixels[:, 0] > 127, ("",) * len(pixels)), len(pixels), device)
-    frozen = None if config.backbone == "convolutions" else frozen_features(_backbone().to(device), shown, CELLS)
-    look = _look(env, frozen)
+    plain = config.backbone == "convolutions"
+    look = _look(env, None if plain else frozen_features(_backbone().to(device), shown, CELLS))
     found = cut_out(env, policy.eval(), look, places["background"], places["foreground"], config.seeds)
     found["probabilities"] = enlarged(found["probabilities"], height, width)
-    found["seeds"] = found["seeds"] * torch.tensor([width, height], device=device)
-    return {"masks": found["probabilities"] >= 0.5, **found}
+    return {
+        "masks": found["probabilities"] >= 0.5,
+        **found,
+        "seeds": found["seeds"] * shown.new_tensor([width, height]),
+    }
 
 
 def picture(config: Config, policy: SeedQ, run: Run, images: Tree = None) -> dict[str, Any]:
@@ -330,10 +320,10 @@ def picture(config: Config, policy: SeedQ, run: Run, images: Tree = None) -> dic
         data = _data(config, "test")
         plain = config.data == "scenes" and config.backbone == "convolutions"  # these are rendered at their size
         images, truth = (data.images if plain else _large(config, "test"))[:6], data.masks[:6]
-        env = _world(config, data, len(images), "cpu", autoreset="disabled")
+        env = _world(config, data, len(images), "cpu")
         env.reset(seed=0, options={"ids": torch.arange(len(images))})
-        places = user_places(env.state)
-        images = {"images": images} | {name: place * images.shape[-1] for name, place in places.items()}
+        places = {name: place * images.shape[-1] for name, place in user_places(env.state).items()}
+        images = {"images": images, **places}
     found = {name: leaf.cpu() for name, leaf in predict(config, policy, images).items()}
     shown = (images["images"] if isinstance(images, dict) else images).cpu()
     steps = sorted({0, min(1, config.seeds), min(3, config.seeds), config.seeds})
