@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -38,7 +39,7 @@ def seed_tile(
     fine = F.interpolate(mask[None, None].float(), (rows, columns), mode="bilinear", align_corners=False)[0, 0] > 0.5
     width = SHARPER * 2 + 1
     rim = F.max_pool2d(fine[None].float(), width, 1, width // 2)[0] > 0.5
-    shown = torch.tensor(list(enlarge(image, SHARPER * cell).tobytes()), dtype=torch.uint8).view(rows, columns, 3)
+    shown = torch.from_numpy(np.array(enlarge(image, SHARPER * cell)))
     shown = torch.where(fine[..., None], shown, (shown * 0.55).byte())
     shown = torch.where((rim & ~fine)[..., None], torch.tensor(OUTLINE, dtype=torch.uint8), shown)
     picture = Image.fromarray(shown.numpy())
