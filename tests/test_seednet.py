@@ -12,18 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import foveate
 from foveate import noise
 from foveate.data.salient import Salient, load_salient
 from foveate.data.scenes import describe, draw
 from foveate.envs.seed_play import play
-from foveate.envs.seeds import BACKGROUND, CELLS, FOREGROUND, SeedsEnv, regions
+from foveate.envs.seeds import ACTIONS, BACKGROUND, CELLS, FOREGROUND, SeedsEnv, regions
 from foveate.learn.replay import Replay
 from foveate.models.grab_cut import boxes_around, grab_cut
 from foveate.models.random_walker import random_walker
 from foveate.models.seed_q import SeedMask, SeedQ
+from foveate.run import Run
 from foveate.systems import seednet
-from foveate.types import InputError
+from foveate.types import InputError, map_tree
+from foveate.value_learning import Acting, learn_by_acting
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 AREA = CELLS * CELLS
@@ -191,7 +192,7 @@ def test_a_seed_on_a_seed_is_never_the_best_and_teaches_nothing() -> None:
     assert (values[taken].view(4, -1).amax(1) < values.masked_fill(taken, math.inf).amin(1)).all()
     values[taken].sum().backward()
     assert all(one.grad is None or not one.grad.any() for one in network.parameters())
-    alone = network(foveate.types.map_tree(lambda leaf: leaf[1:2], env.observe(env.state)))
+    alone = network(map_tree(lambda leaf: leaf[1:2], env.observe(env.state)))
     torch.testing.assert_close(alone, values[1:2])
 
 
@@ -325,10 +326,21 @@ def test_a_users_seeds_begin_what_is_predicted() -> None:
 
 def test_it_learns_which_side_is_which_and_cuts_better_for_it(tmp_path: Path) -> None:
     """On the images it learned from; half of all seeds of an untrained network lie on the wrong side or do nothing."""
-    settings = {**SMALL, "scenes": 8, "copies": 16, "batch": 32, "width": 16, "depth": 2, "seeds": 5, "rows": 100}
-    agent = foveate.train("seednet", out=tmp_path / "run", device="cpu", steps=450, learning_rate=3e-3, **settings)
-    data = load_salient("scenes", None, "train", 20, scenes=8)
-    env = SeedsEnv(8, salient=data, horizon=5, autoreset="disabled")
-    played = play(env, torch.arange(8), agent.policy.eval())
-    assert played.right.float().mean() > 0.85
-    assert played.ious[:, -1].mean() > played.ious[:, 0].mean() + 0.15
+    torch.manual_seed(0)
+    data, ids = load_salient("scenes", None, "train", 20, scenes=8), torch.arange(8)
+    env = SeedsEnv(16, salient=data, horizon=5)
+    env.reset(seed=0)
+    network, target = SeedQ(width=16, depth=2), SeedQ(width=16, depth=2)
+    test = SeedsEnv(8, salient=data, horizon=5, autoreset="disabled")
+    before = play(test, ids, network.eval())
+    run = Run(tmp_path / "run", system="test", config={}, steps=150, device="cpu", quiet=True)
+    optimizer = torch.optim.Adam(network.parameters())
+    parts = run.track(
+        network=network, target=target, optimizer=optimizer, env=env, replay=Replay(env.state, 100, ACTIONS)
+    )
+    network, target, optimizer, env, replay = parts
+    how = Acting(batch=32, discount=0.7, learning_rate=3e-3)
+    learn_by_acting(run, "agent", 1.0, env, network, target, optimizer, replay, how, good=env.rewarded)
+    after = play(test, ids, network.eval())
+    assert after.right.float().mean() > max(0.85, before.right.float().mean() + 0.1)
+    assert after.ious[:, -1].mean() > max(before.ious[:, -1].mean(), after.ious[:, 0].mean()) + 0.15
