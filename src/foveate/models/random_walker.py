@@ -99,7 +99,8 @@ def edge_weights(
     a pixel and the one below.
     """
     channels = images.shape[1]
-    spread = images.flatten(1).std(1, correction=0).clamp(min=1e-12)
+    flat = images.flatten(1)  # not `std`, which warns of an empty batch
+    spread = (flat - flat.mean(1, keepdim=True)).square().mean(1).sqrt().clamp(min=1e-12)
     scale = (-beta / (10 * spread * channels**0.5))[:, None, None]
     aside = torch.exp(scale * (images[..., 1:] - images[..., :-1]).square().sum(1)) + LEAST
     below = torch.exp(scale * (images[..., 1:, :] - images[..., :-1, :]).square().sum(1)) + LEAST
