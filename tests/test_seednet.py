@@ -78,6 +78,7 @@ def test_each_image_is_walked_by_itself() -> None:
     assert torch.equal(found[7:8], random_walker(images[7:8], ours[7:8], other[7:8]))
     assert torch.equal(found[:5], random_walker(images[:5], ours[:5], other[:5]))
     torch.testing.assert_close(found, 1 - random_walker(images, other, ours), rtol=0, atol=1e-5)
+    assert random_walker(images[:0], ours[:0], other[:0]).shape == (0, 12, 12)
 
 
 def test_seeds_of_one_side_or_none_decide_alone() -> None:

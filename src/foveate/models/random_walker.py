@@ -61,6 +61,8 @@ def random_walker(
             so small a part of the right-hand side (both norms weighted by the diagonal).
         start: of "gradients": probabilities from which to begin, for example those before the last seed was added.
     """
+    if not len(images):
+        return images.new_zeros(foreground.shape)
     if images.shape[3] > images.shape[2]:  # the blocks of the elimination are of the shorter side
         turned = (leaf.mT for leaf in (images, foreground, background))
         start = None if start is None else start.mT
