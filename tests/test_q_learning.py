@@ -107,6 +107,16 @@ def test_a_million_steps_of_coordinates_and_histories_take_little_room() -> None
     assert Replay(state, 4000).size < 300e6 / 2
 
 
+@pytest.mark.parametrize(("choices", "width"), [(256, 1), (800, 2), (2**15, 2), (2**16, 4)])
+def test_actions_are_kept_whatever_their_number(choices: int, width: int) -> None:
+    replay = Replay(torch.zeros(2), 3, choices)
+    last, none = torch.tensor([choices - 1, 0]), torch.zeros(2, dtype=torch.bool)
+    for _ in range(3):
+        replay.write(torch.zeros(2), last, torch.zeros(2), none, none, ~none)
+    assert replay.actions.element_size() == width
+    assert set(replay.draw(noise.key("drawn"), 64).actions.tolist()) == {0, choices - 1}
+
+
 def test_targets_are_those_counted_by_hand() -> None:
     returns, discounts = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0])
     after, own = torch.tensor([[1.0, 4.0], [9.0, 9.0]]), torch.tensor([[3.0, 2.0], [0.0, 1.0]])

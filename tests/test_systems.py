@@ -18,6 +18,7 @@ from foveate.run import Run
 from foveate.systems import SYSTEMS
 
 QUICK = {
+    "seednet": {"scenes": 20, "image_size": 20, "copies": 4, "rows": 6, "batch": 4, "width": 8, "depth": 1, "draws": 1},
     "tune-detector": {"batch": 4, "scenes": 32, "image_size": 32, "width": 16, "samples": 2, "candidates": 4},
     "ram": {"batch": 16, "variant": "plain", "glimpses": 3},
     "detection": {"image_size": 16, "scenes": 64, "width": 16, "depth": 1, "batch": 4, "tuning_batch": 2, "most": 5},

@@ -11,6 +11,7 @@ ENVIRONMENTS = {
     "foveate/BoxSearch-v0": "box_search:{}BoxSearchEnv",
     "foveate/LandmarkWalk-v0": "landmark_walk:{}LandmarkWalkEnv",
     "foveate/Cutting-v0": "cutting:{}CuttingEnv",
+    "foveate/Seeds-v0": "seeds:{}SeedsEnv",
 }
 
 

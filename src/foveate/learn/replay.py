@@ -45,6 +45,7 @@ class Replay(nn.Module):
     Args:
         example: a tree of [copies, ...], what a state to be stored looks like.
         rows: steps of all copies that are kept: rows · copies transitions.
+        choices: how many actions there are; beyond 256 a number takes two bytes, beyond 32,768 four.
 
     Raises:
         InputError: fewer than 2 rows.
@@ -57,7 +58,7 @@ class Replay(nn.Module):
     taken: Tensor
     written: Tensor
 
-    def __init__(self, example: Tree, rows: int) -> None:
+    def __init__(self, example: Tree, rows: int, choices: int = 256) -> None:
         super().__init__()
         if rows < 2:
             raise InputError(f"rows: found {rows}, expected at least 2: a step and what came after it")
@@ -73,7 +74,7 @@ class Replay(nn.Module):
 
         map_tree(room, example)
         for name, kind in (
-            ("actions", torch.uint8),
+            ("actions", torch.uint8 if choices <= 256 else torch.int16 if choices <= 2**15 else torch.int32),
             ("rewards", torch.float32),
             ("terminated", torch.bool),
             ("truncated", torch.bool),
@@ -105,7 +106,7 @@ class Replay(nn.Module):
 
         Args:
             states: what the actions were decided on.
-            actions: numbers up to 255.
+            actions: numbers below `choices`.
             rewards: that followed.
             terminated: true where the task ended.
             truncated: true where a limit cut the episode.
@@ -118,7 +119,7 @@ class Replay(nn.Module):
             return leaf
 
         map_tree(put, states)
-        self.actions[row], self.rewards[row], self.taken[row] = actions.to(torch.uint8), rewards, taken
+        self.actions[row], self.rewards[row], self.taken[row] = actions.to(self.actions.dtype), rewards, taken
         self.terminated[row], self.truncated[row] = terminated & taken, truncated & taken
         self.written += 1
 

@@ -9,6 +9,7 @@ SYSTEMS = {
     "colorization": "colour grey pictures by a short code of chroma, tuned to be vivid and varied (Pinto et al. 2023)",
     "panoptic": "give every pixel a class and a thing by a short code, tuned on PQ (Pinto et al. 2023)",
     "landmarks": "walk through a volume to an anatomical landmark, from coarse to fine (Ghesu et al. 2019)",
+    "seednet": "place seeds for a random walker that cuts an object out, by Q-learning (Song et al. 2018)",
     "foveating-grid": "find a bright cell on a grid by glimpses and warmer/colder cues, within any budget",
     "cutting": "cut a moving object out of a video by placing two boxes in each frame (Han et al. 2018)",
     "tune-segmenter": "tune any segmenter on the Dice or IoU of its masks, each pixel by its own effect",
