@@ -32,7 +32,7 @@ from foveate.types import InputError, concatenate, map_tree
 
 DATASETS = {
     "scenes": "rendered scenes, and the same in another contrast",
-    "photographs": "crops of the photographs of scikit-image, and the same in another contrast; no photograph is in two parts",
+    "photographs": "crops of the photographs of scikit-image, and the same in another contrast",
     "digits": "scenes of embedded handwritten digits, and the same in another contrast",
     "birl": "your pairs with landmarks, in the layout of BIRL: ROOT/pairs.csv",
 }
@@ -158,8 +158,8 @@ def without_landmarks(fixed: Float[Tensor, "batch 3 side side"], moving: Float[T
     """Pictures in [0, 1] of which nobody knows how they belong together: they count as if they lay as they should."""
     corners = torch.tensor([[0.0, 0.0], [fixed.shape[-1], fixed.shape[-1]]], device=fixed.device)
     points = corners.expand(len(fixed), -1, -1)
-    pixels = [(255 * each).round().byte() for each in (fixed, moving)]
-    return Pairs(*pixels, points, points, torch.ones(points.shape[:2], dtype=torch.bool, device=fixed.device))
+    one, other = ((255 * each).round().byte() for each in (fixed, moving))
+    return Pairs(one, other, points, points, torch.ones(points.shape[:2], dtype=torch.bool, device=fixed.device))
 
 
 def checked_pair(images: Any) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,8 @@ def read_pairs(root: Path | None, split: str, side: int) -> tuple[Tensor, Tensor
             f"{table}: found {len(rows)} pairs but none for split {split!r}, expected four pairs at least, or a column "
             "'status' with training, validation and evaluation: add pairs"
         )
-    fixed, moving, points, others = [], [], [], []
+    pictures: tuple[list[Tensor], list[Tensor]] = [], []
+    points: tuple[list[Tensor], list[Tensor]] = [], []
     for line, row in found:
         both = []
         for image, landmarks in zip(IMAGES, LANDMARKS, strict=True):
@@ -71,13 +72,13 @@ def read_pairs(root: Path | None, split: str, side: int) -> tuple[Tensor, Tensor
                 f"{table}, line {line}: {row[LANDMARKS[0]]} has {len(both[0][1])} landmarks and {row[LANDMARKS[1]]} "
                 f"{len(both[1][1])}, expected as many: row k of the one belongs to row k of the other"
             )
-        for pictures, places, (pixels, marks) in zip((fixed, moving), (points, others), both, strict=True):
-            pictures.append(pixels)
-            places.append(marks)
-    most = max(map(len, points))
-    mask = torch.stack([torch.arange(most) < len(marks) for marks in points])
-    padded = [torch.stack([F.pad(marks, (0, 0, 0, most - len(marks))) for marks in each]) for each in (points, others)]
-    return torch.stack(fixed), torch.stack(moving), *padded, mask
+        for place, (pixels, marks) in enumerate(both):
+            pictures[place].append(pixels)
+            points[place].append(marks)
+    most = max(map(len, points[0]))
+    mask = torch.stack([torch.arange(most) < len(marks) for marks in points[0]])
+    one, other = (torch.stack([F.pad(marks, (0, 0, 0, most - len(marks))) for marks in each]) for each in points)
+    return torch.stack(pictures[0]), torch.stack(pictures[1]), one, other, mask
 
 
 def read_pictures_of_pairs(path: Path, side: int) -> dict[str, Float[Tensor, "batch 3 side side"]]:
@@ -100,8 +101,8 @@ def read_pictures_of_pairs(path: Path, side: int) -> dict[str, Float[Tensor, "ba
         files = sorted(path.glob(f"{name}.*")) if path.is_dir() else []
         if len(files) != 1:
             raise InputError(
-                f"{path}: found {len(files)} files {name}.*, expected a folder with one picture fixed.* and one moving.*, or "
-                "with pairs.csv"
+                f"{path}: found {len(files)} files {name}.*, expected a folder with one picture fixed.* and one "
+                "moving.*, or with pairs.csv"
             )
         found[name] = letterbox(read_pictures(files[0], 3, None), side)[0]
     return found

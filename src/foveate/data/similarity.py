@@ -4,9 +4,9 @@ Parameters are (tx, ty, rotation, log scale): pixels, pixels, degrees, natural l
 
     x → c + exp(log scale) · R(rotation) · (x - c) + (tx, ty),        c the centre of the picture,
 
-so a picture is turned and scaled about its own centre first and shifted then. R turns the x axis towards the y axis, on a
-screen, where y points down, clockwise. Matrices [..., 2, 3] map points (x, y, 1) in pixels (`foveate.geometry`: the
-middle of the first pixel is at 0.5).
+so a picture is turned and scaled about its own centre first and shifted then. R turns the x axis towards the y axis:
+on a screen, where y points down, clockwise. Matrices [..., 2, 3] map points (x, y, 1) in pixels (`foveate.geometry`:
+the middle of the first pixel is at 0.5).
 
 A matrix moves points forward; `warp` moves the pixels the same way, for which it asks the inverse where each pixel
 comes from.
@@ -20,14 +20,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def matrices(parameters: Float[Tensor, "*batch 4"], side: float) -> Float[Tensor, "*batch 2 3"]:
+def matrices(parameters: Float[Tensor, "*batch 4"], side: int) -> Float[Tensor, "*batch 2 3"]:
     """The matrices of parameters, for pictures of `side`×`side` pixels."""
     shift, angle, scale = parameters[..., :2], parameters[..., 2].deg2rad(), parameters[..., 3].exp()
     cos, sin = scale * angle.cos(), scale * angle.sin()
     return _assembled(cos, sin, shift, side / 2)
 
 
-def parameters_of(matrix: Float[Tensor, "*batch 2 3"], side: float) -> Float[Tensor, "*batch 4"]:
+def parameters_of(matrix: Float[Tensor, "*batch 2 3"], side: int) -> Float[Tensor, "*batch 4"]:
     """The parameters of similarity matrices, the other way of `matrices`; rotations from -180 to 180 degrees."""
     cos, sin, centre = matrix[..., 0, 0], matrix[..., 1, 0], matrix.new_full((2,), side / 2)
     shift = apply(matrix, centre.expand(*matrix.shape[:-2], 1, 2)).squeeze(-2) - centre

@@ -10,8 +10,8 @@ deep recurrent reinforcement learning").
 | horizon | 40 steps; it ends when the landmarks lie together |
 
 A transform is (tx, ty, rotation, log scale), as `foveate.data.similarity` has it: each action adds to one of the four,
-so that the picture is turned and scaled about its own centre, wherever it has been shifted to. The picture as seen is made
-from the original by one interpolation, however many steps there were.
+so that the picture is turned and scaled about its own centre, wherever it has been shifted to. The picture as seen is
+made from the original by one interpolation, however many steps there were.
 """
 
 from __future__ import annotations
@@ -127,10 +127,7 @@ class RegistrationEnv(TensorEnv):
 
     def initial(self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> RegistrationState:
         """Nothing done yet."""
-        if self.displace:
-            truth = self.spread.draw(keys, self.side)
-        else:
-            truth = parameters_of(self.aligned[ids], self.side)
+        truth = self.spread.draw(keys, self.side) if self.displace else parameters_of(self.aligned[ids], self.side)
         return RegistrationState(ids, torch.zeros_like(truth), truth)
 
     def transition(

@@ -66,8 +66,8 @@ def steps(
         keys: from which moves are drawn; None: the likeliest are taken.
 
     Returns:
-        The state after them, what is then remembered, and transforms and values of all states on the way, first and last
-        included.
+        The state after them, what is then remembered, and transforms and values of all states on the way, the first and
+        the last included.
     """
     transforms, values = [], []
     for step in range(count + 1):
@@ -98,8 +98,8 @@ def walk(
     """Transforms on the way of a greedy walk of `horizon` steps, and after it what look-ahead makes of its end.
 
     Twice, `rollouts` walks of `depth` steps are drawn from where it stands. The first time it goes on from the end that
-    has the highest value; the second time, the best state of each rollout is averaged, weighted by its value. The average
-    lies between the steps.
+    has the highest value; the second time, the best state of each rollout is averaged, weighted by its value. The
+    average lies between the steps.
     """
     state, memory, path, _ = steps(env, policy, state, None, horizon)
     if not rollouts:

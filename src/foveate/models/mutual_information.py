@@ -29,8 +29,8 @@ def simple_itk() -> Any:
         import SimpleITK
     except ImportError as error:
         raise InputError(
-            "mutual_information: needs the package SimpleITK, which is not installed: pip install 'foveate[references]', "
-            "or leave the baseline out with --no-mutual-information"
+            "mutual_information: needs the package SimpleITK, which is not installed: "
+            "pip install 'foveate[references]', or leave the baseline out with --no-mutual-information"
         ) from error
     return SimpleITK
 

@@ -3,9 +3,9 @@
     pictures → the same convolutions on both → how alike each place of the one is to the places around it in the other
     → convolutions → (agent) a convolutional LSTM, and heads for policy and value; (regressor) a transform
 
-Where the pictures are alike is a correlation of normalised features of every place with every other, as in Teed and Deng
-2020, "RAFT", laid out by how far the two are apart, as in Dosovitskiy et al. 2015, "FlowNet". Shi et al. 2015,
-"Convolutional LSTM network".
+Where the pictures are alike is a correlation of normalised features of every place with every other, as in Teed and
+Deng 2020, "RAFT", laid out by how far the two are apart, as in Dosovitskiy et al. 2015, "FlowNet". The memory is that
+of Shi et al. 2015, "Convolutional LSTM network".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from foveate.types import Decisions, InputError, Policy, State, map_tree
 
 Core = Literal["convlstm", "none"]
 STRIDE = 8  # of the features that are compared, in pixels
-REACH = 4.5  # places around it with which a place is compared, in strides: 36 pixels
+REACH = 5  # places around it with which a place is compared, either way: 40 pixels
 
 
 class ConvLSTMCell(nn.Module):
@@ -98,7 +98,7 @@ class PairEyes(nn.Module):
 
 def _offsets(cells: int) -> tuple[int, Tensor]:
     """How many offsets are compared, and for each of them and each place the number of the pair, [offsets, places]."""
-    reach = int(min(REACH, cells - 1))
+    reach = min(REACH, cells - 1)
     steps = torch.arange(-reach, reach + 1)
     down, across = torch.meshgrid(steps, steps, indexing="ij")
     row, column = torch.meshgrid(torch.arange(cells), torch.arange(cells), indexing="ij")

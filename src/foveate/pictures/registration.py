@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -27,7 +25,7 @@ def overlays(
     moving: Float[Tensor, "batch 3 height width"],
     before: Float[Tensor, "batch 3 height width"],
     after: Float[Tensor, "batch 3 height width"],
-    captions: Sequence[str] | None = None,
+    errors: tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]] | None = None,
     cell: int = 192,
 ) -> Image.Image:
     """A row a pair: both pictures, and their checkerboards before and after.
@@ -37,12 +35,14 @@ def overlays(
         moving: those that were registered.
         before: the moving ones where they were, in the frame of the fixed ones.
         after: where they have been brought.
-        captions: two a pair, below the checkerboards.
+        errors: of the landmarks before and after, in pixels, where they are known.
         cell: longer side of a picture as drawn.
     """
     tiles = torch.stack((fixed, moving, checkered(fixed, before), checkered(fixed, after)), 1).flatten(0, 1)
-    told = captions or ["before", "after"] * len(fixed)
-    lines = [line for row in range(len(fixed)) for line in ("fixed", "moving", *told[2 * row : 2 * row + 2])]
+    told = [["before"] * len(fixed), ["after"] * len(fixed)]
+    if errors is not None:
+        told = [[f"{line[0]}: {error:.1f} px off" for error in each] for line, each in zip(told, errors, strict=True)]
+    lines = [line for both in zip(*told, strict=True) for line in ("fixed", "moving", *both)]
     return image_grid(tiles, lines, 4, cell)
 
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -106,7 +106,7 @@ class Config:
     imitation: float = 1.0
     """weight at first of copying the expert, who takes the move that gains most; 0: reward alone"""
     imitation_share: float = 0.8
-    """part of the phase in which that weight falls evenly to 0"""
+    """part of its phase in which that weight falls evenly to 0"""
     learning_rate: float = 1e-3
     """peak of the one-cycle schedule"""
     mutual_information: bool = True
@@ -118,6 +118,7 @@ PART = "agent"  # the tracked part that holds the policy
 FAR = 25.0  # pixels of mean displacement from which on a pair is far
 NEAR = 5.0  # of mean error below which it is registered
 AGAIN = 4  # times that the iterated regressor looks
+_load = lru_cache(maxsize=6)(load_pairs)
 
 
 def resolve(config: Config) -> Config:
@@ -145,7 +146,7 @@ def resolve(config: Config) -> Config:
 
 def _pairs(config: Config, part: Part) -> Pairs:
     count = {"train": config.pairs, "val": config.held_out // 4, "test": config.held_out}[part]
-    return load_pairs(config.data, config.root, part, config.image_size, count, _spread(config), config.views)
+    return _load(config.data, config.root, part, config.image_size, count, _spread(config), config.views)
 
 
 def _spread(config: Config) -> Spread:
@@ -175,9 +176,9 @@ def train(config: Config, run: Run) -> None:
     agent = tracked(run, PART, build(config))
     torch.manual_seed(config.seed)
     regressor = tracked(run, "regressor", _regressor(config))
-    first, last = run.rows(config.copies).start, run.rows(config.copies).stop
-    env = _env(config, data, last - first, run.device, displace=True)
-    env.reset(seed=int(noise.key(config.seed, "walks")) % 2**30 + first)
+    rows = run.rows(config.copies)
+    env = _env(config, data, rows.stop - rows.start, run.device, displace=True)
+    env.reset(seed=int(noise.key(config.seed, "walks")) % 2**30 + rows.start)
     env, recall = run.track(env=env, recall=Recall(agent[0], env.num_envs))
     _learn_to_move(config, run, env, recall, val, agent)
     _learn_to_say(config, run, env, val, regressor)
@@ -207,7 +208,7 @@ def _learn_to_move(config: Config, run: Run, env: RegistrationEnv, recall: Recal
 
 
 def _learn_to_say(config: Config, run: Run, env: RegistrationEnv, val: Pairs, parts: Parts) -> None:
-    """Regress what is left to do, by the landmarks: from the start, and in every other row from somewhere on the way."""
+    """Regress what is left to do, by the landmarks: from the start, and in every other row from along the way."""
     regressor, optimizer, keeper = parts
     rows, held_out = run.rows(config.batch), _env(config, val, 1, run.device)
     for step in run.steps("regressor", 0.5):
@@ -256,7 +257,7 @@ def evaluate(config: Config, policy: RegistrationPolicy, run: Run, elsewhere: bo
 
     `success_near` and `success_far` are that part of the pairs displaced by less and by more than 25 pixels on average;
     `seconds` is what a pair took. Baselines: `greedy`, the agent without look-ahead; `untrained`; `identity`, nothing
-    done; `regressor`, the same eyes and as long a training by the true transform; `regressor again`, looking four times;
+    done; `regressor`, the same eyes trained as long by the true transform; `regressor again`, looking four times;
     `mutual information`, from as many starts as there is time for in the agent's seconds, and `mutual information from
     nine places`, without a limit.
     """
@@ -280,8 +281,7 @@ def evaluate(config: Config, policy: RegistrationPolicy, run: Run, elsewhere: bo
         rows["mutual information from nine places"] = lambda: _classical(data, float("inf"))
     bins, curves = (before / 5).floor(), {}
     for name, row in rows.items():
-        began = time.monotonic()
-        errors = row()
+        began, errors = time.monotonic(), row()
         told[name] = _scores(errors, before, (time.monotonic() - began) / len(data))
         hits = (errors < NEAR).float()
         curves[name] = [(5 * place + 2.5, float(hits[bins == place].mean())) for place in bins.unique().tolist()]
@@ -305,9 +305,9 @@ def _scores(errors: Tensor, before: Tensor, seconds: float) -> dict[str, float]:
 def predict(config: Config, policy: RegistrationPolicy, images: dict[str, Tensor]) -> dict[str, Tensor]:
     """Register pictures: {"fixed": [batch, 3, height, width], "moving": the same or another size}, in [0, 1].
 
-    Returns `transform` [batch, 4] at the working size (`foveate.data.similarity`), `matrix` [batch, 2, 3] from pixels of
-    the moving picture to those of the fixed one, `warped`, the moving pictures laid over the fixed ones, and `path`, the
-    transforms on the way.
+    Returns `transform` [batch, 4] at the working size (`foveate.data.similarity`), `matrix` [batch, 2, 3] from pixels
+    of the moving picture to those of the fixed one, `warped`, the moving pictures laid over the fixed ones, and `path`,
+    the transforms on the way.
 
     Raises:
         InputError: one of the two is missing, breaks the convention, or there are not as many of it.
@@ -326,27 +326,18 @@ def picture(
     config: Config, policy: RegistrationPolicy, run: Run, images: dict[str, Tensor] | None = None
 ) -> dict[str, Any]:
     """Test pairs, or the user's, before and after as checkerboards; and the walk over the first one, an animation."""
-    errors = None
+    side, known = config.image_size, images is None
     if images is None:
         data = _pairs(config, "test")
-        before = data.errors(torch.eye(2, 3).expand(len(data), 2, 3))
-        rows = before.argsort(descending=True)[:: max(1, len(data) // 6)][:6]  # from far to near
-        some = map_tree(lambda leaf: leaf[rows], data)
-        images, errors = {"fixed": some.fixed.float() / 255, "moving": some.moving.float() / 255}, some.errors
-    side = config.image_size
-    fixed, moving = (letterbox(each.cpu(), side)[0] for each in (images["fixed"], images["moving"]))
-    path = predict(config, policy, {"fixed": fixed, "moving": moving})["path"]
-    ends = [matrices(path[:, place], side) for place in (0, -1)]
-    told = None
-    if errors is not None:
-        both = zip(*(errors(end).tolist() for end in ends), strict=True)
-        told = [
-            f"{word} {off:.1f} px off" for pair in both for word, off in zip(("before:", "after:"), pair, strict=True)
-        ]
-    first = matrices(path[0], side)
-    seen = warp(moving[:1].expand(len(first), -1, -1, -1), first)
-    shown = overlays(fixed, moving, *(warp(moving, end) for end in ends), told)
-    return {"registered": shown, "walk": frames(fixed[:1], seen)}
+        rows = data.errors(torch.eye(2, 3).expand(len(data), 2, 3)).argsort(descending=True)
+        data = map_tree(lambda leaf: leaf[rows[:: max(1, len(data) // 6)][:6]], data)  # from far to near
+        images = {"fixed": data.fixed.float() / 255, "moving": data.moving.float() / 255}
+    fixed, moving = (letterbox(each.cpu(), side)[0] for each in checked_pair(images))
+    path = matrices(predict(config, policy, {"fixed": fixed, "moving": moving})["path"], side)
+    before, after = (warp(moving, path[:, place]) for place in (0, -1))
+    errors = (data.errors(path[:, 0]), data.errors(path[:, -1])) if known else None
+    shown = overlays(fixed, moving, before, after, errors)
+    return {"registered": shown, "walk": frames(fixed[:1], warp(moving[:1].expand(path.shape[1], -1, -1, -1), path[0]))}
 
 
 def read(config: Config, path: Path) -> dict[str, Tensor]:
@@ -355,7 +346,7 @@ def read(config: Config, path: Path) -> dict[str, Tensor]:
 
 
 def check(config: Config) -> dict[str, Any]:
-    """The first pairs as they are given, and laid over each other by their landmarks."""
+    """The first pairs as they are given, and after the transform that their landmarks ask for."""
     data = map_tree(lambda leaf: leaf[:6], _pairs(config, "val"))
     fixed, moving = data.fixed.float() / 255, data.moving.float() / 255
-    return {"data": overlays(fixed, moving, moving, warp(moving, data.aligned()), ["as given", "by landmarks"] * 6)}
+    return {"data": overlays(fixed, moving, moving, warp(moving, data.aligned()))}
