@@ -171,9 +171,9 @@ def test_actions_add_one_step_to_one_number() -> None:
 
 def test_the_picture_as_seen_is_the_given_one_moved_once() -> None:
     """Train sees moving pictures as they are cut off; a user's are cut off already. Both must look the same."""
-    env = small()
+    env = small(reached=0.0)
     given = displaced_as(env)
-    plain = RegistrationEnv(8, pairs=given)
+    plain = RegistrationEnv(8, pairs=given, reached=0.0)
     plain.reset(seed=0, options={"ids": torch.arange(8)})
     torch.testing.assert_close(
         env.observe(env.state)["moving"], plain.observe(plain.state)["moving"], atol=0.01, rtol=0
@@ -201,10 +201,10 @@ def test_the_reward_is_minus_the_distance_and_a_bonus_where_it_ends(reward: Any)
     none = torch.zeros(8).long()
     _, far, ended = env.transition(env.state, none, none)
     moved = replace(env.state, transform=env.moved_by(env.state.transform, none))
-    torch.testing.assert_close(far, -env.distance(moved) * 8 / SIDE + 7 * ended)
+    torch.testing.assert_close(far, -env.distance(moved) * 2 / SIDE + 7 * ended)
     _, near, ended = env.transition(replace(env.state, transform=env.state.truth), none, none)
     assert ended.all()
-    assert (near > 7 - 3 * 8 / SIDE).all()
+    assert (near > 7 - 3 * 2 / SIDE).all()
     steps_left = (env.state.truth / torch.tensor(STEPS)).norm(dim=1)
     expected = steps_left if reward == "transform" else env.errors(env.state)
     torch.testing.assert_close(env.distance(env.state), expected)

@@ -6,7 +6,7 @@ deep recurrent reinforcement learning").
 | state | the pair, the transform so far, the transform that would be right |
 | observation | `fixed`, and `moving` as the transform so far has moved it |
 | action | right, left, down or up by 1 pixel; clockwise or back by 1 degree; larger or smaller by 0.05 |
-| reward | minus the mean distance of the landmarks, in eighths of the side; and 1 when it is 2 pixels or less |
+| reward | minus the mean distance of the landmarks, in halves of the side; and 1 when it is 2 pixels or less |
 | horizon | 40 steps; it ends when the landmarks lie together |
 
 A transform is (tx, ty, rotation, log scale), as `foveate.data.similarity` has it: each action adds to one of the four,
@@ -137,7 +137,7 @@ class RegistrationEnv(TensorEnv):
         moved = replace(state, transform=self.moved_by(state.transform, actions))
         left = self.distance(moved)
         done = left <= self.reached
-        return moved, done * self.bonus - left * 8 / self.side, done
+        return moved, done * self.bonus - left * 2 / self.side, done
 
     def observe(self, state: RegistrationState) -> dict[str, Tensor]:
         """Both pictures, the moving one where it is now."""

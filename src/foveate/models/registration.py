@@ -124,7 +124,7 @@ class RegistrationPolicy(Policy):
         self.eyes = PairEyes(side, width)
         channels, rows, columns = self.eyes.shape
         self.core = ConvLSTMCell(channels, width) if core == "convlstm" else None
-        kept = width if self.core else channels
+        kept = channels + (width if self.core else 0)  # the present past the memory too: it is learned from sooner
         self.think = nn.Sequential(nn.Flatten(), nn.Linear(kept * rows * columns, 128), nn.ReLU())
         self.choose, self.value = nn.Linear(128, actions), nn.Linear(128, 1)
         nn.init.normal_(self.choose.weight, std=0.01)
@@ -143,7 +143,7 @@ class RegistrationPolicy(Policy):
                     state = map_tree(lambda memory: memory * ~start[:, None, None, None], state)  # noqa: B023
                 state = self.core(now, state)
                 hidden.append(state[0])
-            kept = torch.stack(hidden, 1).flatten(0, 1)
+            kept = torch.cat((torch.stack(hidden, 1).flatten(0, 1), seen), 1)
         thought = self.think(kept)
         values = self.value(thought).squeeze(-1).unflatten(0, starts.shape)
         return Decisions(Categorical(self.choose(thought).unflatten(0, starts.shape)), values), state

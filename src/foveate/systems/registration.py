@@ -89,9 +89,9 @@ class Config:
     """steps of a rollout"""
     width: int = 32
     """of the features"""
-    copies: int = 32
+    copies: int = 64
     """walks side by side"""
-    segment: int = 8
+    segment: int = 4
     """steps of all of them in an update"""
     batch: int = 64
     """pairs in an update of the regressor"""
@@ -223,7 +223,7 @@ def _learn_to_say(config: Config, run: Run, env: RegistrationEnv, val: Pairs, pa
         there = state.transform + regressor(seen["fixed"], seen["moving"])
         error = env.errors(replace(state, transform=there)).mean()
         set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
-        run.optimise(error * 8 / config.image_size, optimizer, clip=5.0)
+        run.optimise(error * 2 / config.image_size, optimizer, clip=5.0)
         run.log(landmark_error=error.detach())
         if (step + 1) % 200 == 0:
             _offer(run, keeper, regressor, _errors(val, said(held_out, regressor)))
