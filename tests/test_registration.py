@@ -19,7 +19,7 @@ from foveate.data.pairs import CANVAS, Pairs, Spread, displaced, load_pairs
 from foveate.data.registration_files import letterbox, read_pictures_of_pairs
 from foveate.data.similarity import apply, compose, fitted, inverse, matrices, parameters_of, warp
 from foveate.envs.registration import MOVES, STEPS, RegistrationEnv
-from foveate.envs.registration_walks import Expert, steps, walk
+from foveate.envs.registration_walks import SOFT, Expert, expert_loss, steps, walk
 from foveate.models.mutual_information import by_mutual_information
 from foveate.models.registration import ConvLSTMCell, PairEyes, Recall, RegistrationPolicy
 from foveate.run import Run
@@ -224,16 +224,17 @@ def test_gains_are_what_each_move_takes_away_and_following_them_registers() -> N
 
 def test_the_expert_notes_before_each_step_and_its_loss_is_least_where_it_is_followed() -> None:
     env = small()
-    expert = Expert(env)
-    wanted = []
+    expert, noted = Expert(env), []
     for _ in range(3):
-        wanted.append(env.gains(env.state))
-        expert.advance(wanted[-1].argmax(1))
-    wanted = torch.stack(wanted, 1) / 0.2
-    mask = torch.ones(8, 3, dtype=torch.bool)
-    least = expert.loss(wanted, mask)
-    assert least < expert.loss(wanted * 0, mask)
-    assert least < expert.loss(wanted * 3, mask)
+        noted.append(env.gains(env.state))
+        expert.advance(noted[-1].argmax(1))
+    gains = torch.stack(expert.gains, 1)
+    assert torch.equal(gains, torch.stack(noted, 1))
+    least = expert_loss(gains, gains / SOFT)
+    assert least < expert_loss(gains, gains * 0)
+    assert least < expert_loss(gains, gains / SOFT * 3)
+    mask = torch.tensor([True, False, True]).expand(8, -1)
+    torch.testing.assert_close(expert_loss(gains, gains * 0, mask), torch.tensor(math.log(8)))
     assert expert.waiting is env.waiting
 
 
@@ -391,9 +392,7 @@ def write(folder: Path, rows: int = 5, **changes: str) -> Path:
     table = ["Target image,Source image,Target landmarks,Source landmarks"]
     for row in range(rows):
         for name, size in (("fixed", (40, 30)), ("moving", (60, 20))):
-            pixels = noise.integers(noise.key(name, row), 256, size[1], size[0], 3) if False else None
             array = np.random.default_rng(row).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-            assert pixels is None
             Image.fromarray(array).save(folder / "images" / f"{name}{row}.png")
             (folder / f"{name}{row}.csv").write_text(",X,Y\n1,5,6\n2,20,10.5\n3,8,18\n")
         table.append(f"images/fixed{row}.png,images/moving{row}.png,fixed{row}.csv,moving{row}.csv")
@@ -509,6 +508,7 @@ def test_the_pairs_of_birl_are_read(shared_data: Path) -> None:
         ({"held_out": 3}, r"^held_out: found 3, expected at least 4"),
         ({"width": 6}, r"^width: found 6, expected a multiple of 4"),
         ({"horizon": 0}, r"^horizon: found 0"),
+        ({"start_share": 1.0}, r"^start_share: found 1"),
         ({"look_ahead": -1}, r"^look_ahead: found -1"),
         ({"imitation_share": 0.0}, r"^imitation_share: found 0"),
         ({"data": "birl"}, r"^root: not given"),
@@ -551,7 +551,9 @@ def test_predict_takes_pictures_of_two_sizes_and_its_matrix_moves_their_points()
             registration.predict(TINY, policy, wrong)
 
 
-@pytest.mark.parametrize("changes", [{"core": "none"}, {"reward": "transform"}, {"look_ahead": 0}, {"imitation": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{"core": "none"}, {"reward": "transform"}, {"look_ahead": 0}, {"imitation": 0.0, "start_share": 0.0}]
+)
 def test_ablations_run(changes: dict[str, Any], tmp_path: Path) -> None:
     config = replace(TINY, steps=2, copies=2, segment=2, batch=2, mutual_information=False, **changes)
     settings = {name: value for name, value in asdict(config).items() if name != "root"}

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from foveate import noise
 from foveate.data.pairs import Pairs, Spread, distances, load_pairs
 from foveate.data.similarity import apply, compose, inverse, matrices, parameters_of, warp
 from foveate.envs.single import SingleEnv
@@ -129,6 +130,14 @@ class RegistrationEnv(TensorEnv):
         """Nothing done yet."""
         truth = self.spread.draw(keys, self.side) if self.displace else parameters_of(self.aligned[ids], self.side)
         return RegistrationState(ids, torch.zeros_like(truth), truth)
+
+    def scattered(self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> RegistrationState:
+        """Independent places to learn from: half as they begin, half with a part of each number done, or overdone."""
+        state = self.initial(ids, keys)
+        aside = 2 * noise.normal(noise.fold(keys, "aside"), 4) * state.truth.new_tensor(STEPS)
+        way = noise.uniform(noise.fold(keys, "way"), 4) * state.truth + aside
+        begins = noise.uniform(noise.fold(keys, "begins"), 1) < 0.5
+        return replace(state, transform=torch.where(begins, state.transform, way))
 
     def transition(
         self, state: RegistrationState, actions: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]

@@ -24,26 +24,35 @@ SOFT = 0.2  # of a pixel, by which moves may differ as if they were one to the e
 
 
 class Expert:
-    """An environment in which an expert says before every step what it would do: whatever gains most.
+    """An environment that notes before every step what each move would gain: an expert, who knows the landmarks.
 
-    It knows the landmarks; its move is soft, softmax(gain / `SOFT`), so that nothing is made of moves that are as good.
+    Attributes:
+        gains: [copies, moves] of each step since it was made.
     """
 
     def __init__(self, env: RegistrationEnv) -> None:
-        self.env, self.told = env, list[Tensor]()
+        self.env, self.gains = env, list[Tensor]()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.env, name)
 
     def advance(self, actions: Int[Tensor, " batch"]) -> Any:
         """As the environment's."""
-        self.told.append((self.env.gains(self.env.state) / SOFT).softmax(-1))
+        self.gains.append(self.env.gains(self.env.state))
         return self.env.advance(actions)
 
-    def loss(self, logits: Float[Tensor, "batch time moves"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, ""]:
-        """Mean cross-entropy of a policy with the expert, over the steps since it was made that are in the mask."""
-        apart = -(torch.stack(self.told, 1) * logits.log_softmax(-1)).sum(-1)
-        return (apart * mask).sum() / mask.sum().clamp(min=1)
+
+def expert_loss(
+    gains: Float[Tensor, "batch time moves"],
+    logits: Float[Tensor, "batch time moves"],
+    mask: Bool[Tensor, "batch time"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of a policy with an expert who takes what gains most.
+
+    Its move is soft, softmax(gain / `SOFT`), so that nothing is made of moves that are as good.
+    """
+    apart = -((gains / SOFT).softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    return apart.mean() if mask is None else (apart * mask).sum() / mask.sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -88,3 +88,11 @@ def by_mutual_information(
     back = best.GetInverse()
     corner, right, down = (torch.tensor(back.TransformPoint(point)) for point in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
     return torch.stack((right - corner, down - corner, corner), 1).float()
+
+
+def registered(
+    fixed: Float[Tensor, "batch 3 side side"], moving: Float[Tensor, "batch 3 side side"], seconds: float = float("inf")
+) -> Float[Tensor, "batch 2 3"]:
+    """The same of many pairs, one after the other; `seconds` for each."""
+    pairs = zip(fixed, moving, strict=True)
+    return torch.stack([by_mutual_information(one, other, seconds) for one, other in pairs])

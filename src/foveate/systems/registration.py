@@ -32,14 +32,15 @@ from foveate import noise
 from foveate.data.pairs import Pairs, Part, Spread, checked_pair, load_pairs, without_landmarks
 from foveate.data.registration_files import letterbox, read_pictures_of_pairs
 from foveate.data.similarity import compose, inverse, matrices, warp
-from foveate.envs.registration import MOVES, RegistrationEnv, Reward
-from foveate.envs.registration_walks import Expert, said, walked
+from foveate.envs.registration import MOVES, RegistrationEnv, RegistrationState, Reward
+from foveate.envs.registration_walks import Expert, expert_loss, said, walked
 from foveate.learn.actor_critic import Memory, act, actor_critic_loss
 from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
-from foveate.models.mutual_information import by_mutual_information, simple_itk
+from foveate.models.mutual_information import registered, simple_itk
 from foveate.models.registration import Core, Recall, RegistrationPolicy, Regressor
 from foveate.pictures.registration import frames, overlays
+from foveate.rewards.registration import NEAR, registration_scores
 from foveate.run import Run
 from foveate.two_steps import restored, tracked
 from foveate.types import Evaluation, InputError, map_tree
@@ -103,8 +104,10 @@ class Config:
     """weight of the entropy"""
     value_weight: float = 0.25
     """weight of the critic's error"""
+    start_share: float = 0.4
+    """part of the agent's time in which it copies the expert at independent places, before it walks; 0: none"""
     imitation: float = 1.0
-    """weight at first of copying the expert, who takes the move that gains most; 0: reward alone"""
+    """weight at first of copying the expert on its walks, who takes the move that gains most"""
     imitation_share: float = 0.8
     """part of its phase in which that weight falls evenly to 0"""
     learning_rate: float = 1e-3
@@ -115,8 +118,6 @@ class Config:
 
 Parts = tuple[Any, torch.optim.Optimizer, Keeper]
 PART = "agent"  # the tracked part that holds the policy
-FAR = 25.0  # pixels of mean displacement from which on a pair is far
-NEAR = 5.0  # of mean error below which it is registered
 AGAIN = 4  # times that the iterated regressor looks
 _load = lru_cache(maxsize=6)(load_pairs)
 
@@ -134,6 +135,8 @@ def resolve(config: Config) -> Config:
         raise InputError(f"width: found {config.width}, expected a multiple of 4")
     if config.look_ahead < 0:
         raise InputError(f"look_ahead: found {config.look_ahead}, expected 0 (none) or more")
+    if not 0 <= config.start_share < 1:
+        raise InputError(f"start_share: found {config.start_share:g}, expected 0 (none) to less than 1")
     if not 0 < config.imitation_share <= 1:
         raise InputError(f"imitation_share: found {config.imitation_share:g}, expected more than 0 and at most 1")
     build(config)  # which says what is wrong with the image's size
@@ -146,17 +149,14 @@ def resolve(config: Config) -> Config:
 
 def _pairs(config: Config, part: Part) -> Pairs:
     count = {"train": config.pairs, "val": config.held_out // 4, "test": config.held_out}[part]
-    return _load(config.data, config.root, part, config.image_size, count, _spread(config), config.views)
-
-
-def _spread(config: Config) -> Spread:
-    return Spread(config.shift, config.turn, config.zoom)
+    spread = Spread(config.shift, config.turn, config.zoom)
+    return _load(config.data, config.root, part, config.image_size, count, spread, config.views)
 
 
 def _env(config: Config, pairs: Pairs, copies: int, device: torch.device, displace: bool = False) -> RegistrationEnv:
     how: dict[str, Any] = {"reward": config.reward, "reached": config.reached, "bonus": config.bonus}
-    how |= {"spread": _spread(config), "horizon": config.horizon, "displace": displace, "device": device}
-    return RegistrationEnv(copies, pairs=pairs, **how)
+    how |= {"spread": Spread(config.shift, config.turn, config.zoom), "displace": displace}
+    return RegistrationEnv(copies, pairs=pairs, horizon=config.horizon, device=device, **how)
 
 
 def build(config: Config) -> RegistrationPolicy:
@@ -180,8 +180,28 @@ def train(config: Config, run: Run) -> None:
     env = _env(config, data, rows.stop - rows.start, run.device, displace=True)
     env.reset(seed=int(noise.key(config.seed, "walks")) % 2**30 + rows.start)
     env, recall = run.track(env=env, recall=Recall(agent[0], env.num_envs))
+    if config.start_share:
+        _learn_to_copy(config, run, env, *agent[:2])
     _learn_to_move(config, run, env, recall, val, agent)
     _learn_to_say(config, run, env, val, regressor)
+
+
+def _learn_to_copy(config: Config, run: Run, env: RegistrationEnv, policy: RegistrationPolicy, optimizer: Any) -> None:
+    """Take the expert's moves at independent places: far fewer tell what to look for than on walks."""
+    for step in run.steps("start", config.start_share / 2):
+        state = _scattered(config, run, env, "start", step)
+        seen = map_tree(lambda leaf: leaf[:, None], env.observe(state))
+        decisions, _ = policy(seen, None, torch.ones_like(state.pair, dtype=torch.bool)[:, None])
+        apart = expert_loss(env.gains(state)[:, None], decisions.distribution.logits)
+        set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
+        run.optimise(apart, optimizer, clip=5.0)
+        run.log(imitation_loss=apart.detach())
+
+
+def _scattered(config: Config, run: Run, env: RegistrationEnv, phase: str, step: int) -> RegistrationState:
+    rows = run.rows(config.batch)
+    ids = noise.examples(config.seed, step, config.batch, env.examples)[rows].to(run.device)
+    return env.scattered(ids, noise.key(run.seed, phase, step, torch.arange(config.batch)[rows]).to(run.device))
 
 
 def _learn_to_move(config: Config, run: Run, env: RegistrationEnv, recall: Recall, val: Pairs, parts: Parts) -> None:
@@ -189,7 +209,7 @@ def _learn_to_move(config: Config, run: Run, env: RegistrationEnv, recall: Recal
     policy, optimizer, keeper = parts
     copies = torch.arange(env.num_envs, device=run.device) + run.rank * env.num_envs
     weights = config.discount, config.lam, config.entropy, config.value_weight
-    for step in run.steps(PART, 0.5):
+    for step in run.steps(PART, (1 - config.start_share) / 2):
         if step == 0:
             keeper.begin()
         memory, expert = Memory(env.observe(env.state), recall.state, recall.starts), Expert(env)
@@ -197,7 +217,7 @@ def _learn_to_move(config: Config, run: Run, env: RegistrationEnv, recall: Recal
         trajectory, decisions, memory = act(expert, policy, memory, config.segment, keys)
         recall.keep(memory.state, memory.starts)
         loss, told = actor_critic_loss(trajectory, decisions, *weights)
-        apart = expert.loss(decisions.distribution.logits, trajectory.mask)
+        apart = expert_loss(torch.stack(expert.gains, 1), decisions.distribution.logits, trajectory.mask)
         fading = config.imitation * max(0.0, 1 - run.progress / config.imitation_share)
         set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
         run.optimise(loss + fading * apart, optimizer, clip=5.0)
@@ -208,17 +228,12 @@ def _learn_to_move(config: Config, run: Run, env: RegistrationEnv, recall: Recal
 
 
 def _learn_to_say(config: Config, run: Run, env: RegistrationEnv, val: Pairs, parts: Parts) -> None:
-    """Regress what is left to do, by the landmarks: from the start, and in every other row from along the way."""
-    regressor, optimizer, keeper = parts
-    rows, held_out = run.rows(config.batch), _env(config, val, 1, run.device)
+    """Regress what is left to do, by the landmarks."""
+    (regressor, optimizer, keeper), held_out = parts, _env(config, val, 1, run.device)
     for step in run.steps("regressor", 0.5):
         if step == 0:
             keeper.begin()
-        ids = noise.examples(config.seed, step, config.batch, env.examples)[rows].to(run.device)
-        keys = noise.key(run.seed, "regressor", step, torch.arange(config.batch)[rows]).to(run.device)
-        state = env.initial(ids, keys)
-        way = noise.uniform(noise.fold(keys, "way"), 1) * (torch.arange(len(ids), device=run.device) % 2)[:, None]
-        state = replace(state, transform=way * state.truth)
+        state = _scattered(config, run, env, "regressor", step)
         seen = env.observe(state)
         there = state.transform + regressor(seen["fixed"], seen["moving"])
         error = env.errors(replace(state, transform=there)).mean()
@@ -277,29 +292,16 @@ def evaluate(config: Config, policy: RegistrationPolicy, run: Run, elsewhere: bo
         rows["regressor again"] = lambda: _errors(data, said(env, model, AGAIN))  # noqa: B023
     told: dict[str, dict[str, float]] = {}
     if config.mutual_information:
-        rows["mutual information"] = lambda: _classical(data, told["agent"]["seconds"])
-        rows["mutual information from nine places"] = lambda: _classical(data, float("inf"))
+        both = data.fixed.float() / 255, data.moving.float() / 255
+        rows["mutual information"] = lambda: data.errors(registered(*both, told["agent"]["seconds"]))
+        rows["mutual information from nine places"] = lambda: data.errors(registered(*both))
     bins, curves = (before / 5).floor(), {}
     for name, row in rows.items():
         began, errors = time.monotonic(), row()
-        told[name] = _scores(errors, before, (time.monotonic() - began) / len(data))
+        told[name] = registration_scores(errors, before) | {"seconds": (time.monotonic() - began) / len(data)}
         hits = (errors < NEAR).float()
         curves[name] = [(5 * place + 2.5, float(hits[bins == place].mean())) for place in bins.unique().tolist()]
     return Evaluation(told.pop("agent"), told, {"success against initial error in px": curves})
-
-
-def _classical(data: Pairs, seconds: float) -> Float[Tensor, " size"]:
-    both = zip(data.fixed.float() / 255, data.moving.float() / 255, strict=True)
-    return data.errors(torch.stack([by_mutual_information(fixed, moving, seconds) for fixed, moving in both]))
-
-
-def _scores(errors: Tensor, before: Tensor, seconds: float) -> dict[str, float]:
-    hits = (errors < NEAR).float()
-    found = {"tre_error": errors.mean(), "median_error": errors.median(), "success": hits.mean()}
-    for name, rows in (("success_near", before <= FAR), ("success_far", before > FAR)):
-        if rows.any():
-            found[name] = hits[rows].mean()
-    return {name: float(value) for name, value in found.items()} | {"seconds": seconds}
 
 
 def predict(config: Config, policy: RegistrationPolicy, images: dict[str, Tensor]) -> dict[str, Tensor]:
