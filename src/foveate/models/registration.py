@@ -56,13 +56,15 @@ class PairEyes(nn.Module):
         width: of the features.
 
     Raises:
-        InputError: a side that is no multiple of 16.
+        InputError: a side that is no multiple of 16, a width that is none of 4.
     """
 
     def __init__(self, side: int, width: int = 32) -> None:
         super().__init__()
         if side % (2 * STRIDE):
             raise InputError(f"image_size: found {side}, expected a multiple of {2 * STRIDE}, e.g. 64 or 96")
+        if width % 4:
+            raise InputError(f"width: found {width}, expected a multiple of 4")
         self.see = nn.Sequential(
             nn.Conv2d(3, 24, 5, stride=4, padding=2),
             nn.ReLU(),

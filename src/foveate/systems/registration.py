@@ -128,11 +128,7 @@ def resolve(config: Config) -> Config:
         if getattr(config, name) < 1:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
     if config.held_out < 4:
-        raise InputError(
-            f"held_out: found {config.held_out}, expected at least 4: a quarter as many are for validation"
-        )
-    if config.width % 4:
-        raise InputError(f"width: found {config.width}, expected a multiple of 4")
+        raise InputError(f"held_out: found {config.held_out}, expected at least 4: a quarter is for validation")
     if config.look_ahead < 0:
         raise InputError(f"look_ahead: found {config.look_ahead}, expected 0 (none) or more")
     if not 0 <= config.start_share < 1:
