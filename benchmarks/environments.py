@@ -16,6 +16,7 @@ from foveate.data.classification import Images
 from foveate.data.detection import Detections
 from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
+from foveate.envs.registration import MOVES, RegistrationEnv, SingleRegistrationEnv
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import Boxes
@@ -47,6 +48,12 @@ def boxes() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarra
     actions = np.random.default_rng(0).integers(0, TRIGGER, (STEPS, COPIES))
     actions[-2] = TRIGGER
     return BoxSearchEnv, SingleBoxSearchEnv, {"detections": shown}, actions
+
+
+def pairs() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Pictures of 64 pixels from canvases twice as large, and moves drawn once."""
+    actions = np.random.default_rng(0).integers(0, len(MOVES), (STEPS, COPIES))
+    return RegistrationEnv, SingleRegistrationEnv, {"image_size": 64, "count": 20, "horizon": STEPS - 1}, actions
 
 
 def lockstep(task: Task, copies: int) -> Callable[[], None]:
@@ -119,5 +126,6 @@ ROWS: dict[str, Callable[[], Rates]] = {
     "glimpse-env-sync": partial(compare, glimpses, sync_vector),
     "box-search-env": partial(compare, boxes, one_by_one),
     "box-search-env-sync": partial(compare, boxes, sync_vector),
+    "registration-env": partial(compare, pairs, one_by_one),
     "noise": compare_noise,
 }

@@ -166,7 +166,7 @@ def _regressor(config: Config) -> Regressor:
 
 
 def train(config: Config, run: Run) -> None:
-    """Learn to move, then for as long to say the transform at once."""
+    """Learn to move, first by an expert, then by the reward; and for as long in all to say the transform at once."""
     data, val = _pairs(config, "train"), _pairs(config, "val")
     torch.manual_seed(config.seed)
     agent = tracked(run, PART, build(config))
