@@ -597,22 +597,22 @@ def test_it_learns_to_register(tmp_path: Path) -> None:
     """From this seed, on one thread: unseen scenes lie far nearer than before, which an untrained walk never does."""
     config = replace(
         registration.Config(mutual_information=False),
-        image_size=SIDE,
-        pairs=120,
+        image_size=48,
+        pairs=150,
         held_out=40,
-        horizon=16,
-        shift=0.2,
+        horizon=24,
+        shift=0.3,
         turn=5.0,
         zoom=0.05,
-        steps=600,
+        steps=560,
         start_share=0.9,
         copies=32,
         batch=48,
         width=16,
-        reached=1.0,
+        learning_rate=2e-3,
         look_ahead=0,
     )
-    run = Run(tmp_path / "run", system="registration", config={}, steps=600, device="cpu", quiet=True)
+    run = Run(tmp_path / "run", system="registration", config={}, steps=config.steps, device="cpu", quiet=True)
     agent_only(config, run)
     policy = registration.build(config)
     assert run.restore("agent", policy)
