@@ -93,8 +93,7 @@ class PairEyes(nn.Module):
         seen = self.see((both - level) / (spread + 0.05)).flatten(2)
         seen = F.normalize(seen - seen.mean(2, keepdim=True), dim=1)
         one, other = seen.chunk(2)
-        # of unit variance where nothing matches: [batch, place of the fixed · place of the moving]
-        alike = (one.mT @ other).flatten(1) * one.shape[1] ** 0.5
+        alike = (one.mT @ other).flatten(1)  # [batch, place of the fixed · place of the moving]
         alike = F.pad(alike, (0, 1))[:, self.index]  # the last is 0, where there is no such place
         return self.join(alike.unflatten(2, (self.cells, self.cells)))
 
