@@ -20,6 +20,7 @@ from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
 from foveate.envs.cutting import STOP, CuttingEnv, SingleCuttingEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
 from foveate.envs.landmark_walk import MOVES, LandmarkWalkEnv, SingleLandmarkWalkEnv
+from foveate.envs.registration import MOVES, RegistrationEnv, SingleRegistrationEnv
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import Boxes
@@ -74,6 +75,10 @@ def cuttings() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.nda
     actions = np.random.default_rng(0).integers(0, STOP, (STEPS, COPIES))
     actions[-2] = STOP
     return CuttingEnv, SingleCuttingEnv, {"videos": load_videos("scenes", None, "train", 64, 20, 8)}, actions
+def pairs() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Pictures of 64 pixels from canvases twice as large, and moves drawn once."""
+    actions = np.random.default_rng(0).integers(0, len(MOVES), (STEPS, COPIES))
+    return RegistrationEnv, SingleRegistrationEnv, {"image_size": 64, "count": 20, "horizon": STEPS - 1}, actions
 
 
 def lockstep(task: Task, copies: int) -> Callable[[], None]:
@@ -150,5 +155,6 @@ ROWS: dict[str, Callable[[], Rates]] = {
     "landmark-env-sync": partial(compare, partial(volumes, 48), sync_vector),
     "landmark-env-size": compare_sizes,
     "cutting-env": partial(compare, cuttings, one_by_one),
+    "registration-env": partial(compare, pairs, one_by_one),
     "noise": compare_noise,
 }

@@ -12,6 +12,7 @@ ENVIRONMENTS = {
     "foveate/LandmarkWalk-v0": "landmark_walk:{}LandmarkWalkEnv",
     "foveate/Cutting-v0": "cutting:{}CuttingEnv",
     "foveate/Seeds-v0": "seeds:{}SeedsEnv",
+    "foveate/Registration-v0": "registration:{}RegistrationEnv",
 }
 
 
