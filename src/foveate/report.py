@@ -18,21 +18,26 @@ from PIL import Image
 from foveate.types import Evaluation, InputError
 
 LOWER_IS_BETTER = frozenset(
-    ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds")
+    ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds", "switches")
 )
 HIGHER_IS_BETTER = frozenset(
     (
         "accuracy",
         "ap",
         "ar",
+        "assa",  # of HOTA: association, as deta is detection
         "cider",
         "colorfulness",
+        "deta",
         "dice",
         "diversity",
         "f",  # of f1
         "fps",
+        "hota",
+        "idf",  # of idf1
         "iou",
         "map",
+        "mota",
         "pq",
         "precision",
         "recall",

@@ -9,6 +9,7 @@ ENVIRONMENTS = {
     "foveate/Glimpse-v0": "glimpse:{}GlimpseEnv",
     "foveate/FoveatingGrid-v0": "foveating_grid:{}FoveatingGridEnv",
     "foveate/BoxSearch-v0": "box_search:{}BoxSearchEnv",
+    "foveate/BoxTracking-v0": "box_tracking:{}BoxTrackingEnv",
 }
 
 
