@@ -4,7 +4,7 @@ reinforcement learning for multi-object tracker", IEEE Access 7).
 | | |
 |---|---|
 | state | two frames, the object's box in the first, the box now, the last actions, the boxes of the nearest others |
-| observation | `views`: around the object in the first frame and around the box in the second, for the agent and each neighbour; `places`: where the neighbours' boxes are, as seen from its own; `near`: which there are; `history`: the last actions, one-hot, the latest first |
+| observation | `view`: around the object in the first frame and around the box in the second; `history`: the last actions, one-hot, the latest first; `others`: the neighbours' views, smaller; `places`: where their boxes are, as seen from its own; `near`: which there are |
 | action | move right, left, up, down, bigger, smaller, fatter, taller; or stop |
 | reward | of stopping: 1 if the IoU with the object's box in the second frame is 0.7, else -1; of a move: `shaping` times the sign of the change in IoU |
 | horizon | 20 steps; it ends with the stop |
@@ -128,7 +128,7 @@ class BoxTrackingEnv(TensorEnv):
         patch: side of a view in pixels.
         alpha: part of the box's width or height by which a move changes it.
         history: how many actions are remembered.
-        neighbours: the nearest others that are seen; with 0 none, and `places` and `near` are left out.
+        neighbours: the nearest others that are seen; with 0 none, and `others`, `places` and `near` are left out.
         gaps: frames at most from the first frame to the second.
         threshold: IoU from which on a stop is right.
         shaping: reward of a move that raises the IoU, and cost of one that lowers it; the paper's is 0.
@@ -153,7 +153,7 @@ class BoxTrackingEnv(TensorEnv):
         split: Any = "train",
         image_size: int | None = None,
         scenes: int = 8,
-        patch: int = 24,
+        patch: int = 20,
         alpha: float = 0.08,
         history: int = 8,
         neighbours: int = 2,
@@ -285,36 +285,41 @@ class SingleBoxTrackingEnv(SingleEnv):
 
 def observation_space(patch: int, history: int, neighbours: int) -> gymnasium.spaces.Dict:
     """What one agent sees."""
-    box = gymnasium.spaces.Box
-    found = {
-        "history": box(0.0, 1.0, (history, ACTIONS)),
-        "views": box(0.0, 1.0, (1 + neighbours, 6, patch, patch)),
-    }
+    box, half = gymnasium.spaces.Box, (patch + 1) // 2
+    found = {"history": box(0.0, 1.0, (history, ACTIONS)), "view": box(0.0, 1.0, (6, patch, patch))}
     if neighbours:
-        found |= {"near": box(0.0, 1.0, (neighbours,)), "places": box(-REACH, REACH, (neighbours, 4))}
+        found["near"] = box(0.0, 1.0, (neighbours,))
+        found["others"] = box(0.0, 1.0, (neighbours, 6, half, half))
+        found["places"] = box(-REACH, REACH, (neighbours, 4))
     return gymnasium.spaces.Dict(found)
 
 
 def observed(videos: Videos, state: TrackingState, patch: int) -> dict[str, Tensor]:
     """What agents see of a state, and of their neighbours.
 
-    "views" [batch, 1 + near, 6, patch, patch]: the first frame around the start and the second around the box, of the
-    agent and then of each neighbour; black where there is none. "places" [batch, near, 4]: how far a neighbour's middle is
-    away in parts of the agent's sides, and the logarithm of how much wider and higher it is. "near" [batch, near].
-    "history" [batch, past, actions].
+    "view" [batch, 6, patch, patch]: the first frame around the start, and the second around the box. "history" [batch,
+    past, actions]. With neighbours, "others" [batch, near, 6, half, half]: the same of theirs at half the size, black
+    where there is none; "places" [batch, near, 4]: how far a neighbour's middle is away in parts of the agent's sides,
+    and the logarithm of how much wider and higher it is; "near" [batch, near].
     """
-    batch, near = state.near.shape
-    frames = torch.cat((state.before[:, None], state.near_before), 1), state.after[:, None].expand(-1, 1 + near)
-    boxes = (torch.cat((own[:, None], theirs), 1) for own, theirs in ((state.start, state.near_start), (state.box, state.near_box)))
-    there = F.pad(state.near, (1, 0), value=True).flatten()
-    views = torch.zeros(batch * (1 + near), 6, patch, patch, device=state.box.device)
-    seen = [crops(videos, frame.flatten()[there], wider(box.flatten(0, 1)[there]), patch) for frame, box in zip(frames, boxes, strict=True)]
-    views[there] = torch.cat(seen, 1)
     history = F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float()
-    found = {"history": history, "views": views.view(batch, 1 + near, 6, patch, patch)}
-    if near:
-        found |= {"near": state.near.float(), "places": places(state.box, state.near_box) * state.near[..., None]}
+    view = _views(videos, state.before, state.after, state.start, state.box, patch)
+    found = {"history": history, "view": view}
+    if state.near.shape[1]:
+        there, half = state.near, (patch + 1) // 2
+        after = state.after[:, None].expand_as(there)[there]
+        given = state.near_before[there], after, state.near_start[there], state.near_box[there]
+        others = torch.zeros(*there.shape, 6, half, half, device=view.device)
+        others[there] = _views(videos, *given, half)
+        found |= {"near": there.float(), "others": others}
+        found["places"] = places(state.box, state.near_box) * there[..., None]
     return found
+
+
+def _views(videos: Videos, before: Tensor, after: Tensor, start: Tensor, box: Tensor, patch: int) -> Tensor:
+    """Both frames around both boxes, in one reading."""
+    both = crops(videos, torch.cat((before, after)), wider(torch.cat((start, box))), patch)
+    return torch.cat(both.chunk(2), 1)
 
 
 def wider(boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch 4"]:

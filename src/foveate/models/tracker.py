@@ -7,46 +7,49 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 KERNELS = (5, 3, 3)
-CHANNELS = (24, 32, 48)
+CHANNELS = (16, 24, 32)
 
 
 class TrackingNetwork(nn.Module):
-    """One network for all agents: features of both views, messages of the neighbours, a head.
+    """One network for all agents: features of the own view, messages of the neighbours, a head.
 
-    A message is made of the neighbour's own features and of where it is; how much each counts is told by attention
-    (Vaswani et al. 2017): the agent's query against the neighbours' keys. Views are normalised by the mean and deviation
-    of the first one, so that light and contrast of a video do not matter.
+    A message is made of what the neighbour sees, at half the size, and of where it is; how much each counts is told by
+    attention (Vaswani et al. 2017): the agent's query against the neighbours' keys. Views are normalised by the mean
+    and deviation of their first frame, so that light and contrast of a video do not matter.
 
     Args:
         patch: side of a view in pixels.
         past: actions that are remembered.
         actions: how many there are.
-        outputs: → a head from `features` numbers to what is asked for; it is made here, so that its weights are drawn
-            after those of the layers before it.
+        head: (features, outputs) → the module that says what is asked for.
+        outputs: how many numbers that is.
         communicate: hear the neighbours; without it their views are not looked at.
         hidden: width of the features.
     """
 
     def __init__(
-        self, patch: int, past: int, actions: int, head: type[nn.Module], outputs: int, communicate: bool = True, hidden: int = 96
+        self,
+        patch: int,
+        past: int,
+        actions: int,
+        head: type[nn.Module],
+        outputs: int,
+        communicate: bool = True,
+        hidden: int = 96,
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels, side = 6, patch
-        for wide, kernel in zip(CHANNELS, KERNELS, strict=True):
-            layers += [nn.Conv2d(channels, wide, kernel, 2, kernel // 2), nn.ReLU()]
-            channels, side = wide, (side + 1) // 2
-        self.look = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side**2, hidden), nn.ReLU())
+        self.look = _eye(patch, CHANNELS, hidden)
         self.past = nn.Sequential(nn.Linear(past * actions, hidden // 2), nn.ReLU())
         self.communicate = communicate
         if communicate:
+            self.glance = _eye((patch + 1) // 2, CHANNELS[:2], hidden)
             self.speak = nn.Sequential(nn.Linear(hidden + 4, hidden), nn.ReLU())
             self.key, self.query = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
         self.head = head(hidden + hidden // 2 + communicate * hidden, outputs)
 
-    def forward(self, seen: dict[str, Float[Tensor, "batch ..."]]) -> Float[Tensor, "batch outputs"]:
+    def forward(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch outputs"]:
         """What the head says of what `foveate.envs.box_tracking.observed` makes."""
-        own = self.look(_plain(seen["views"][:, 0]))
+        own = self.look(_plain(seen["view"]))
         found = [own, self.past(seen["history"].flatten(1))]
         if self.communicate:
             found.append(self.heard(own, seen))
@@ -58,11 +61,20 @@ class TrackingNetwork(nn.Module):
             return torch.zeros_like(own)
         there = seen["near"] > 0
         theirs = own.new_zeros(*there.shape, own.shape[1])
-        theirs[there] = self.look(_plain(seen["views"][:, 1:][there]))
+        theirs[there] = self.glance(_plain(seen["others"][there]))
         messages = self.speak(torch.cat((theirs, seen["places"]), 2))
         fit = (self.query(own)[:, None] * self.key(messages)).sum(2) / own.shape[1] ** 0.5
         weight = fit.masked_fill(~there, -1e9).softmax(1) * there
         return (weight[..., None] * messages).sum(1)
+
+
+def _eye(side: int, channels: tuple[int, ...], hidden: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    before = 6
+    for wide, kernel in zip(channels, KERNELS, strict=False):
+        layers += [nn.Conv2d(before, wide, kernel, 2, kernel // 2), nn.ReLU()]
+        before, side = wide, (side + 1) // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * side**2, hidden), nn.ReLU())
 
 
 def _plain(views: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Config:
     """agents hear their neighbours"""
     neighbours: int = 2
     """how many others an agent hears: the nearest"""
-    patch: int = 24
+    patch: int = 20
     """side of a view in pixels"""
     hidden: int = 96
     """width of the features"""
@@ -100,9 +100,9 @@ class Config:
     """of what comes later, a step"""
     motion: bool = True
     """a walk begins where the track's velocity leads; without it, where the track was"""
-    copies: int = 64
+    copies: int = 48
     """agents that act in lockstep in training"""
-    batch: int = 128
+    batch: int = 96
     """steps in an update"""
     memory: int = 1000
     """steps of all copies that the replay holds"""
@@ -112,7 +112,7 @@ class Config:
 
 PART = "policy"  # the tracked part that holds the policy
 SHAKE = 0.05, 0.12  # of boxes in training: the first, and where a walk begins
-HELD_OUT = 192  # walks that choose the weights
+HELD_OUT = 128  # walks that choose the weights
 ROUNDS = 3  # of regression in a frame
 SHOWN = 80  # frames of a video in a picture
 
