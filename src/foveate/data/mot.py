@@ -222,7 +222,9 @@ def _lines(path: Path, frames: int, truth: bool) -> list[tuple[int, int, float, 
             raise InputError(f"{where}: frame {frame:g}, expected 1 to {frames}, the frames in img1; remove the line")
         for name, side in ("width", width), ("height", height):
             if not side > 0:
-                raise InputError(f"{where}: {name} is {side:g}, expected above 0 ({COLUMNS}); correct or remove the line")
+                raise InputError(
+                    f"{where}: {name} is {side:g}, expected above 0 ({COLUMNS}); correct or remove the line"
+                )
         if truth:
             if score == 0 or (len(fields) > 8 and _other_class(fields[7])):
                 continue
@@ -243,7 +245,9 @@ def _other_class(field: str) -> bool:
         return False
 
 
-def _padded(lines: list[tuple[int, int, float, float, float, float, float]], frames: int, scale: Float[Tensor, " 4"]) -> Boxes:
+def _padded(
+    lines: list[tuple[int, int, float, float, float, float, float]], frames: int, scale: Float[Tensor, " 4"]
+) -> Boxes:
     of_frame: list[list[tuple[int, int, float, float, float, float, float]]] = [[] for _ in range(frames)]
     for line in lines:
         of_frame[line[0]].append(line)

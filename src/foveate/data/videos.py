@@ -20,9 +20,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
+from foveate.data.classification import check_images
 from foveate.data.mot import Clip, mot_clips
 from foveate.data.scenes import at, describe, draw
-from foveate.geometry import Boxes, joined
+from foveate.geometry import Boxes, check_boxes, joined
 from foveate.types import InputError, concatenate, map_tree
 
 Part = Literal["train", "val", "test"]
@@ -92,7 +93,9 @@ def crops(
     lines = []
     for rows in (low[..., 1], high[..., 1]):
         start = (first[:, None] + rows * size[:, 1:])[:, :, None]
-        left, right = (videos.pixels.index_select(0, (start + place[:, None]).flatten()) for place in (low[..., 0], high[..., 0]))
+        left, right = (
+            videos.pixels.index_select(0, (start + place[:, None]).flatten()) for place in (low[..., 0], high[..., 0])
+        )
         shape = len(boxes), patch, patch, 3
         lines.append(torch.lerp(left.view(shape).float(), right.view(shape).float(), across[:, None, :, None]))
     return (torch.lerp(*lines, down[:, :, None, None]) / 255).permute(0, 3, 1, 2)
@@ -172,7 +175,10 @@ def load_videos(
         if scenes < 1:
             raise InputError(f"scenes: found {scenes}, expected at least 1")
         count = scenes if split == "train" else max(2, round(SHARES[split] * scenes))
-        clips = [_rendered(key, split, number, size) for number, key in enumerate(noise.key("videos", split, torch.arange(count)))]
+        clips = [
+            _rendered(key, split, number, size)
+            for number, key in enumerate(noise.key("videos", split, torch.arange(count)))
+        ]
     elif root is None:
         raise InputError(f"root: not given; data {name!r} needs the folder in which it lies: --root FOLDER")
     else:
@@ -228,15 +234,50 @@ def pairs(videos: Videos, gaps: int = 1) -> Int[Tensor, "pairs 4"]:
     return together
 
 
-def of_frames(
-    frames: Float[Tensor, "time 3 height width"], detections: Boxes, rate: float = 25.0, name: str = "video"
-) -> Videos:
-    """One sequence of a user as `Videos`, without truth."""
-    pixels = (frames.detach().cpu() * 255).round().byte()
-    nothing = torch.zeros(len(pixels), 0, dtype=torch.int64)
-    truth = Boxes(torch.zeros(len(pixels), 0, 4), nothing, nothing.bool())
-    clip = Clip(name, pixels, truth, map_tree(lambda leaf: leaf.cpu(), detections), rate)
-    return stacked([clip])
+def given(images: dict[str, Any], image_size: int) -> tuple[Videos, float]:
+    """A user's video with what a detector found as `Videos` without truth, and by how much it was shrunk.
+
+    Args:
+        images: "frames" [time, 3, height, width] in [0, 1], "boxes" [time, count, 4] in their pixels, "scores" [time,
+            count], 0 where there is no box; "rate", frames a second (25).
+        image_size: longer side in pixels at most.
+
+    Raises:
+        InputError: something is missing, or breaks the convention; no frames.
+    """
+    for name in ("frames", "boxes", "scores"):
+        if not isinstance(images, dict) or name not in images:
+            raise InputError(f"images: found no {name!r}, expected frames, and boxes and scores of a detector in each")
+    frames, boxes, scores = (images[name].detach().cpu() for name in ("frames", "boxes", "scores"))
+    if not len(frames):
+        raise InputError("frames: found none, expected at least one; give [time, 3, height, width]")
+    check_images(frames, "frames")
+    if frames.shape[1] != 3:
+        raise InputError(f"frames: {frames.shape[1]} channels, expected 3: pass frames.expand(-1, 3, -1, -1)")
+    if boxes.shape != (len(frames), scores.shape[-1], 4) or scores.shape != boxes.shape[:2]:
+        raise InputError(
+            f"boxes, scores: found {tuple(boxes.shape)} and {tuple(scores.shape)}, expected ({len(frames)}, count, 4) and "
+            f"({len(frames)}, count): pad each frame to the same count"
+        )
+    found = Boxes(boxes.float(), torch.zeros_like(scores, dtype=torch.int64), scores > 0, scores.float())
+    check_boxes(found, "boxes")
+    zoom = min(1.0, image_size / max(frames.shape[2:]))
+    if zoom < 1:
+        shape = [max(1, round(side * zoom)) for side in frames.shape[2:]]
+        frames, found = (
+            F.interpolate(frames, shape, mode="bilinear", antialias=True),
+            replace(found, boxes=found.boxes * zoom),
+        )
+    pixels, nothing = (frames * 255).round().byte(), torch.zeros(len(frames), 0, dtype=torch.int64)
+    truth = Boxes(torch.zeros(len(frames), 0, 4), nothing, nothing.bool())
+    return stacked([Clip("video", pixels, truth, found, float(images.get("rate", 25.0)))]), zoom
+
+
+def opening(videos: Videos, boxes: Boxes, count: int) -> tuple[Float[Tensor, "time 3 height width"], Boxes]:
+    """The first frames of the first sequence in [0, 1], at most `count`, and boxes in them."""
+    count = min(count, int((videos.sequences == videos.sequences[0]).sum()))
+    frames = torch.stack([videos.frame(number) for number in range(count)]).float() / 255
+    return frames, Boxes(boxes.boxes[:count], boxes.labels[:count], boxes.mask[:count])
 
 
 def on(videos: Videos, device: torch.device | Any) -> Videos:

@@ -10,12 +10,11 @@ reinforcement learning for multi-object tracker", IEEE Access 7).
 | horizon | 20 steps; it ends with the stop |
 
 An agent is an object; a row of the lockstep form is an agent. There the neighbours go evenly from their boxes in the
-first frame to those in the second; `together` and `act` are for agents that act jointly.
+first frame to those in the second; agents that act jointly are in `foveate.envs.joint_tracking`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from foveate.envs.box_moves import MOVES, moves
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import overlaps
-from foveate.types import InputError, Tree
+from foveate.types import InputError
 
 STOP = len(MOVES)
 ACTIONS = len(MOVES) + 1
@@ -109,9 +108,9 @@ class Walking:
     def kept(self, boxes: Float[Tensor, "batch 4"], frames: Int[Tensor, " batch"]) -> Float[Tensor, "batch 4"]:
         """Boxes with their middle in the frame and sides of `LEAST` pixels up to twice the frame's."""
         limit = self.videos.sizes[frames, 0].flip(1).float()
-        middle = torch.minimum(((boxes[:, :2] + boxes[:, 2:]) / 2).clamp(min=0), limit)
+        place = torch.minimum(middle(boxes).clamp(min=0), limit)
         half = torch.minimum((boxes[:, 2:] - boxes[:, :2]).clamp(min=LEAST), 2 * limit) / 2
-        return torch.cat((middle - half, middle + half), 1)
+        return torch.cat((place - half, place + half), 1)
 
 
 class BoxTrackingEnv(TensorEnv):
@@ -265,7 +264,7 @@ class BoxTrackingEnv(TensorEnv):
         rows = torch.arange(len(before), device=before.device)
         mask = truth.mask[before].clone()
         mask[rows, here] = False
-        away = (_middle(truth.boxes[before]) - _middle(truth.boxes[before, here])[:, None]).norm(dim=2)
+        away = (middle(truth.boxes[before]) - middle(truth.boxes[before, here])[:, None]).norm(dim=2)
         count = min(self.neighbours, mask.shape[1])
         nearest = away.masked_fill(~mask, torch.inf).topk(count, 1, largest=False).indices
         nearest = F.pad(nearest, (0, self.neighbours - count))
@@ -286,12 +285,12 @@ class SingleBoxTrackingEnv(SingleEnv):
 def observation_space(patch: int, history: int, neighbours: int) -> gymnasium.spaces.Dict:
     """What one agent sees."""
     box, half = gymnasium.spaces.Box, (patch + 1) // 2
-    found = {"history": box(0.0, 1.0, (history, ACTIONS)), "view": box(0.0, 1.0, (6, patch, patch))}
+    found = {"history": box(0.0, 1.0, (history, ACTIONS))}
     if neighbours:
         found["near"] = box(0.0, 1.0, (neighbours,))
         found["others"] = box(0.0, 1.0, (neighbours, 6, half, half))
         found["places"] = box(-REACH, REACH, (neighbours, 4))
-    return gymnasium.spaces.Dict(found)
+    return gymnasium.spaces.Dict(found | {"view": box(0.0, 1.0, (6, patch, patch))})
 
 
 def observed(videos: Videos, state: TrackingState, patch: int) -> dict[str, Tensor]:
@@ -302,18 +301,16 @@ def observed(videos: Videos, state: TrackingState, patch: int) -> dict[str, Tens
     where there is none; "places" [batch, near, 4]: how far a neighbour's middle is away in parts of the agent's sides,
     and the logarithm of how much wider and higher it is; "near" [batch, near].
     """
-    history = F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float()
-    view = _views(videos, state.before, state.after, state.start, state.box, patch)
-    found = {"history": history, "view": view}
+    found = {"history": F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float()}
     if state.near.shape[1]:
         there, half = state.near, (patch + 1) // 2
         after = state.after[:, None].expand_as(there)[there]
         given = state.near_before[there], after, state.near_start[there], state.near_box[there]
-        others = torch.zeros(*there.shape, 6, half, half, device=view.device)
+        others = torch.zeros(*there.shape, 6, half, half, device=there.device)
         others[there] = _views(videos, *given, half)
         found |= {"near": there.float(), "others": others}
         found["places"] = places(state.box, state.near_box) * there[..., None]
-    return found
+    return found | {"view": _views(videos, state.before, state.after, state.start, state.box, patch)}
 
 
 def _views(videos: Videos, before: Tensor, after: Tensor, start: Tensor, box: Tensor, patch: int) -> Tensor:
@@ -332,82 +329,13 @@ def wider(boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch 4"]:
 def places(boxes: Float[Tensor, "batch 4"], others: Float[Tensor, "batch near 4"]) -> Float[Tensor, "batch near 4"]:
     """Where others are, as seen from a box, within `REACH`."""
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-3)[:, None]
-    away = (_middle(others) - _middle(boxes)[:, None]) / sides
+    away = (middle(others) - middle(boxes)[:, None]) / sides
     larger = ((others[..., 2:] - others[..., :2]).clamp(min=1e-3) / sides).log()
     return torch.cat((away, larger), 2).clamp(-REACH, REACH)
 
 
-def together(
-    before: Int[Tensor, " batch"],
-    after: Int[Tensor, " batch"],
-    groups: Int[Tensor, " batch"],
-    start: Float[Tensor, "batch 4"],
-    box: Float[Tensor, "batch 4"],
-    past: int,
-    neighbours: int,
-) -> tuple[TrackingState, Int[Tensor, "batch near"]]:
-    """Agents that act jointly: their state, and the row of each of their neighbours, the nearest of the same group.
-
-    Args:
-        before: frame in which each was last seen.
-        after: frame in which all of a group are looked for.
-        groups: agents see those of their own group only.
-        start: boxes in the first.
-        box: where the walk begins.
-        past: how many actions are remembered.
-        neighbours: how many others each sees.
-    """
-    count, device = len(box), box.device
-    away = (_middle(box)[:, None] - _middle(box)).norm(dim=2)
-    apart = (groups[:, None] != groups) | torch.eye(count, dtype=torch.bool, device=device)
-    most = min(neighbours, count)
-    nearest = away.masked_fill(apart, torch.inf).topk(most, 1, largest=False)
-    rows = F.pad(nearest.indices, (0, neighbours - most))
-    near = F.pad(nearest.values.isfinite(), (0, neighbours - most))
-    history = torch.zeros(count, past, dtype=torch.uint8, device=device)
-    steps = torch.zeros(count, dtype=torch.int64, device=device)
-    others = before[rows], start[rows], box[rows], box[rows], near
-    return TrackingState(before, after, start, box, torch.zeros_like(box), history, steps, *others), rows
-
-
-@torch.no_grad()
-def walk_together(
-    walking: Walking,
-    network: Callable[[Tree], Tensor],
-    state: TrackingState,
-    rows: Int[Tensor, "batch near"],
-    horizon: int,
-) -> tuple[Float[Tensor, "batch 4"], Float[Tensor, " batch"]]:
-    """Let agents act jointly, each taking its best action, until all have stopped.
-
-    Args:
-        walking: moves and views.
-        network: (what `observed` makes) → values [batch, actions].
-        state: of `together`.
-        rows: of `together`.
-        horizon: steps after which who has not stopped is stopped.
-
-    Returns:
-        Their boxes, and the value of their last action: how sure who has stopped is of it.
-    """
-    going = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    sure = torch.zeros(len(rows), device=rows.device)
-    for _ in range(horizon):
-        here = going.nonzero().flatten()
-        if not len(here):
-            break
-        some = TrackingState(**{name: leaf[here] for name, leaf in vars(state).items()})
-        values, actions = network(walking.observe(some)).max(1)
-        sure[here] = values
-        after = walking.act(some, actions)
-        box, history, steps = state.box.clone(), state.history.clone(), state.steps.clone()
-        box[here], history[here], steps[here] = after.box, after.history, after.steps
-        state = replace(state, box=box, history=history, steps=steps, near_box=box[rows])
-        going[here] = actions != STOP
-    return state.box, sure
-
-
-def _middle(boxes: Tensor) -> Tensor:
+def middle(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 2"]:
+    """Middles (x, y) of boxes."""
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
@@ -415,6 +343,6 @@ def _shaken(boxes: Tensor, much: float, keys: Tensor) -> Tensor:
     """Boxes moved and stretched by this part of their sides (standard deviation)."""
     draws = much * noise.normal(keys, 4)
     sides = boxes[..., 2:] - boxes[..., :2]
-    middle = _middle(boxes) + draws[..., :2] * sides
+    place = middle(boxes) + draws[..., :2] * sides
     half = sides * draws[..., 2:].exp() / 2
-    return torch.cat((middle - half, middle + half), -1)
+    return torch.cat((place - half, place + half), -1)

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from foveate import noise
-from foveate.envs.box_tracking import ACTIONS, STOP, BoxTrackingEnv, TrackingState, observation_space, together
+from foveate.envs.box_tracking import ACTIONS, STOP, BoxTrackingEnv, TrackingState, observation_space
+from foveate.envs.joint_tracking import together
 from foveate.geometry import overlaps
 from foveate.types import InputError
 
@@ -108,7 +109,13 @@ class ParallelTracking(ParallelEnv):
         cut = {agent: self._steps >= self.horizon and not stops[agent] for agent in agents}
         seen = self._seen(agents)
         self.agents = [agent for agent in agents if not stops[agent] and not cut[agent]]
-        return seen, {agent: float(rewards[place[agent]]) for agent in agents}, stops, cut, {agent: {} for agent in agents}
+        return (
+            seen,
+            {agent: float(rewards[place[agent]]) for agent in agents},
+            stops,
+            cut,
+            {agent: {} for agent in agents},
+        )
 
     def render(self) -> np.ndarray | None:
         """The objects side by side, each as in the lockstep form; None without a render mode."""

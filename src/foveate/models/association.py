@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.geometry import Boxes, overlaps
@@ -148,7 +148,13 @@ def follow(
             matched = _matched(boxes[part], corners, rule.match, assign)
             kept = []
             for place_here, track in enumerate(mine):
-                _go_on(track, boxes[part][place_here], corners[matched[place_here]] if place_here in matched else None, frame, rule)
+                _go_on(
+                    track,
+                    boxes[part][place_here],
+                    corners[matched[place_here]] if place_here in matched else None,
+                    frame,
+                    rule,
+                )
                 late = track.missed > max(1.0, rule.patience * rates[number])
                 if not (late or (track.missed and (sure[part][place_here] < rule.sure or track.hits < rule.births))):
                     kept.append(track)
@@ -223,7 +229,9 @@ def _assignment() -> Callable:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise InputError("scipy: not installed, and boxes are matched by it; pip install 'foveate[tracking]'") from error
+        raise InputError(
+            "scipy: not installed, and boxes are matched by it; pip install 'foveate[tracking]'"
+        ) from error
     return linear_sum_assignment
 
 
@@ -250,12 +258,12 @@ def best_rules(
     return best, float(worth)
 
 
-def to_tensor(rules: Rules) -> Float[Tensor, " fields"]:
+def rules_tensor(rules: Rules) -> Float[Tensor, " fields"]:
     """Rules as numbers, so that a module can hold them."""
     return torch.tensor([float(getattr(rules, entry.name)) for entry in fields(Rules)])
 
 
-def from_tensor(numbers: Float[Tensor, " fields"]) -> Rules:
-    """Rules that `to_tensor` made numbers of."""
+def rules_of(numbers: Float[Tensor, " fields"]) -> Rules:
+    """Rules that `rules_tensor` made numbers of."""
     values = dict(zip((entry.name for entry in fields(Rules)), numbers.tolist(), strict=True))
     return Rules(**(values | {"births": round(values["births"])}))

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foveate.models.association import Rules, rules_of, rules_tensor
+
 KERNELS = (5, 3, 3)
 CHANNELS = (16, 24, 32)
 
@@ -66,6 +68,30 @@ class TrackingNetwork(nn.Module):
         fit = (self.query(own)[:, None] * self.key(messages)).sum(2) / own.shape[1] ** 0.5
         weight = fit.masked_fill(~there, -1e9).softmax(1) * there
         return (weight[..., None] * messages).sum(1)
+
+
+class Follower(nn.Module):
+    """A network that says where tracks go, and the rules by which tracks are made of that.
+
+    Args:
+        network: (what agents see) → values of their actions, or offsets of their boxes.
+    """
+
+    rules: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("rules", rules_tensor(Rules()))
+
+    @property
+    def chosen(self) -> Rules:
+        """The rules that were chosen for it."""
+        return rules_of(self.rules)
+
+    def forward(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch outputs"]:
+        """What the network says."""
+        return self.network(seen)
 
 
 def _eye(side: int, channels: tuple[int, ...], hidden: int) -> nn.Sequential:

@@ -15,9 +15,7 @@ from foveate.types import InputError
 EXTRA = "pip install 'foveate[tracking]'"
 
 
-def tracking_metrics(
-    truth: Boxes, found: Boxes, sequences: Int[Tensor, " frames"]
-) -> dict[str, float]:
+def tracking_metrics(truth: Boxes, found: Boxes, sequences: Int[Tensor, " frames"]) -> dict[str, float]:
     """Score the tracks of several sequences as one.
 
     Luiten et al. 2021, "HOTA: a higher order metric for evaluating multi-object tracking"; Bernardin and Stiefelhagen

@@ -4,7 +4,7 @@
 |---|---|
 | state | two frames, the object's box in the first, the box now, the last actions, the neighbours' boxes |
 | action | move the box right, left, up or down, make it bigger, smaller, fatter or taller; or stop |
-| reward | of stopping: 1 if the IoU with the object's box in the second frame is 0.7, else -1; of a move: `shaping` times the sign of the change in IoU |
+| reward | of stopping: 1 if the IoU with its box in the second frame is 0.7, else -1; of a move: the sign of the change |
 | horizon | 20 steps a frame |
 | learner | double Q-learning with a dueling head, from a replay, explored along rewarded actions |
 | corner | value |
@@ -28,32 +28,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate import noise, pictures
-from foveate.data.classification import check_images
 from foveate.data.mot import read_sequence, sequences_in
-from foveate.data.videos import SIZES, Videos, load_videos, of_frames, on
-from foveate.envs.box_tracking import ACTIONS, BoxTrackingEnv, TrackingState, Walking, together, walk_together
-from foveate.geometry import Boxes, check_boxes, overlaps
+from foveate.data.videos import SIZES, Videos, given, load_videos, on, opening
+from foveate.envs.box_tracking import ACTIONS, BoxTrackingEnv, Walking
+from foveate.envs.joint_tracking import Proposer, regressed
+from foveate.geometry import Boxes, overlaps
 from foveate.learn.q_learning import Dueling
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.association import (
     CHOICES,
-    Asked,
     Propose,
     Rules,
     best_rules,
     follow,
-    from_tensor,
     moving,
+    rules_tensor,
     still,
-    to_tensor,
 )
-from foveate.models.tracker import TrackingNetwork, offsets_to, shifted
+from foveate.models.tracker import Follower, TrackingNetwork, offsets_to
 from foveate.rewards.tracking import tracking_metrics
 from foveate.run import Run
 from foveate.two_steps import restored, tracked
-from foveate.types import Evaluation, InputError
-from foveate.value_learning import Acting, learn_by_acting, walk
+from foveate.types import Evaluation, InputError, map_tree
+from foveate.value_learning import Acting, Walk, learn_by_acting, walk
 
 
 @dataclass(frozen=True)
@@ -117,21 +115,10 @@ ROUNDS = 3  # of regression in a frame
 SHOWN = 80  # frames of a video in a picture
 
 
-class Follower(nn.Module):
-    """A network that says where tracks go, and the rules by which tracks are made of that."""
-
-    rules: Tensor
-
-    def __init__(self, config: Config, outputs: int) -> None:
-        super().__init__()
-        sizes = config.patch, config.history, ACTIONS
-        head = Dueling if outputs == ACTIONS else nn.Linear
-        self.network = TrackingNetwork(*sizes, head, outputs, config.communicate, config.hidden)
-        self.register_buffer("rules", to_tensor(Rules()))
-
-    def forward(self, seen: dict[str, Tensor]) -> Tensor:
-        """Values of the actions, or offsets."""
-        return self.network(seen)
+def _follower(config: Config, outputs: int) -> Follower:
+    sizes = config.patch, config.history, ACTIONS
+    head = Dueling if outputs == ACTIONS else nn.Linear
+    return Follower(TrackingNetwork(*sizes, head, outputs, config.communicate, config.hidden))
 
 
 def resolve(config: Config) -> Config:
@@ -183,7 +170,7 @@ def _acting(config: Config) -> Acting:
 
 def build(config: Config) -> Follower:
     """The policy of a resolved config, untrained."""
-    return Follower(config, ACTIONS)
+    return _follower(config, ACTIONS)
 
 
 def train(config: Config, run: Run) -> None:
@@ -198,10 +185,10 @@ def train(config: Config, run: Run) -> None:
     phase: tuple[Any, ...] = run, "walk", 0.5, env, policy, target, optimizer, replay, _acting(config)
     learn_by_acting(*phase, good=env.rewarded, keeper=keeper, validate=validate)
     torch.manual_seed(config.seed)
-    other, optimizer, keeper = tracked(run, "regressor", Follower(config, 4), by="held_out_iou")
+    other, optimizer, keeper = tracked(run, "regressor", _follower(config, 4), by="held_out_iou")
     _regress(config, run, env, other, optimizer, keeper, partial(_held_out, config, held, other))
     val = on(_videos(config, "val"), run.device)
-    policy.rules.copy_(to_tensor(_rules(val, _proposer(config, policy.eval(), val))))
+    policy.rules.copy_(rules_tensor(_rules(val, _proposer(config, policy.eval(), val))))
     run.save()
 
 
@@ -238,43 +225,28 @@ def _walker(config: Config, part: str, device: Any) -> BoxTrackingEnv:
 def _held_out(config: Config, env: BoxTrackingEnv, policy: Follower, name: str = "held_out_iou") -> dict[str, Tensor]:
     """Mean IoU with the objects where these walks end."""
     policy.eval()
-    ids = torch.linspace(0, env.examples - 1, env.num_envs, device=env.device).long()
+    ids = _spread(env)
     if _regresses(policy):
         env.reset(seed=0, options={"ids": ids})
         state = env.state
-        box = _regressed(env.walking, policy, replace(state, near_box=state.near_end))
+        box = regressed(env.walking, policy, replace(state, near_box=state.near_end), ROUNDS)
         return {name: overlaps(box[:, None], state.target[:, None]).mean()}
     states = walk(env, policy, ids).states
     return {name: overlaps(states.box[:, -1:], states.target[:, -1:]).mean()}
+
+
+def _spread(env: BoxTrackingEnv) -> Tensor:
+    return torch.linspace(0, env.examples - 1, env.num_envs, device=env.device).long()
 
 
 def _regresses(policy: Follower) -> bool:
     return not isinstance(policy.network.head, Dueling)
 
 
-def _regressed(walking: Walking, policy: Follower, state: TrackingState) -> Tensor:
-    for _ in range(ROUNDS):
-        box = walking.kept(shifted(state.box, policy(walking.observe(state))), state.after)
-        state = replace(state, box=box)
-    return state.box
-
-
 def _proposer(config: Config, policy: Follower, videos: Videos) -> Propose:
-    """Where a network takes tracks; all that are in one frame of one sequence walk jointly."""
-    walking = Walking(videos, config.patch, config.alpha)
-    neighbours = config.neighbours if config.communicate else 0
-
-    @torch.no_grad()
-    def propose(asked: Asked) -> tuple[Tensor, Tensor]:
-        box = moving(asked)[0] if config.motion else asked.box
-        box = walking.kept(box, asked.after)
-        sizes = config.history, neighbours
-        state, rows = together(asked.before, asked.after, asked.groups, asked.start, box, *sizes)
-        if _regresses(policy):
-            return _regressed(walking, policy, state), torch.zeros(len(box), device=box.device)
-        return walk_together(walking, policy, state, rows, config.horizon)
-
-    return propose
+    near = config.neighbours if config.communicate else 0
+    sizes = config.history, near, config.horizon, config.motion
+    return Proposer(Walking(videos, config.patch, config.alpha), policy, *sizes, ROUNDS if _regresses(policy) else 0)
 
 
 def _tracks(videos: Videos, propose: Propose, rules: list[Rules]) -> list[Boxes]:
@@ -307,17 +279,17 @@ def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False
     val, test = (on(_videos(config, part), run.device) for part in ("val", "test"))
     torch.manual_seed(config.seed)
     parts: dict[str, Follower] = {"agent": policy, "untrained": build(config).to(run.device).eval()}
-    parts |= restored(run, {"regressor": "regressor"}, lambda: Follower(config, 4))
+    parts |= restored(run, {"regressor": "regressor"}, lambda: _follower(config, 4))
     held, rows = _walker(config, "test", run.device), {}
 
     def score(propose: Propose, rules: Rules) -> dict[str, float]:
         return tracking_metrics(test.truth, _tracks(test, propose, [rules])[0], test.sequences)
 
     for name, network in parts.items():
-        rules = from_tensor(policy.rules) if name == "agent" else _rules(val, _proposer(config, network, val))
+        rules = policy.chosen if name == "agent" else _rules(val, _proposer(config, network, val))
         rows[name] = score(_proposer(config, network, test), rules)
         rows[name] |= {"iou": float(_held_out(config, held, network, "iou")["iou"])}
-    rows["no motion"] = score(still, from_tensor(policy.rules))
+    rows["no motion"] = score(still, policy.chosen)
     rows["iou tracker"] = score(still, _rules(val, still, plain=True))
     rows["constant velocity"] = score(moving, _rules(val, moving))
     return Evaluation(rows.pop("agent"), rows)
@@ -339,41 +311,22 @@ def predict(config: Config, policy: Follower, images: dict[str, Any]) -> dict[st
     Raises:
         InputError: something is missing, or breaks the convention; no frames.
     """
-    for name in ("frames", "boxes", "scores"):
-        if not isinstance(images, dict) or name not in images:
-            raise InputError(f"images: found no {name!r}, expected frames, and boxes and scores of a detector in each")
-    frames, boxes, scores = images["frames"], images["boxes"], images["scores"]
-    check_images(frames, "frames")
-    if frames.shape[1] != 3:
-        raise InputError(f"frames: {frames.shape[1]} channels, expected 3: pass frames.expand(-1, 3, -1, -1)")
-    if boxes.shape != (len(frames), scores.shape[-1], 4) or scores.shape != boxes.shape[:2]:
-        raise InputError(
-            f"boxes, scores: found {tuple(boxes.shape)} and {tuple(scores.shape)}, expected ({len(frames)}, count, 4) and "
-            f"({len(frames)}, count): pad each frame to the same count"
-        )
-    device = policy.rules.device
-    found = Boxes(boxes.float(), torch.zeros_like(scores, dtype=torch.int64), scores > 0, scores.float())
-    check_boxes(found, "boxes")
-    height, width = frames.shape[2:]
-    zoom = min(1.0, (config.image_size or SIZES[config.data]) / max(height, width))
-    if zoom < 1:
-        shape = [max(1, round(height * zoom)), max(1, round(width * zoom))]
-        frames = F.interpolate(frames, shape, mode="bilinear", antialias=True)
-    scale = boxes.new_tensor([frames.shape[3] / width, frames.shape[2] / height] * 2)
-    videos = on(of_frames(frames, replace(found, boxes=found.boxes * scale), float(images.get("rate", 25.0))), device)
-    (tracks,) = _tracks(videos, _proposer(config, policy, videos), [from_tensor(policy.rules)])
-    return {"boxes": tracks.boxes / scale.to(device), "ids": tracks.labels, "mask": tracks.mask}
+    videos, scale = given(images, config.image_size or SIZES[config.data])
+    videos = on(videos, policy.rules.device)
+    (tracks,) = _tracks(videos, _proposer(config, policy, videos), [policy.chosen])
+    return {"boxes": tracks.boxes / scale, "ids": tracks.labels, "mask": tracks.mask}
 
 
 def picture(config: Config, policy: Follower, run: Run, images: dict[str, Any] | None = None) -> dict[str, Any]:
     """A test sequence, or the user's, with its tracks, still and moving; and agents' walks into the next frame."""
-    drawn, rows = dict[str, Any](), dict[str, Any]()
+    drawn, rows = dict[str, Any](), dict[str, Boxes]()
     if images is None:
         videos = on(_videos(config, "test"), run.device)
-        frames, truth = _first(videos, videos.truth)
-        (tracks,) = _tracks(videos, _proposer(config, policy, videos), [from_tensor(policy.rules)])
-        rows = {"tracks": _first(videos, tracks)[1], "truth": truth}
-        drawn["walks"] = _walks(config, policy, run)
+        frames, truth = opening(videos, videos.truth, SHOWN)
+        (tracks,) = _tracks(videos, _proposer(config, policy, videos), [policy.chosen])
+        rows = {"tracks": opening(videos, tracks, SHOWN)[1], "truth": truth}
+        held = _walker(config, "test", run.device)
+        drawn["walks"] = [pictures.image_grid(four) for four in _drawn(held, walk(held, policy, _spread(held)))]
     else:
         frames, made = images["frames"], predict(config, policy, images)
         rows["tracks"] = Boxes(made["boxes"], made["ids"], made["mask"])
@@ -384,23 +337,13 @@ def picture(config: Config, policy: Follower, run: Run, images: dict[str, Any] |
     return {"tracks": pictures.track_grid(tiles, names), "video": drawings["tracks"], **drawn}
 
 
-def _first(videos: Videos, boxes: Boxes) -> tuple[Tensor, Boxes]:
-    """Frames of the first sequence in [0, 1], at most `SHOWN`, and their boxes."""
-    count = min(SHOWN, int((videos.sequences == videos.sequences[0]).sum()))
-    frames = torch.stack([videos.frame(number) for number in range(count)]).float() / 255
-    return frames, Boxes(boxes.boxes[:count], boxes.labels[:count], boxes.mask[:count])
-
-
-def _walks(config: Config, policy: Follower, run: Run) -> list[Any]:
-    """Four walks side by side, step by step."""
-    env = _walker(config, "test", run.device)
-    found = walk(env, policy, torch.linspace(0, env.examples - 1, env.num_envs, device=run.device).long())
-    longest = found.taken.sum(1).argsort(descending=True)[:4]
-    frames = []
-    for step in range(int(found.taken[longest].sum(1).max()) + 1):
-        states = TrackingState(**{name: leaf[longest, step] for name, leaf in vars(found.states).items()})
-        frames.append(pictures.image_grid(env.draw(states).permute(0, 3, 1, 2).float() / 255))
-    return frames
+def _drawn(env: BoxTrackingEnv, found: Walk) -> Tensor:
+    """The longest four of some walks as images [step, walk, 3, height, width]."""
+    rows = found.taken.sum(1).argsort(descending=True)[:4]
+    states = [
+        map_tree(lambda leaf: leaf[rows, step], found.states) for step in range(int(found.taken[rows[0]].sum()) + 1)
+    ]
+    return torch.stack([env.draw(state).permute(0, 3, 1, 2).float() / 255 for state in states])
 
 
 def read(config: Config, path: Path) -> dict[str, Any]:
@@ -417,9 +360,12 @@ def read(config: Config, path: Path) -> dict[str, Any]:
 def check(config: Config) -> dict[str, Any]:
     """Frames of the first sequence to train on, with the true tracks and with what was detected."""
     videos = _videos(config, "train")
-    frames, truth = _first(videos, videos.truth)
-    found = _first(videos, videos.detections)[1]
+    frames, truth = opening(videos, videos.truth, SHOWN)
+    found = opening(videos, videos.detections, SHOWN)[1]
     shown = torch.linspace(0, len(frames) - 1, 4).long().tolist()
-    drawings = {"truth": pictures.track_frames(frames, truth), "detected": pictures.track_frames(frames, found, trail=0)}
+    drawings = {
+        "truth": pictures.track_frames(frames, truth),
+        "detected": pictures.track_frames(frames, found, trail=0),
+    }
     names = [[f"{name}, frame {number + 1}" for number in shown] for name in drawings]
     return {"data": pictures.track_grid([[row[number] for number in shown] for row in drawings.values()], names)}
