@@ -113,7 +113,8 @@ def read_sequence(folder: Path, image_size: int, truth: bool = True) -> Clip:
     rate, length, size = _seqinfo(folder / "seqinfo.ini")
     if length != len(paths):
         raise InputError(
-            f"{folder / 'seqinfo.ini'}: seqLength is {length}, but {folder / 'img1'} holds {len(paths)} frames; correct it"
+            f"{folder / 'seqinfo.ini'}: seqLength is {length}, but {folder / 'img1'} holds {len(paths)} "
+            "frames; correct it"
         )
     zoom = min(1.0, image_size / max(size))
     shrunk = max(1, round(size[0] * zoom)), max(1, round(size[1] * zoom))
@@ -222,9 +223,7 @@ def _lines(path: Path, frames: int, truth: bool) -> list[tuple[int, int, float, 
             raise InputError(f"{where}: frame {frame:g}, expected 1 to {frames}, the frames in img1; remove the line")
         for name, side in ("width", width), ("height", height):
             if not side > 0:
-                raise InputError(
-                    f"{where}: {name} is {side:g}, expected above 0 ({COLUMNS}); correct or remove the line"
-                )
+                raise InputError(f"{where}: {name} is {side:g}, expected above 0 ({COLUMNS}); remove the line")
         if truth:
             if score == 0 or (len(fields) > 8 and _other_class(fields[7])):
                 continue

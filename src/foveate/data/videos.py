@@ -1,7 +1,7 @@
 """Videos with boxes and identities: rendered scenes that move, and MOTChallenge folders, in memory at a reduced size.
 
 Frames of all sizes lie in one tensor, one after another, each also halved several times: a crop is read from the level
-at which a pixel of the crop is about one of the frame, so that the view of a large object is no noisier than of a small.
+at which a pixel of the crop is about one of the frame, so that large objects are seen no noisier than small ones.
 
 Splits are fixed: they depend on the data alone, never on the seed of a run.
 """
@@ -98,7 +98,7 @@ def crops(
         )
         shape = len(boxes), patch, patch, 3
         lines.append(torch.lerp(left.view(shape).float(), right.view(shape).float(), across[:, None, :, None]))
-    return (torch.lerp(*lines, down[:, :, None, None]) / 255).permute(0, 3, 1, 2)
+    return (torch.lerp(lines[0], lines[1], down[:, :, None, None]) / 255).permute(0, 3, 1, 2)
 
 
 def stacked(clips: Sequence[Clip]) -> Videos:
@@ -256,8 +256,8 @@ def given(images: dict[str, Any], image_size: int) -> tuple[Videos, float]:
         raise InputError(f"frames: {frames.shape[1]} channels, expected 3: pass frames.expand(-1, 3, -1, -1)")
     if boxes.shape != (len(frames), scores.shape[-1], 4) or scores.shape != boxes.shape[:2]:
         raise InputError(
-            f"boxes, scores: found {tuple(boxes.shape)} and {tuple(scores.shape)}, expected ({len(frames)}, count, 4) and "
-            f"({len(frames)}, count): pad each frame to the same count"
+            f"boxes, scores: found {tuple(boxes.shape)} and {tuple(scores.shape)}, expected ({len(frames)}, count, 4) "
+            f"and ({len(frames)}, count): pad each frame to the same count"
         )
     found = Boxes(boxes.float(), torch.zeros_like(scores, dtype=torch.int64), scores > 0, scores.float())
     check_boxes(found, "boxes")

@@ -4,9 +4,9 @@ reinforcement learning for multi-object tracker", IEEE Access 7).
 | | |
 |---|---|
 | state | two frames, the object's box in the first, the box now, the last actions, the boxes of the nearest others |
-| observation | `view`: around the object in the first frame and around the box in the second; `history`: the last actions, one-hot, the latest first; `others`: the neighbours' views, smaller; `places`: where their boxes are, as seen from its own; `near`: which there are |
+| observation | `view`: both frames around the boxes; `history`: the last actions; what the neighbours see, and where |
 | action | move right, left, up, down, bigger, smaller, fatter, taller; or stop |
-| reward | of stopping: 1 if the IoU with the object's box in the second frame is 0.7, else -1; of a move: `shaping` times the sign of the change in IoU |
+| reward | of stopping: 1 if the IoU with the object is 0.7, else -1; of a move: `shaping` · the sign of the change in IoU |
 | horizon | 20 steps; it ends with the stop |
 
 An agent is an object; a row of the lockstep form is an agent. There the neighbours go evenly from their boxes in the
@@ -167,9 +167,9 @@ class BoxTrackingEnv(TensorEnv):
         for name, number in ("patch", patch), ("history", history), ("gaps", gaps):
             if number < 1:
                 raise InputError(f"{name}: found {number}, expected at least 1")
-        for name, number in ("neighbours", neighbours), ("shaping", shaping), ("jitter", jitter), ("drift", drift):
-            if number < 0:
-                raise InputError(f"{name}: found {number}, expected 0 or more")
+        for name, much in ("neighbours", neighbours), ("shaping", shaping), ("jitter", jitter), ("drift", drift):
+            if much < 0:
+                raise InputError(f"{name}: found {much:g}, expected 0 or more")
         for name, share in ("alpha", alpha), ("threshold", threshold):
             if not 0 < share < 1:
                 raise InputError(f"{name}: found {share:g}, expected more than 0 and less than 1")
@@ -285,7 +285,7 @@ class SingleBoxTrackingEnv(SingleEnv):
 def observation_space(patch: int, history: int, neighbours: int) -> gymnasium.spaces.Dict:
     """What one agent sees."""
     box, half = gymnasium.spaces.Box, (patch + 1) // 2
-    found = {"history": box(0.0, 1.0, (history, ACTIONS))}
+    found: dict[str, gymnasium.Space[Any]] = {"history": box(0.0, 1.0, (history, ACTIONS))}
     if neighbours:
         found["near"] = box(0.0, 1.0, (neighbours,))
         found["others"] = box(0.0, 1.0, (neighbours, 6, half, half))

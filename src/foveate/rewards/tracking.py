@@ -27,8 +27,8 @@ def tracking_metrics(truth: Boxes, found: Boxes, sequences: Int[Tensor, " frames
         sequences: number of the sequence of each frame.
 
     Returns:
-        "hota", "deta" and "assa" (its parts: detection and association), "idf1" in [0, 1]; "mota", at most 1; "switches"
-        of identity, a count.
+        "hota", "deta" and "assa" (its parts: detection and association), "idf1" in [0, 1]; "mota", at most 1;
+        "switches" of identity, a count.
 
     Raises:
         InputError: TrackEval is not installed.

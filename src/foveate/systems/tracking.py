@@ -4,7 +4,7 @@
 |---|---|
 | state | two frames, the object's box in the first, the box now, the last actions, the neighbours' boxes |
 | action | move the box right, left, up or down, make it bigger, smaller, fatter or taller; or stop |
-| reward | of stopping: 1 if the IoU with its box in the second frame is 0.7, else -1; of a move: the sign of the change |
+| reward | of stopping: 1 if the IoU with its box in the second frame is 0.7, else -1; of a move: the change's sign |
 | horizon | 20 steps a frame |
 | learner | double Q-learning with a dueling head, from a replay, explored along rewarded actions |
 | corner | value |
@@ -36,16 +36,7 @@ from foveate.geometry import Boxes, overlaps
 from foveate.learn.q_learning import Dueling
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
-from foveate.models.association import (
-    CHOICES,
-    Propose,
-    Rules,
-    best_rules,
-    follow,
-    moving,
-    rules_tensor,
-    still,
-)
+from foveate.models.association import CHOICES, Propose, Rules, best_rules, follow, moving, rules_tensor, still
 from foveate.models.tracker import Follower, TrackingNetwork, offsets_to
 from foveate.rewards.tracking import tracking_metrics
 from foveate.run import Run
@@ -86,8 +77,6 @@ class Config:
     """part of the box's width or height by which a move changes it"""
     horizon: int = 20
     """steps of an agent in a frame at most"""
-    history: int = 8
-    """last actions that an agent remembers"""
     gaps: int = 3
     """frames at most from one to the other in training"""
     threshold: float = 0.7
@@ -102,8 +91,6 @@ class Config:
     """agents that act in lockstep in training"""
     batch: int = 96
     """steps in an update"""
-    memory: int = 1000
-    """steps of all copies that the replay holds"""
     learning_rate: float = 1e-3
     """peak of its one-cycle schedule"""
 
@@ -111,12 +98,14 @@ class Config:
 PART = "policy"  # the tracked part that holds the policy
 SHAKE = 0.05, 0.12  # of boxes in training: the first, and where a walk begins
 HELD_OUT = 128  # walks that choose the weights
+PAST = 8  # actions that an agent remembers
+MEMORY = 1000  # steps of all copies in the replay
 ROUNDS = 3  # of regression in a frame
 SHOWN = 80  # frames of a video in a picture
 
 
 def _follower(config: Config, outputs: int) -> Follower:
-    sizes = config.patch, config.history, ACTIONS
+    sizes = config.patch, PAST, ACTIONS
     head = Dueling if outputs == ACTIONS else nn.Linear
     return Follower(TrackingNetwork(*sizes, head, outputs, config.communicate, config.hidden))
 
@@ -128,8 +117,6 @@ def resolve(config: Config) -> Config:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
     if config.communicate and config.neighbours < 1:
         raise InputError("neighbours: found 0, expected at least 1 to hear; or give --no-communicate")
-    if config.memory < 20:
-        raise InputError(f"memory: found {config.memory}, expected at least 20 steps")
     _acting(config)
     if config.image_size is None and config.data in SIZES:
         config = replace(config, image_size=SIZES[config.data])
@@ -149,7 +136,7 @@ def _env(config: Config, part: str, copies: int, device: Any = "cpu", **options:
         videos=_videos(config, part),
         patch=config.patch,
         alpha=config.alpha,
-        history=config.history,
+        history=PAST,
         neighbours=config.neighbours if config.communicate else 0,
         gaps=config.gaps if part == "train" else 1,
         threshold=config.threshold,
@@ -179,7 +166,7 @@ def train(config: Config, run: Run) -> None:
     policy, optimizer, keeper = tracked(run, PART, build(config), by="held_out_iou")
     env = _env(config, "train", config.copies, run.device)
     env.reset(seed=config.seed)
-    target, _, replay = run.track(target=copy.deepcopy(policy), env=env, replay=Replay(env.state, config.memory))
+    target, _, replay = run.track(target=copy.deepcopy(policy), env=env, replay=Replay(env.state, MEMORY))
     held = _walker(config, "val", run.device)
     validate = partial(_held_out, config, held, policy)
     phase: tuple[Any, ...] = run, "walk", 0.5, env, policy, target, optimizer, replay, _acting(config)
@@ -245,7 +232,7 @@ def _regresses(policy: Follower) -> bool:
 
 def _proposer(config: Config, policy: Follower, videos: Videos) -> Propose:
     near = config.neighbours if config.communicate else 0
-    sizes = config.history, near, config.horizon, config.motion
+    sizes = PAST, near, config.horizon, config.motion
     return Proposer(Walking(videos, config.patch, config.alpha), policy, *sizes, ROUNDS if _regresses(policy) else 0)
 
 
@@ -340,10 +327,9 @@ def picture(config: Config, policy: Follower, run: Run, images: dict[str, Any] |
 def _drawn(env: BoxTrackingEnv, found: Walk) -> Tensor:
     """The longest four of some walks as images [step, walk, 3, height, width]."""
     rows = found.taken.sum(1).argsort(descending=True)[:4]
-    states = [
-        map_tree(lambda leaf: leaf[rows, step], found.states) for step in range(int(found.taken[rows[0]].sum()) + 1)
-    ]
-    return torch.stack([env.draw(state).permute(0, 3, 1, 2).float() / 255 for state in states])
+    last = int(found.taken[rows[0]].sum()) + 1
+    drawn = env.draw(map_tree(lambda leaf: leaf[rows, :last].flatten(0, 1), found.states))
+    return (drawn.permute(0, 3, 1, 2).float() / 255).unflatten(0, (len(rows), last)).transpose(0, 1)
 
 
 def read(config: Config, path: Path) -> dict[str, Any]:
