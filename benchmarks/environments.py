@@ -15,6 +15,7 @@ from foveate import noise
 from foveate.data.classification import Images
 from foveate.data.detection import Detections
 from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
+from foveate.envs.box_tracking import STOP, BoxTrackingEnv, SingleBoxTrackingEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
@@ -47,6 +48,13 @@ def boxes() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarra
     actions = np.random.default_rng(0).integers(0, TRIGGER, (STEPS, COPIES))
     actions[-2] = TRIGGER
     return BoxSearchEnv, SingleBoxSearchEnv, {"detections": shown}, actions
+
+
+def tracks() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Rendered videos, and moves drawn once; an episode ends before the last step."""
+    actions = np.random.default_rng(0).integers(0, STOP, (STEPS, COPIES))
+    actions[-2] = STOP
+    return BoxTrackingEnv, SingleBoxTrackingEnv, {}, actions
 
 
 def lockstep(task: Task, copies: int) -> Callable[[], None]:
@@ -119,5 +127,6 @@ ROWS: dict[str, Callable[[], Rates]] = {
     "glimpse-env-sync": partial(compare, glimpses, sync_vector),
     "box-search-env": partial(compare, boxes, one_by_one),
     "box-search-env-sync": partial(compare, boxes, sync_vector),
+    "box-tracking-env": partial(compare, tracks, one_by_one),
     "noise": compare_noise,
 }

@@ -179,7 +179,7 @@ def _frame(path: Path, size: tuple[int, int], shrunk: tuple[int, int], folder: P
             if opened.size != size:
                 found, said = ("x".join(map(str, each)) for each in (opened.size, size))
                 raise InputError(
-                    f"{path}: is {found}, but {folder / 'seqinfo.ini'} says {said}; frames of a sequence have one size: "
+                    f"{path}: is {found}, but {folder / 'seqinfo.ini'} says {said}; a sequence has one size: "
                     "resize the frame, or correct the file"
                 )
             image = opened.convert("RGB")

@@ -6,7 +6,7 @@ reinforcement learning for multi-object tracker", IEEE Access 7).
 | state | two frames, the object's box in the first, the box now, the last actions, the boxes of the nearest others |
 | observation | `view`: both frames around the boxes; `history`: the last actions; what the neighbours see, and where |
 | action | move right, left, up, down, bigger, smaller, fatter, taller; or stop |
-| reward | of stopping: 1 if the IoU with the object is 0.7, else -1; of a move: `shaping` · the sign of the change in IoU |
+| reward | of stopping: 1 if the IoU with the object is 0.7, else -1; of a move: `shaping` · the sign of the change |
 | horizon | 20 steps; it ends with the stop |
 
 An agent is an object; a row of the lockstep form is an agent. There the neighbours go evenly from their boxes in the
@@ -61,18 +61,18 @@ class TrackingState:
         near: which neighbours there are.
     """
 
-    before: Int[Tensor, " batch"]
-    after: Int[Tensor, " batch"]
-    start: Float[Tensor, "batch 4"]
-    box: Float[Tensor, "batch 4"]
-    target: Float[Tensor, "batch 4"]
-    history: UInt8[Tensor, "batch past"]
-    steps: Int[Tensor, " batch"]
-    near_before: Int[Tensor, "batch near"]
-    near_start: Float[Tensor, "batch near 4"]
-    near_box: Float[Tensor, "batch near 4"]
-    near_end: Float[Tensor, "batch near 4"]
-    near: Bool[Tensor, "batch near"]
+    before: Int[Tensor, "*batch"]
+    after: Int[Tensor, "*batch"]
+    start: Float[Tensor, "*batch 4"]
+    box: Float[Tensor, "*batch 4"]
+    target: Float[Tensor, "*batch 4"]
+    history: UInt8[Tensor, "*batch past"]
+    steps: Int[Tensor, "*batch"]
+    near_before: Int[Tensor, "*batch near"]
+    near_start: Float[Tensor, "*batch near 4"]
+    near_box: Float[Tensor, "*batch near 4"]
+    near_end: Float[Tensor, "*batch near 4"]
+    near: Bool[Tensor, "*batch near"]
 
 
 @dataclass(frozen=True)
