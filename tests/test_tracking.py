@@ -366,7 +366,7 @@ def test_sequences_and_rules_in_lockstep_are_those_one_by_one() -> None:
     for rule, several in zip(rules, many, strict=True):
         for number in range(len(data.names)):
             rows = data.sequences == number
-            only = map_tree(lambda leaf: leaf[rows], data.detections)
+            only = map_tree(lambda leaf, rows=rows: leaf[rows], data.detections)
             (single,) = follow(only, torch.zeros(int(rows.sum())).long(), [data.rates[number]], [rule], moving)
             most = single.mask.shape[1]
             assert torch.equal(several.mask[rows][:, :most], single.mask)

@@ -252,6 +252,7 @@ def best_rules(
     best, worth = first or Rules(), -np.inf
     for name, values in (CHOICES if choices is None else choices).items():
         tried = [Rules(**(vars(best) | {name: value})) for value in values]
+        tried = [rule for rule in tried if rule != best or worth == -np.inf]  # its score is known
         for rule, found in zip(tried, track(tried), strict=True):
             if (now := score(found)) > worth:
                 best, worth = rule, now

@@ -83,8 +83,6 @@ class Config:
     """IoU from which on it is right to stop"""
     shaping: float = 0.5
     """reward of a move that raises the IoU; 0 rewards the stop alone"""
-    discount: float = 0.7
-    """of what comes later, a step"""
     motion: bool = True
     """a walk begins where the track's velocity leads; without it, where the track was"""
     copies: int = 48
@@ -96,7 +94,6 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the policy
-SHAKE = 0.05, 0.12  # of boxes in training: the first, and where a walk begins
 HELD_OUT = 128  # walks that choose the weights
 PAST = 8  # actions that an agent remembers
 MEMORY = 1000  # steps of all copies in the replay
@@ -141,8 +138,6 @@ def _env(config: Config, part: str, copies: int, device: Any = "cpu", **options:
         gaps=config.gaps if part == "train" else 1,
         threshold=config.threshold,
         shaping=config.shaping,
-        jitter=SHAKE[0],
-        drift=SHAKE[1],
         horizon=config.horizon,
         device=device,
         **options,
@@ -150,9 +145,7 @@ def _env(config: Config, part: str, copies: int, device: Any = "cpu", **options:
 
 
 def _acting(config: Config) -> Acting:
-    return Acting(
-        config.batch, discount=config.discount, learning_rate=config.learning_rate, last=0.1, share=0.6, follow=0.02
-    )
+    return Acting(config.batch, discount=0.7, learning_rate=config.learning_rate, share=0.6, follow=0.02)
 
 
 def build(config: Config) -> Follower:
@@ -273,7 +266,7 @@ def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False
         return tracking_metrics(test.truth, _tracks(test, propose, [rules])[0], test.sequences)
 
     for name, network in parts.items():
-        rules = policy.chosen if name == "agent" else _rules(val, _proposer(config, network, val))
+        rules = _rules(val, _proposer(config, network, val)) if name == "regressor" else policy.chosen
         rows[name] = score(_proposer(config, network, test), rules)
         rows[name] |= {"iou": float(_held_out(config, held, network, "iou")["iou"])}
     rows["no motion"] = score(still, policy.chosen)
