@@ -70,22 +70,22 @@ def walk_together(
         horizon: steps after which who has not stopped is stopped.
 
     Returns:
-        Their boxes, and the value of their last action: how sure who has stopped is of it.
+        Their boxes, and the value of their stop, about 2 P(right) - 1: how sure each is; -1 for who was stopped.
     """
     going = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    sure = torch.zeros(len(rows), device=rows.device)
+    sure = torch.full((len(rows),), -1.0, device=rows.device)  # of who never stops
     for _ in range(horizon):
         here = going.nonzero().flatten()
         if not len(here):
             break
         some = TrackingState(**{name: leaf[here] for name, leaf in vars(state).items()})
         values, actions = network(walking.observe(some)).max(1)
-        sure[here] = values
         after = walking.act(some, actions)
         box, history, steps = state.box.clone(), state.history.clone(), state.steps.clone()
         box[here], history[here], steps[here] = after.box, after.history, after.steps
         state = replace(state, box=box, history=history, steps=steps, near_box=box[rows])
-        going[here] = actions != STOP
+        stops = actions == STOP
+        sure[here[stops]], going[here] = values[stops], ~stops
     return state.box, sure
 
 
@@ -130,4 +130,5 @@ class Proposer:
         if self.rounds:
             found = regressed(self.walking, self.network, state, self.rounds)
             return found, torch.zeros(len(box), device=box.device)
-        return walk_together(self.walking, self.network, state, rows, self.horizon)
+        found, sure = walk_together(self.walking, self.network, state, rows, self.horizon)
+        return torch.where((sure > 0)[:, None], found, box), sure  # who is lost stays where the walk began

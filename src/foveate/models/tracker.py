@@ -106,7 +106,7 @@ def _eye(side: int, channels: tuple[int, ...], hidden: int) -> nn.Sequential:
 def _plain(views: Tensor) -> Tensor:
     """Pairs of views without the first one's light and contrast."""
     first = views[:, :3].flatten(1)
-    mean, deviation = first.mean(1), first.std(1).clamp(min=0.02)
+    mean, deviation = first.mean(1), first.std(1, correction=0).clamp(min=0.02)
     return (views - mean[:, None, None, None]) / deviation[:, None, None, None]
 
 

@@ -251,10 +251,10 @@ def _rules(videos: Videos, propose: Propose, plain: bool = False) -> Rules:
 def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False) -> Evaluation:
     """HOTA (with its parts DetA and AssA), MOTA, IDF1 and identity switches of the test sequences, by TrackEval.
 
-    `iou` is that of single walks from an object's shaken box to its box in the next frame. Baselines, each with rules
-    chosen by itself on the same held-out frames, from the same detections: `iou tracker`, boxes that stay where they
-    were and are shown only where they are detected; `constant velocity`, as SORT; `no motion`, the agent's rules with
-    agents that never move; `untrained`, the same network before training; `regressor`, trained for as long.
+    `iou` is that of single walks from an object's shaken box to its box in the next frame. Baselines from
+    the same detections. With rules chosen for each on the same held-out frames: `iou tracker`, boxes that stay where
+    they were and are shown only where they are detected; `constant velocity`, as SORT; `regressor`, trained for as
+    long. With the agent's rules: `no motion`, agents that never move; `untrained`, the network before training.
     """
     val, test = (on(_videos(config, part), run.device) for part in ("val", "test"))
     torch.manual_seed(config.seed)
