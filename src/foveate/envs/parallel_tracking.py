@@ -86,7 +86,7 @@ class ParallelTracking(ParallelEnv):
         self.agents = self.possible_agents[: len(ids)]
         return self._seen(self.agents), {agent: {} for agent in self.agents}
 
-    def step(self, actions: dict[str, int]) -> tuple[dict[str, Any], ...]:
+    def step(self, actions: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         """Take the actions of all agents at once: observations, rewards, terminations, truncations, infos.
 
         Raises:
