@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import foveate
-from foveate import noise, pictures
+from foveate import commands, noise, pictures
 from foveate.data.mot import Clip, mot_clips, read_boxes, read_sequence
 from foveate.data.videos import Videos, crops, given, load_videos, pairs, stacked, with_mirrored
 from foveate.envs.box_tracking import ACTIONS, STOP, BoxTrackingEnv, TrackingState, places
@@ -24,6 +24,7 @@ from foveate.learn.replay import Replay
 from foveate.models.association import Rules, best_rules, follow, moving, rules_of, rules_tensor, still
 from foveate.models.tracker import TrackingNetwork, offsets_to, shifted
 from foveate.rewards.tracking import tracking_metrics
+from foveate.run import Run
 from foveate.systems import tracking
 from foveate.types import InputError, map_tree
 
@@ -417,13 +418,13 @@ def test_offsets_lead_to_their_targets() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> foveate.commands.Agent:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> commands.Agent:
     folder = tmp_path_factory.mktemp("tracking") / "run"
     quick = {"scenes": 4, "image_size": 32, "patch": 12, "hidden": 16, "batch": 8, "copies": 8, "horizon": 3}
     return foveate.train("tracking", steps=4, out=folder, device="cpu", **quick)
 
 
-def test_a_users_video_is_tracked_in_its_own_pixels(trained: foveate.commands.Agent, tmp_path: Path) -> None:
+def test_a_users_video_is_tracked_in_its_own_pixels(trained: commands.Agent, tmp_path: Path) -> None:
     truth, found = walked()
     frames = videos(truth.boxes.tolist())
     shown = torch.stack([frames.frame(number) for number in range(12)]).float() / 255
@@ -437,7 +438,7 @@ def test_a_users_video_is_tracked_in_its_own_pixels(trained: foveate.commands.Ag
     (folder / "gt" / "gt.txt").unlink()  # what a user has no need of
     read = tracking.read(trained.config, folder)
     assert read["frames"].shape == (6, 3, 24, 32)
-    drawn = tracking.picture(trained.config, trained.policy, foveate.commands.Run.open(trained.folder), read)
+    drawn = tracking.picture(trained.config, trained.policy, Run.open(trained.folder), read)
     assert len(drawn["video"]) == 6
 
 
@@ -495,7 +496,7 @@ def test_agents_learn_to_walk_to_their_objects(tmp_path: Path) -> None:
     """From boxes that are well off, 120 updates bring agents nearer to the objects than they began."""
     settings = {"scenes": 6, "copies": 32, "batch": 48, "hidden": 48, "patch": 16, "horizon": 8, "neighbours": 1}
     config = tracking.resolve(tracking.Config(steps=240, alpha=0.1, **settings))
-    run = foveate.commands.Run(tmp_path / "run", system="tracking", config={}, steps=240, device="cpu", quiet=True)
+    run = Run(tmp_path / "run", system="tracking", config={}, steps=240, device="cpu", quiet=True)
     env = tracking._env(config, "train", 32)
     env.reset(seed=0)
     torch.manual_seed(0)
