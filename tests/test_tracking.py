@@ -17,8 +17,8 @@ import foveate
 from foveate import commands, noise, pictures
 from foveate.data.mot import Clip, mot_clips, read_boxes, read_sequence
 from foveate.data.videos import Videos, crops, given, load_videos, pairs, stacked, with_mirrored
-from foveate.envs.box_tracking import ACTIONS, STOP, BoxTrackingEnv, TrackingState, places
-from foveate.envs.joint_tracking import Proposer, together, walk_together
+from foveate.envs.box_tracking import ACTIONS, STOP, BoxTrackingEnv, places
+from foveate.envs.joint_tracking import together, walk_together
 from foveate.geometry import Boxes, overlaps
 from foveate.learn.replay import Replay
 from foveate.models.association import Rules, best_rules, follow, moving, rules_of, rules_tensor, still
@@ -26,7 +26,9 @@ from foveate.models.tracker import TrackingNetwork, offsets_to, shifted
 from foveate.rewards.tracking import tracking_metrics
 from foveate.run import Run
 from foveate.systems import tracking
+from foveate.two_steps import tracked
 from foveate.types import InputError, map_tree
+from foveate.value_learning import Acting, learn_by_acting, walk
 
 SIDE = 40
 
@@ -493,21 +495,24 @@ def test_tracks_are_drawn_in_a_colour_of_their_own() -> None:
 
 
 def test_agents_learn_to_walk_to_their_objects(tmp_path: Path) -> None:
-    """From boxes that are well off, 120 updates bring agents nearer to the objects than they began."""
-    settings = {"scenes": 6, "copies": 32, "batch": 48, "hidden": 48, "patch": 16, "horizon": 8, "neighbours": 1}
-    config = tracking.resolve(tracking.Config(steps=240, alpha=0.1, **settings))
-    run = Run(tmp_path / "run", system="tracking", config={}, steps=240, device="cpu", quiet=True)
-    env = tracking._env(config, "train", 32)
+    """Two white objects in five frames: from boxes that are well off, 300 updates lead agents nearer to them."""
+    rows = [[[4.0 + 3 * t, 4, 14 + 3 * t, 24], [26.0 - 2 * t, 12 + t, 38 - 2 * t, 30 + t]] for t in range(5)]
+    options: dict[str, Any] = {"patch": 10, "alpha": 0.12, "neighbours": 0, "drift": 0.2, "shaping": 0.5, "horizon": 10}
+    env = BoxTrackingEnv(32, videos=videos(rows), **options)
+    held = BoxTrackingEnv(64, videos=videos(rows), autoreset="disabled", **options)
     env.reset(seed=0)
     torch.manual_seed(0)
-    policy, optimizer, _ = tracking.tracked(run, "policy", tracking.build(config))
+    config = tracking.Config(patch=10, hidden=32, communicate=False)
+    run = Run(tmp_path / "run", system="test", config={}, steps=300, device="cpu", quiet=True)
+    policy, optimizer, _ = tracked(run, "policy", tracking.build(config))
     target, replay = run.track(target=tracking.build(config), replay=Replay(env.state, 200))
-    held = tracking._walker(config, "val", "cpu")
-    held.reset(seed=0, options={"ids": tracking._spread(held)})
-    before = overlaps(held.state.box[:, None], held.state.target[:, None]).mean()
-    phase = run, "walk", 0.5, env, policy, target, optimizer, replay, tracking._acting(config)
-    tracking.learn_by_acting(*phase, good=env.rewarded)
-    after = tracking._held_out(config, held, policy)["held_out_iou"]
-    assert float(after) > float(before) + 0.04
-    assert isinstance(tracking._proposer(config, policy, held.videos), Proposer)
-    assert isinstance(held.state, TrackingState)
+    ids = torch.arange(64) % held.examples
+
+    def reached(step: int) -> float:
+        states = walk(held, policy.eval(), ids).states
+        return float(overlaps(states.box[:, step, None], states.target[:, :1]).mean())
+
+    begun, untrained = reached(0), reached(-1)
+    how = Acting(64, discount=0.7, learning_rate=3e-3, share=0.6, follow=0.05)
+    learn_by_acting(run, "walk", 1.0, env, policy, target, optimizer, replay, how, good=env.rewarded)
+    assert reached(-1) > max(begun, untrained) + 0.08
