@@ -18,6 +18,7 @@ from foveate.data.volumes import Volumes
 from foveate.data.masked_videos import load_videos
 from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
 from foveate.envs.cutting import STOP, CuttingEnv, SingleCuttingEnv
+from foveate.envs.box_tracking import STOP, BoxTrackingEnv, SingleBoxTrackingEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
 from foveate.envs.landmark_walk import MOVES, LandmarkWalkEnv, SingleLandmarkWalkEnv
 from foveate.envs.registration import MOVES, RegistrationEnv, SingleRegistrationEnv
@@ -79,6 +80,11 @@ def pairs() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarra
     """Pictures of 64 pixels from canvases twice as large, and moves drawn once."""
     actions = np.random.default_rng(0).integers(0, len(MOVES), (STEPS, COPIES))
     return RegistrationEnv, SingleRegistrationEnv, {"image_size": 64, "count": 20, "horizon": STEPS - 1}, actions
+def tracks() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Rendered videos, and moves drawn once; an episode ends before the last step."""
+    actions = np.random.default_rng(0).integers(0, STOP, (STEPS, COPIES))
+    actions[-2] = STOP
+    return BoxTrackingEnv, SingleBoxTrackingEnv, {}, actions
 
 
 def lockstep(task: Task, copies: int) -> Callable[[], None]:
@@ -156,5 +162,6 @@ ROWS: dict[str, Callable[[], Rates]] = {
     "landmark-env-size": compare_sizes,
     "cutting-env": partial(compare, cuttings, one_by_one),
     "registration-env": partial(compare, pairs, one_by_one),
+    "box-tracking-env": partial(compare, tracks, one_by_one),
     "noise": compare_noise,
 }

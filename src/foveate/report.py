@@ -21,22 +21,28 @@ LOWER_IS_BETTER = frozenset(
     ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regions", "regret", "seconds")
     ("deviation", "distance", "error", "failures", "glimpses", "loss", "minutes", "nll", "regret", "seconds", "steps")
     ("decay", "deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds")
+    ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds", "switches")
 )
 HIGHER_IS_BETTER = frozenset(
     (
         "accuracy",
         "ap",
         "ar",
+        "assa",  # of HOTA: association, as deta is detection
         "cider",
         "colorfulness",
+        "deta",
         "dice",
         "diversity",
         "f",  # of f1
         "fps",
+        "hota",
+        "idf",  # of idf1
         "iou",
         "j",
         "jf",
         "map",
+        "mota",
         "pq",
         "precision",
         "recall",

@@ -27,13 +27,14 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate.data.detection import Detections, check_objects, load_detections
+from foveate.data.detection import Detections, load_detections
+from foveate.envs.box_moves import MOVES, moves
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import overlaps
 from foveate.models.region_q import Regions, crossed
 from foveate.types import InputError, map_tree
 
-MOVES = ("right", "left", "up", "down", "bigger", "smaller", "fatter", "taller")
 TRIGGER = len(MOVES)
 ACTIONS = len(MOVES) + 1
 CORNER = 0.75  # side of a box at which the search begins again, in parts of the image's
@@ -233,25 +234,8 @@ class BoxSearchEnv(TensorEnv):
         return (torch.lerp(rows[0], rows[1], down) / 255).clamp(0, 1)
 
     def moved(self, boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch moves 4"]:
-        """Boxes after each of the moves, within the image and not smaller than some pixels.
-
-        Fatter takes from the height, taller from the width, bigger and smaller add to both and take from both.
-        """
-        left, top, right, bottom = boxes.unbind(1)
-        across, down = self.alpha * (right - left), self.alpha * (bottom - top)
-        zero = torch.zeros_like(left)
-        half_x, half_y = across / 2, down / 2
-        changes = (
-            (across, zero, across, zero),
-            (-across, zero, -across, zero),
-            (zero, -down, zero, -down),
-            (zero, down, zero, down),
-            (-half_x, -half_y, half_x, half_y),
-            (half_x, half_y, -half_x, -half_y),
-            (zero, half_y, zero, -half_y),
-            (half_x, zero, -half_x, zero),
-        )
-        moved = boxes[:, None] + torch.stack([torch.stack(change, 1) for change in changes], 1)
+        """Boxes after each of the moves, within the image and not smaller than some pixels."""
+        moved = moves(boxes, self.alpha)
         low = moved[..., :2].clamp(0, self.side - LEAST)
         return torch.cat((low, torch.maximum(moved[..., 2:].clamp(max=self.side), low + LEAST)), 2)
 

@@ -7,6 +7,7 @@ from foveate.pictures.canvas import MARGIN, image_grid, save_gif, sentence_grid
 from foveate.pictures.glimpses import UNSEEN, box_walks, glimpse_frames, glimpse_paths
 from foveate.pictures.objects import box_grid, painted, segment_grid
 from foveate.pictures.videos import mask_tiles, spread, tile_grid
+from foveate.pictures.tracks import track_frames, track_grid
 
 __all__ = [
     "MARGIN",
@@ -23,4 +24,6 @@ __all__ = [
     "sentence_grid",
     "spread",
     "tile_grid",
+    "track_frames",
+    "track_grid",
 ]
