@@ -14,14 +14,15 @@ from benchmarks import best_seconds
 from foveate import noise
 from foveate.data.classification import Images
 from foveate.data.detection import Detections
-from foveate.data.volumes import Volumes
 from foveate.data.masked_videos import load_videos
+from foveate.data.volumes import Volumes
+from foveate.envs import box_tracking, cutting, landmark_walk, registration
 from foveate.envs.box_search import TRIGGER, BoxSearchEnv, SingleBoxSearchEnv
-from foveate.envs.cutting import STOP, CuttingEnv, SingleCuttingEnv
-from foveate.envs.box_tracking import STOP, BoxTrackingEnv, SingleBoxTrackingEnv
+from foveate.envs.box_tracking import BoxTrackingEnv, SingleBoxTrackingEnv
+from foveate.envs.cutting import CuttingEnv, SingleCuttingEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
-from foveate.envs.landmark_walk import MOVES, LandmarkWalkEnv, SingleLandmarkWalkEnv
-from foveate.envs.registration import MOVES, RegistrationEnv, SingleRegistrationEnv
+from foveate.envs.landmark_walk import LandmarkWalkEnv, SingleLandmarkWalkEnv
+from foveate.envs.registration import RegistrationEnv, SingleRegistrationEnv
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import Boxes
@@ -62,7 +63,7 @@ def volumes(side: int) -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any]
     voxels = noise.integers(keys, 256, side, side, side).to(torch.uint8)
     names = tuple("abcd")
     shown = Volumes(voxels, torch.full((1, 3), side), where, names, ("one",), 1.0, "synthetic", "train")
-    actions = np.random.default_rng(0).integers(0, len(MOVES), (STEPS, COPIES))
+    actions = np.random.default_rng(0).integers(0, len(landmark_walk.MOVES), (STEPS, COPIES))
     return LandmarkWalkEnv, SingleLandmarkWalkEnv, {"volumes": shown, "horizon": STEPS - 1}, actions
 
 
@@ -71,19 +72,25 @@ def compare_sizes(large: int = 192, small: int = 48, rounds: int = 5) -> Rates:
     ours, theirs = (lockstep(partial(volumes, side), COPIES) for side in (large, small))
     fast, slow = best_seconds(ours, theirs, rounds=rounds)
     return COPIES * STEPS / fast, COPIES * STEPS / slow, f"steps/s in volumes of {large}³, peer {small}³"
+
+
 def cuttings() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
     """Rendered videos of 64 pixels, masks by colours, and moves drawn once; an episode ends before the last step."""
-    actions = np.random.default_rng(0).integers(0, STOP, (STEPS, COPIES))
-    actions[-2] = STOP
+    actions = np.random.default_rng(0).integers(0, cutting.STOP, (STEPS, COPIES))
+    actions[-2] = cutting.STOP
     return CuttingEnv, SingleCuttingEnv, {"videos": load_videos("scenes", None, "train", 64, 20, 8)}, actions
+
+
 def pairs() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
     """Pictures of 64 pixels from canvases twice as large, and moves drawn once."""
-    actions = np.random.default_rng(0).integers(0, len(MOVES), (STEPS, COPIES))
+    actions = np.random.default_rng(0).integers(0, len(registration.MOVES), (STEPS, COPIES))
     return RegistrationEnv, SingleRegistrationEnv, {"image_size": 64, "count": 20, "horizon": STEPS - 1}, actions
+
+
 def tracks() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
     """Rendered videos, and moves drawn once; an episode ends before the last step."""
-    actions = np.random.default_rng(0).integers(0, STOP, (STEPS, COPIES))
-    actions[-2] = STOP
+    actions = np.random.default_rng(0).integers(0, box_tracking.STOP, (STEPS, COPIES))
+    actions[-2] = box_tracking.STOP
     return BoxTrackingEnv, SingleBoxTrackingEnv, {}, actions
 
 

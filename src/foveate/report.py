@@ -18,10 +18,22 @@ from PIL import Image
 from foveate.types import Evaluation, InputError
 
 LOWER_IS_BETTER = frozenset(
-    ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regions", "regret", "seconds")
-    ("deviation", "distance", "error", "failures", "glimpses", "loss", "minutes", "nll", "regret", "seconds", "steps")
-    ("decay", "deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds")
-    ("deviation", "distance", "error", "glimpses", "loss", "minutes", "nll", "regret", "seconds", "switches")
+    (
+        "decay",
+        "deviation",
+        "distance",
+        "error",
+        "failures",
+        "glimpses",
+        "loss",
+        "minutes",
+        "nll",
+        "regions",
+        "regret",
+        "seconds",
+        "steps",
+        "switches",
+    )
 )
 HIGHER_IS_BETTER = frozenset(
     (

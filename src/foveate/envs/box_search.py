@@ -27,7 +27,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate.data.detection import Detections, check_objects, load_detections
-from foveate.data.detection import Detections, load_detections
 from foveate.envs.box_moves import MOVES, moves
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv

@@ -6,8 +6,8 @@ Images are [batch, channels, height, width] in [0, 1], grey or RGB.
 from foveate.pictures.canvas import MARGIN, image_grid, save_gif, sentence_grid
 from foveate.pictures.glimpses import UNSEEN, box_walks, glimpse_frames, glimpse_paths
 from foveate.pictures.objects import box_grid, painted, segment_grid
-from foveate.pictures.videos import mask_tiles, spread, tile_grid
 from foveate.pictures.tracks import track_frames, track_grid
+from foveate.pictures.videos import mask_tiles, spread, tile_grid
 
 __all__ = [
     "MARGIN",
