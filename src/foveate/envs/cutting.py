@@ -34,6 +34,7 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data.masked_videos import Videos, load_videos
+from foveate.envs.box_moves import MOVES, moves
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import overlaps
@@ -41,7 +42,6 @@ from foveate.models.appearance import color_likeness, stacked
 from foveate.models.regions import around, counted, cut, fitted, jittered, kept_inside, within
 from foveate.types import InputError
 
-MOVES = ("right", "left", "up", "down", "bigger", "smaller", "fatter", "taller")
 WIDER, TIGHTER, STOP = len(MOVES), len(MOVES) + 1, len(MOVES) + 2
 ACTIONS = len(MOVES) + 3
 PAST = 6  # actions remembered
@@ -205,8 +205,8 @@ class CuttingEnv(TensorEnv):
 
     def acted(self, state: CuttingState, actions: Int[Tensor, " batch"]) -> CuttingState:
         """The boxes after an action, and the actions remembered; the IoU is still the one before."""
-        moves = actions.clamp(max=len(MOVES) - 1)[:, None, None].expand(-1, 1, 4)
-        box = self.moved(state.box).gather(1, moves)[:, 0]
+        chosen = actions.clamp(max=len(MOVES) - 1)[:, None, None].expand(-1, 1, 4)
+        box = self.moved(state.box).gather(1, chosen)[:, 0]
         context = state.context + (actions == WIDER).long() - (actions == TIGHTER).long()
         return replace(
             state,
@@ -235,25 +235,8 @@ class CuttingEnv(TensorEnv):
         }
 
     def moved(self, boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch moves 4"]:
-        """Boxes after each of the moves, within the frame.
-
-        Fatter takes from the height, taller from the width, bigger and smaller add to both and take from both.
-        """
-        sides = self.alpha * (boxes[:, 2:] - boxes[:, :2])
-        zero = torch.zeros_like(sides[:, 0])
-        across, down = sides.unbind(1)
-        half_x, half_y = across / 2, down / 2
-        changes = (
-            (across, zero, across, zero),
-            (-across, zero, -across, zero),
-            (zero, -down, zero, -down),
-            (zero, down, zero, down),
-            (-half_x, -half_y, half_x, half_y),
-            (half_x, half_y, -half_x, -half_y),
-            (zero, half_y, zero, -half_y),
-            (half_x, zero, -half_x, zero),
-        )
-        return kept_inside(boxes[:, None] + torch.stack([torch.stack(change, 1) for change in changes], 1), self.size)
+        """Boxes after each of the moves, within the frame."""
+        return kept_inside(moves(boxes, self.alpha), self.size)
 
     def rewarded(self, state: CuttingState) -> Bool[Tensor, "batch actions"]:
         """What guided exploration draws from, which looks at boxes alone.
