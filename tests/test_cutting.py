@@ -18,10 +18,10 @@ from foveate import noise
 from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
 from foveate.envs.cutting import ACTIONS, MOVES, STOP, TIGHTER, WIDER, CuttingEnv
 from foveate.envs.following import acting, clips_of, fixed, follow, truth, unmoved
-from foveate.geometry import overlaps
+from foveate.geometry import enlarged, mask_boxes, overlaps
 from foveate.models.appearance import color_likeness, stacked
 from foveate.models.cutting import Executor, mask_loss
-from foveate.models.regions import around, changed, changes, counted, cut, fitted, jittered, pasted, within
+from foveate.models.regions import changed, changes, counted, cut, jittered, pasted, within
 from foveate.rewards.videos import accuracy, davis_scores, decay, overlap
 from foveate.types import InputError, map_tree
 
@@ -48,7 +48,7 @@ def whole(env: CuttingEnv) -> Any:
     """Makes the truth, cut off at the object box: the IoU then is that of box and truth, if the truth is a box."""
 
     def execute(frames: Tensor, boxes: Tensor, contexts: Tensor) -> Tensor:
-        seen = cut(env.truth, frames, around(boxes, env.factors[contexts]), 60)[:, 0] > 0.5
+        seen = cut(env.truth, frames, enlarged(boxes, env.factors[contexts]), 60)[:, 0] > 0.5
         place = ((torch.arange(60) + 0.5) / 60 * 2 - 1).abs() <= 1 / env.factors[contexts][:, None]
         return seen & place[:, :, None] & place[:, None]
 
@@ -71,12 +71,12 @@ def episode(box: list[float], context: int = 1, **options: Any) -> CuttingEnv:
 
 def test_the_box_of_a_mask_is_tight_and_trimming_forgets_stray_pixels() -> None:
     masks = boxed([3, 4, 9, 20], [0, 0, 40, 30], [5, 5, 25, 25], [7, 7, 7, 7])
-    found, there = fitted(masks)
+    found, there = mask_boxes(masks)
     assert found.tolist() == [[3, 4, 9, 20], [0, 0, 40, 30], [5, 5, 25, 25], [0, 0, 0, 0]]
     assert there.tolist() == [True, True, True, False]
     masks[2, 29, 39] = True
-    assert fitted(masks)[0][2].tolist() == [5, 5, 40, 30]
-    assert fitted(masks, 0.01)[0][2].tolist() == [5, 5, 25, 25]
+    assert mask_boxes(masks)[0][2].tolist() == [5, 5, 40, 30]
+    assert mask_boxes(masks, 0.01)[0][2].tolist() == [5, 5, 25, 25]
 
 
 def test_what_is_cut_out_at_its_own_size_is_the_pixels_and_black_beyond_the_frame() -> None:
@@ -287,7 +287,7 @@ def test_an_executor_learns_to_cut_by_the_box_it_is_given() -> None:
     def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
         keys = noise.key("batch", step, torch.arange(16))
         which, contexts = torch.arange(16) % 2, noise.integers(noise.fold(keys, "context"), 2)
-        regions = around(jittered(targets[which], keys, 0.1, SIZE), executor.factors[contexts])
+        regions = enlarged(jittered(targets[which], keys, 0.1, SIZE), executor.factors[contexts])
         frames = torch.zeros(16).long()
         truths = cut(wanted, frames, regions, 16)[torch.arange(16), which] > 0.5
         return cut(planes, frames, regions, 16), contexts, truths
@@ -334,7 +334,7 @@ def test_scenes_move_and_their_object_stays_visible() -> None:
     clips = load_videos("scenes", None, "train", 48, 6, 8)
     assert clips.pixels.shape == (48, 3, 48, 48)
     assert clips.masks.flatten(1).any(1).all()
-    boxes = fitted(clips.masks)[0].view(6, 8, 4)
+    boxes = mask_boxes(clips.masks)[0].view(6, 8, 4)
     assert ((boxes[:, 1:] - boxes[:, :-1]).abs().amax((1, 2)) >= 1).all()
     again = load_videos("scenes", None, "train", 48, 6, 8)
     assert torch.equal(clips.pixels, again.pixels)
@@ -344,7 +344,7 @@ def test_scenes_move_and_their_object_stays_visible() -> None:
 def test_views_are_the_videos_backwards_and_mirrored() -> None:
     clip = views(video([10, 8, 20, 18], [12, 8, 22, 18], [14, 8, 24, 18]))
     assert clip.lengths.tolist() == [3, 3, 3, 3]
-    boxes = fitted(clip.masks)[0][:, 0].tolist()
+    boxes = mask_boxes(clip.masks)[0][:, 0].tolist()
     assert boxes == [10, 12, 14, 14, 12, 10, 20, 18, 16, 16, 18, 20]
     assert clip.frames(9).tolist() == [2, 5, 8, 11]
 
@@ -376,7 +376,7 @@ def test_davis_is_read(davis: Path) -> None:
     assert {*found["train"].names, *found["val"].names} == {"a", "b"}
     assert found["all"].lengths.tolist() == [3, 4, 3]
     assert found["all"].first.tolist() == [0, 3, 7]
-    assert fitted(found["all"].masks)[0][:4].tolist() == [
+    assert mask_boxes(found["all"].masks)[0][:4].tolist() == [
         [6, 4, 18, 16],
         [7, 4, 19, 16],
         [8, 4, 20, 16],

@@ -17,8 +17,9 @@ from foveate.data.salient import Salient, load_salient
 from foveate.data.scenes import describe, draw
 from foveate.envs.seed_play import play
 from foveate.envs.seeds import ACTIONS, BACKGROUND, CELLS, FOREGROUND, SeedsEnv, regions
+from foveate.geometry import mask_boxes
 from foveate.learn.replay import Replay
-from foveate.models.grab_cut import boxes_around, grab_cut
+from foveate.models.grab_cut import grab_cut
 from foveate.models.random_walker import random_walker
 from foveate.models.seed_q import SeedMask, SeedQ
 from foveate.run import Run
@@ -209,7 +210,7 @@ def test_a_control_sees_the_users_seeds_or_does_not() -> None:
 def test_grab_cut_cuts_a_plain_object_out() -> None:
     pytest.importorskip("cv2")
     data = square(2)
-    boxes = boxes_around(data.masks)
+    boxes = mask_boxes(data.masks)[0]
     assert boxes.tolist() == [[10, 10, 30, 30]] * 2
     assert torch.equal(grab_cut(data.images, boxes - torch.tensor([3, 3, -3, -3])), data.masks)
 

@@ -82,6 +82,32 @@ def areas(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
+def enlarged(boxes: Float[Tensor, "*batch 4"], factor: float | Float[Tensor, "*batch"]) -> Float[Tensor, "*batch 4"]:
+    """Boxes with sides so many times as long around the same centre; they may reach beyond the image."""
+    more = (torch.as_tensor(factor, device=boxes.device)[..., None] - 1) / 2 * (boxes[..., 2:] - boxes[..., :2])
+    return torch.cat((boxes[..., :2] - more, boxes[..., 2:] + more), -1)
+
+
+def mask_boxes(
+    masks: Bool[Tensor, "*batch height width"], trim: float = 0.0
+) -> tuple[Float[Tensor, "*batch 4"], Bool[Tensor, "*batch"]]:
+    """The box around each mask in pixels, and whether there is anything in it; without, the box is all 0.
+
+    Args:
+        masks: of images.
+        trim: the share of a mask that may lie beyond each edge, so that a few stray pixels do not stretch the box.
+    """
+    total = masks.sum((-2, -1))[..., None]
+    edges = []
+    for line in (masks.sum(-2), masks.sum(-1)):  # pixels of each column, of each row
+        so_far = line.cumsum(-1)
+        first = (so_far > trim * total).int().argmax(-1)
+        last = (so_far >= (1 - trim) * total).int().argmax(-1)
+        edges.append((first, last + 1))
+    boxes = torch.stack((edges[0][0], edges[1][0], edges[0][1], edges[1][1]), -1).float()
+    return boxes * (total > 0), total[..., 0] > 0
+
+
 def overlaps(
     boxes: Float[Tensor, "batch count 4"],
     others: Float[Tensor, "batch more 4"],

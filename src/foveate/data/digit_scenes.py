@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data.classification import Images
-from foveate.geometry import Boxes
+from foveate.geometry import Boxes, mask_boxes
 
 SMALLEST, LARGEST = 0.16, 0.34  # side of a digit with its margin, in parts of the canvas
 INK = 0.25  # brightness from which on a pixel belongs to a digit
@@ -41,16 +41,8 @@ def digit_scenes(images: Images, keys: Int[Tensor, " batch"], side: int, most: i
         grid = (points - centres[place][:, None, None]) / sizes[:, place, None, None, None] * 2
         drawn = F.grid_sample(images.pixels[which[:, place]].float() / 255, grid, "bilinear", align_corners=False)
         drawn = drawn * mask[:, place, None, None, None]
-        boxes.append(_around(drawn[:, 0] > INK))
+        boxes.append(mask_boxes(drawn[:, 0] > INK)[0])
         canvas = torch.maximum(canvas, drawn)
     around = torch.stack(boxes, 1)
     mask = mask & (around[..., 2] > around[..., 0])
     return canvas.expand(-1, 3, -1, -1), Boxes(around, images.labels[which], mask)
-
-
-def _around(ink: Tensor) -> Tensor:
-    """Left, top, right, bottom of what is true in [batch, side, side]; zeros where nothing is."""
-    columns, rows, side = ink.any(1), ink.any(2), ink.shape[-1]
-    first = [line.long().argmax(1) for line in (columns, rows)]
-    last = [side - line.flip(1).long().argmax(1) for line in (columns, rows)]
-    return torch.stack((*first, *last), 1).float() * ink.any((1, 2))[:, None]

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate import noise
-from foveate.geometry import Boxes
+from foveate.geometry import Boxes, mask_boxes
 
 SHAPES = ("disk", "square", "triangle", "ring", "cross", "flower")
 COLORS = {
@@ -216,12 +216,8 @@ def _background(scenes: Scenes, grid: Tensor, side: int) -> tuple[Tensor, Tensor
 
 def _boxes(ids: Tensor, shapes: Tensor) -> Boxes:
     seen = ids[:, None] == torch.arange(1, shapes.shape[1] + 1, device=ids.device)[:, None, None]
-    columns, rows, side = seen.any(2), seen.any(3), ids.shape[-1]
-    first = [line.long().argmax(2) for line in (columns, rows)]
-    last = [side - line.flip(2).long().argmax(2) for line in (columns, rows)]
     mask = seen.sum((2, 3)) >= VISIBLE
-    boxes = torch.stack((*first, *last), 2).float()
-    return Boxes(torch.where(mask[..., None], boxes, 0.0), shapes, mask)
+    return Boxes(torch.where(mask[..., None], mask_boxes(seen)[0], 0.0), shapes, mask)
 
 
 def captions(scenes: Scenes) -> list[list[str]]:

@@ -37,9 +37,9 @@ from foveate.data.masked_videos import Videos, load_videos
 from foveate.envs.box_moves import MOVES, moves
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
-from foveate.geometry import overlaps
+from foveate.geometry import enlarged, mask_boxes, overlaps
 from foveate.models.appearance import color_likeness, stacked
-from foveate.models.regions import around, counted, cut, fitted, jittered, kept_inside, within
+from foveate.models.regions import counted, cut, jittered, kept_inside, within
 from foveate.types import InputError
 
 WIDER, TIGHTER, STOP = len(MOVES), len(MOVES) + 1, len(MOVES) + 2
@@ -197,7 +197,7 @@ class CuttingEnv(TensorEnv):
         self, frame: Int[Tensor, " batch"], box: Float[Tensor, "batch 4"], context: Int[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
         """IoU of the masks that are made from these boxes."""
-        regions = around(box, self.factors[context])
+        regions = enlarged(box, self.factors[context])
         masks = self.execute(frame, box, context)
         masks = masks & within(regions, masks.shape[-1], self.size)
         truth = cut(self.truth, frame, regions, masks.shape[-1])[:, 0] > 0.5
@@ -231,7 +231,7 @@ class CuttingEnv(TensorEnv):
             "context": F.one_hot(state.context, len(self.factors)).float(),
             "history": F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float(),
             "place": (state.box / self.limit).clamp(0, 1),
-            "view": cut(self.planes, state.frame, around(state.box, torch.full_like(state.iou, SEEN)), self.patch),
+            "view": cut(self.planes, state.frame, enlarged(state.box, torch.full_like(state.iou, SEEN)), self.patch),
         }
 
     def moved(self, boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch moves 4"]:
@@ -254,7 +254,7 @@ class CuttingEnv(TensorEnv):
         return torch.cat((nearer, wider[:, None], tighter[:, None], stop[:, None]), 1)
 
     def _holds(self, box: Tensor, context: Tensor, true: Tensor) -> Tensor:
-        region = kept_inside(around(box, self.factors[context]), self.size)
+        region = kept_inside(enlarged(box, self.factors[context]), self.size)
         return ((true[:, :2] >= region[:, :2]) & (true[:, 2:] <= region[:, 2:])).all(1)
 
     def by_color(
@@ -262,7 +262,7 @@ class CuttingEnv(TensorEnv):
     ) -> Bool[Tensor, "batch side side"]:
         """Masks without a network: what has the object's colours in the object box."""
         side = 32
-        seen = cut(self.planes, frames, around(boxes, self.factors[contexts]), side)[:, 3]
+        seen = cut(self.planes, frames, enlarged(boxes, self.factors[contexts]), side)[:, 3]
         place = ((torch.arange(side, device=boxes.device) + 0.5) / side * 2 - 1).abs()
         inside = place <= 1 / self.factors[contexts][:, None]
         return (seen > 0.5) & inside[:, :, None] & inside[:, None]
@@ -273,7 +273,7 @@ class CuttingEnv(TensorEnv):
         picture = self.planes[state.frame][..., :3]
         x = (torch.arange(width, device=state.box.device) + 0.5).expand(len(state.box), height, -1)
         y = (torch.arange(height, device=state.box.device) + 0.5)[:, None].expand(len(state.box), -1, width)
-        regions = kept_inside(around(state.box, self.factors[state.context]), self.size)
+        regions = kept_inside(enlarged(state.box, self.factors[state.context]), self.size)
         for boxes, color in ((regions, OUTER), (state.box, INNER)):
             left, top, right, bottom = boxes[:, :, None, None].unbind(1)
             inside = torch.minimum(torch.minimum(x - left, right - x), torch.minimum(y - top, bottom - y))
@@ -284,7 +284,7 @@ class CuttingEnv(TensorEnv):
 
 def true_boxes(videos: Videos) -> tuple[Float[Tensor, "frames 4"], Bool[Tensor, " frames"]]:
     """The box of each frame's mask, of the last frame before it that has one where it has none; and whether it has."""
-    boxes, there = fitted(videos.masks)
+    boxes, there = mask_boxes(videos.masks)
     last = torch.where(there, torch.arange(len(there), device=there.device), -1).cummax(0).values
     return boxes[last.clamp(min=0)], there
 

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from foveate import noise
-from foveate.models.regions import Make, Planes, around, cut
+from foveate.geometry import enlarged
+from foveate.models.regions import Make, Planes, cut
 from foveate.types import InputError
 
 
@@ -62,7 +63,7 @@ class Executor(nn.Module):
 
         @torch.no_grad()
         def make(frames: Tensor, boxes: Tensor, contexts: Tensor) -> Tensor:
-            seen = cut(planes, frames, around(boxes, self.factors[contexts]), self.side)
+            seen = cut(planes, frames, enlarged(boxes, self.factors[contexts]), self.side)
             return self(seen, contexts).sigmoid()
 
         return make

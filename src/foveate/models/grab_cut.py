@@ -53,11 +53,3 @@ def grab_cut(
                 marks[inside] = cv2.GC_PR_FGD
         found.append(torch.from_numpy((marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD)))
     return torch.stack(found).to(images.device)
-
-
-def boxes_around(masks: Bool[Tensor, "batch height width"]) -> Float[Tensor, "batch 4"]:
-    """x1, y1, x2, y2 in pixels around what is true; none may be empty."""
-    columns, rows = masks.any(1), masks.any(2)
-    low = [line.int().argmax(1) for line in (columns, rows)]
-    high = [line.shape[1] - line.flip(1).int().argmax(1) for line in (columns, rows)]
-    return torch.stack((*low, *high), 1).float()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
+from foveate.geometry import enlarged
 from foveate.models.backbones import Pretrained, convolutions
 from foveate.types import InputError
 
@@ -205,13 +206,6 @@ def _reading(low: Tensor, high: Tensor, cells: int, bins: int, stride: int, samp
     inside = (points >= -1) & (points <= cells)
     near = 1 - (points.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=low.device)).abs()
     return (near.clamp(min=0) * inside[..., None]).unflatten(-2, (bins, samples)).mean(-2)
-
-
-def enlarged(boxes: Float[Tensor, "*batch 4"], factor: float) -> Float[Tensor, "*batch 4"]:
-    """Boxes with sides so many times as long around the same centre; they may reach beyond the image."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    more = (factor - 1) / 2 * (high - low)
-    return torch.cat((low - more, high + more), -1)
 
 
 def placed(boxes: Float[Tensor, "batch 4"], side: int) -> Float[Tensor, "batch 6"]:

@@ -15,18 +15,13 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
+from foveate.geometry import enlarged, mask_boxes
 
 LEAST = 4.0  # pixels of a side of a box
 Planes: TypeAlias = UInt8[Tensor, "frames height width planes"]
 Regions: TypeAlias = Float[Tensor, "batch 4"]
 Place: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Make: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def around(boxes: Float[Tensor, "*batch 4"], factors: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch 4"]:
-    """Boxes with the same centres, made larger; they may reach beyond the frame."""
-    middle, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2 * factors[..., None]
-    return torch.cat((middle - half, middle + half), -1)
 
 
 def kept_inside(boxes: Float[Tensor, "*batch 4"], size: tuple[int, int]) -> Float[Tensor, "*batch 4"]:
@@ -44,24 +39,6 @@ def jittered(boxes: Regions, keys: Int[Tensor, " batch"], much: float, size: tup
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2 + draws[:, :2] * sides
     half = sides / 2 * draws[:, 2:].exp()
     return kept_inside(torch.cat((middle - half, middle + half), 1), size)
-
-
-def fitted(masks: Bool[Tensor, "batch height width"], trim: float = 0.0) -> tuple[Regions, Bool[Tensor, " batch"]]:
-    """The box around each mask, and whether there is anything in it; without, the box is all 0.
-
-    Args:
-        masks: of frames.
-        trim: the share of the mask that may lie beyond each edge, so that a few stray pixels do not stretch the box.
-    """
-    total = masks.sum((1, 2))[:, None]
-    edges = []
-    for line in (masks.sum(1), masks.sum(2)):  # pixels of each column, of each row
-        so_far = line.cumsum(1)
-        first = (so_far > trim * total).int().argmax(1)
-        last = (so_far >= (1 - trim) * total).int().argmax(1)
-        edges.append((first, last + 1))
-    boxes = torch.stack((edges[0][0], edges[1][0], edges[0][1], edges[1][1]), 1).float()
-    return boxes * (total > 0), total[:, 0] > 0
 
 
 def cut(
@@ -204,13 +181,13 @@ def carry(
     """
     (height, width), count = start.shape[1:], len(start)
     size = height, width
-    box = kept_inside(fitted(start, trim)[0], size)
+    box = kept_inside(mask_boxes(start, trim)[0], size)
     choice = torch.full((count,), context, device=start.device)
     rows = [(start, box, choice)]
     for frame in frames.unbind(1)[1:]:
         placed, choice = place(frame, box, choice)
-        mask = pasted(make(frame, placed, choice), around(placed, factors[choice]), size) > 0.5
+        mask = pasted(make(frame, placed, choice), enlarged(placed, factors[choice]), size) > 0.5
         rows.append((mask, placed, choice))
-        found, there = fitted(mask, trim)
+        found, there = mask_boxes(mask, trim)
         box = torch.where(there[:, None], kept_inside(found, size), placed)
     return Carried(*(torch.stack(row, 1) for row in zip(*rows, strict=True)))

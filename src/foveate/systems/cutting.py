@@ -45,12 +45,13 @@ from foveate.envs.following import (
     truth,
     unmoved,
 )
+from foveate.geometry import enlarged
 from foveate.learn.keeper import Keeper
 from foveate.learn.q_learning import Dueling
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.cutting import Cutting, Executor, Placer, mask_loss, recolored
-from foveate.models.regions import Place, around, changes, cut, jittered
+from foveate.models.regions import Place, changes, cut, jittered
 from foveate.rewards.videos import davis_scores, overlap
 from foveate.run import Run
 from foveate.two_steps import restored
@@ -228,7 +229,7 @@ def _learn(
         state = env.opened(ids, keys)
         if name == "executor":
             boxes = jittered(env.boxes[state.frame], keys, config.jitter, env.size)
-            regions = around(boxes, env.factors[state.context])
+            regions = enlarged(boxes, env.factors[state.context])
             truth = cut(env.truth, state.frame, regions, config.crop)[:, 0] > 0.5
             seen = recolored(cut(env.planes, state.frame, regions, config.crop), keys)
             loss = mask_loss(network(seen, state.context), truth)
@@ -315,7 +316,7 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     masks = F.interpolate(found.masks[:, :count].float(), (height, width), mode="bilinear")[0] > 0.5
     scale = found.boxes.new_tensor([width / video.size[1], height / video.size[0]] * 2)
     boxes, factors = found.boxes[0, :count] * scale, policy.executor.factors[found.contexts[0, :count]]
-    return {"masks": masks, "boxes": boxes, "contexts": around(boxes, factors)}
+    return {"masks": masks, "boxes": boxes, "contexts": enlarged(boxes, factors)}
 
 
 def picture(config: Config, policy: Cutting, run: Run, images: dict[str, Tensor] | None = None) -> dict[str, Any]:
@@ -345,6 +346,6 @@ def check(config: Config) -> dict[str, Any]:
     videos = _loaded(config, "train")
     rows = shown(videos)[:4, pictures.spread(int(videos.lengths[:4].min()), 4)].flatten()
     boxes = true_boxes(videos)[0][rows]
-    outer = around(boxes, torch.full_like(boxes[:, 0], config.factors[-1]))
+    outer = enlarged(boxes, torch.full_like(boxes[:, 0], config.factors[-1]))
     tiles = pictures.mask_tiles(videos.pixels[rows] / 255, videos.masks[rows], boxes, outer)
     return {"data": pictures.tile_grid(tiles, 4)}

@@ -34,11 +34,12 @@ from foveate.data.picture_folders import read_pictures
 from foveate.data.salient import Salient, load_salient
 from foveate.envs.seed_play import cut_out, draw, enlarged, given_places, iou_scores, play, shown_first, user_places
 from foveate.envs.seeds import ACTIONS, CELLS, SeedsEnv
+from foveate.geometry import mask_boxes
 from foveate.learn.keeper import Keeper
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.backbones import EMBEDDED, Pretrained
-from foveate.models.grab_cut import boxes_around, grab_cut, has_opencv
+from foveate.models.grab_cut import grab_cut, has_opencv
 from foveate.models.seed_q import FROZEN_SIDE, SeedMask, SeedQ, frozen_features
 from foveate.pictures.seeds import seed_frames, seed_grid
 from foveate.run import Run
@@ -269,7 +270,7 @@ def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -
         if run.restore(name, network):
             baselines[name] = _drawn(config, data, config.draws, run.device, network, frozen)
     if has_opencv():
-        cut, truth = grab_cut(data.images, boxes_around(data.masks)), data.masks
+        cut, truth = grab_cut(data.images, mask_boxes(data.masks)[0]), data.masks
         baselines["grabcut_box"] = iou_scores((cut & truth).sum((1, 2)) / (cut | truth).sum((1, 2)))
     else:
         run.say("grabcut_box is left out: it needs OpenCV, pip install 'foveate[references]'")
