@@ -81,7 +81,7 @@ class Config:
     """frames at most from one to the other in training"""
     threshold: float = 0.7
     """IoU from which on it is right to stop"""
-    shaping: float = 0.5
+    shaping: float = 1.0
     """reward of a move that raises the IoU; 0 rewards the stop alone"""
     motion: bool = True
     """a walk begins where the track's velocity leads; without it, where the track was"""
@@ -89,7 +89,7 @@ class Config:
     """agents that act in lockstep in training"""
     batch: int = 96
     """steps in an update"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """peak of its one-cycle schedule"""
 
 
@@ -145,7 +145,7 @@ def _env(config: Config, part: str, copies: int, device: Any = "cpu", **options:
 
 
 def _acting(config: Config) -> Acting:
-    return Acting(config.batch, discount=0.7, learning_rate=config.learning_rate, share=0.6, follow=0.02)
+    return Acting(config.batch, discount=0.5, learning_rate=config.learning_rate, share=0.6, follow=0.05)
 
 
 def build(config: Config) -> Follower:
