@@ -20,11 +20,11 @@ from foveate.types import State, map_tree
 
 SHARP = 10.0  # how much values count when rollouts are averaged
 AT_ONCE = 50  # pairs registered side by side
-SOFT = 0.2  # of a pixel, by which moves may differ as if they were one to the expert
+SOFT = 0.2  # of a step, by which moves may differ as if they were one to the expert
 
 
 class Expert:
-    """An environment that notes before every step what each move would gain: an expert, who knows the landmarks.
+    """An environment that notes before every step what each move would gain: an expert, who knows the transform.
 
     Attributes:
         gains: [copies, moves] of each step since it was made.

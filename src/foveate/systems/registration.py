@@ -107,7 +107,7 @@ class Config:
     start_share: float = 0.4
     """part of the agent's time in which it copies the expert at independent places, before it walks; 0: none"""
     imitation: float = 1.0
-    """weight at first of copying the expert on its walks, who takes the move that gains most"""
+    """weight at first of copying the expert on its walks, who takes the step most needed"""
     imitation_share: float = 0.8
     """part of its phase in which that weight falls evenly to 0"""
     learning_rate: float = 1e-3
