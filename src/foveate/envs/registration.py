@@ -178,6 +178,10 @@ class RegistrationEnv(TensorEnv):
         """What is rewarded: the error in pixels, or how many steps the transform is away from the right one."""
         return self.errors(state) if self.reward == "landmarks" else _away(state.transform, state.truth)
 
+    def left(self, state: RegistrationState) -> Float[Tensor, "batch 4"]:
+        """What is left to do, in tens of steps."""
+        return (state.truth - state.transform) / (10 * state.truth.new_tensor(STEPS))
+
     def gains(self, state: RegistrationState) -> Float[Tensor, "batch moves"]:
         """How many steps nearer to the right transform each move would lead: what an expert goes by.
 
