@@ -66,7 +66,7 @@ QUICK = {
     "registration": {
         "image_size": 32,
         "pairs": 8,
-        "held_out": 8,
+        "held_out": 4,
         "horizon": 4,
         "width": 8,
         "copies": 2,

@@ -156,8 +156,8 @@ class RegistrationEnv(TensorEnv):
         return {"fixed": self.fixed[state.pair].float() / 255, "moving": moving}
 
     def moved(self, transform: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch moves 4"]:
-        """Transforms after each of the moves; shifts within a side, the scale from a half to two."""
-        most = transform.new_tensor([self.side, self.side, 180.0, 0.7])
+        """Transforms after each of the moves; shifts stay within a side, the scale from 0.7 to 1.4."""
+        most = transform.new_tensor([self.side, self.side, 180.0, 0.35])
         return torch.minimum(torch.maximum(transform[:, None] + self.moves, -most), most)
 
     def moved_by(self, transform: Float[Tensor, "batch 4"], actions: Int[Tensor, " batch"]) -> Float[Tensor, "batch 4"]:
@@ -176,19 +176,20 @@ class RegistrationEnv(TensorEnv):
 
     def distance(self, state: RegistrationState) -> Float[Tensor, " batch"]:
         """What is rewarded: the error in pixels, or how many steps the transform is away from the right one."""
-        if self.reward == "landmarks":
-            return self.errors(state)
-        return ((state.truth - state.transform) / state.truth.new_tensor(STEPS)).norm(dim=1)
+        return self.errors(state) if self.reward == "landmarks" else _away(state.transform, state.truth)
+
+    def left(self, state: RegistrationState) -> Float[Tensor, "batch 4"]:
+        """What is left to do, in tens of steps."""
+        return (state.truth - state.transform) / (10 * state.truth.new_tensor(STEPS))
 
     def gains(self, state: RegistrationState) -> Float[Tensor, "batch moves"]:
-        """How much of the distance each move would take away: what an expert goes by."""
-        count = len(MOVES)
-        every = RegistrationState(
-            state.pair.repeat_interleave(count),
-            self.moved(state.transform).flatten(0, 1),
-            state.truth.repeat_interleave(count, 0),
-        )
-        return self.distance(state)[:, None] - self.distance(every).view(-1, count)
+        """How many steps nearer to the right transform each move would lead: what an expert goes by.
+
+        Not how much nearer the landmarks: those of a picture far off are soonest brought nearer by making it smaller,
+        which has to be undone later.
+        """
+        before = _away(state.transform, state.truth)
+        return before[:, None] - _away(self.moved(state.transform), state.truth[:, None])
 
     def draw(self, state: RegistrationState) -> UInt8[Tensor, "batch height width 3"]:
         """A checkerboard of the two: where they lie together, edges go on from tile to tile."""
@@ -196,6 +197,11 @@ class RegistrationEnv(TensorEnv):
         tile = torch.arange(self.side, device=state.pair.device) * TILES // self.side
         shown = torch.where((tile[:, None] + tile) % 2 == 0, seen["fixed"], seen["moving"])
         return (255 * shown).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+def _away(transform: Tensor, truth: Tensor) -> Tensor:
+    """Distance in steps."""
+    return ((truth - transform) / truth.new_tensor(STEPS)).norm(dim=-1)
 
 
 class SingleRegistrationEnv(SingleEnv):

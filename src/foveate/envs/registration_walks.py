@@ -11,47 +11,52 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate import noise
 from foveate.envs.registration import RegistrationEnv, RegistrationState
-from foveate.types import State, map_tree
+from foveate.types import Decisions, State, map_tree
 
 SHARP = 10.0  # how much values count when rollouts are averaged
 AT_ONCE = 50  # pairs registered side by side
-SOFT = 0.2  # of a pixel, by which moves may differ as if they were one to the expert
+SOFT = 0.2  # of a step, by which moves may differ as if they were one to the expert
 
 
 class Expert:
-    """An environment that notes before every step what each move would gain: an expert, who knows the landmarks.
-
-    Attributes:
-        gains: [copies, moves] of each step since it was made.
-    """
+    """An environment that notes before every step what an expert knows of it: the right transform."""
 
     def __init__(self, env: RegistrationEnv) -> None:
-        self.env, self.gains = env, list[Tensor]()
+        self.env, self._gains, self._left = env, list[Tensor](), list[Tensor]()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.env, name)
 
     def advance(self, actions: Int[Tensor, " batch"]) -> Any:
         """As the environment's."""
-        self.gains.append(self.env.gains(self.env.state))
+        self._gains.append(self.env.gains(self.env.state))
+        self._left.append(self.env.left(self.env.state))
         return self.env.advance(actions)
+
+    def told(self) -> tuple[Float[Tensor, "batch time moves"], Float[Tensor, "batch time 4"]]:
+        """What each move would have gained, and what was left to do, at each step since it was made."""
+        return torch.stack(self._gains, 1), torch.stack(self._left, 1)
 
 
 def expert_loss(
     gains: Float[Tensor, "batch time moves"],
-    logits: Float[Tensor, "batch time moves"],
+    left: Float[Tensor, "batch time 4"],
+    decisions: Decisions,
     mask: Bool[Tensor, "batch time"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy of a policy with an expert who takes what gains most.
+    """Mean cross-entropy of a policy with an expert who takes what gains most, and the error of what it says is left.
 
-    Its move is soft, softmax(gain / `SOFT`), so that nothing is made of moves that are as good.
+    The expert's move is soft, softmax(gain / `SOFT`), so that nothing is made of moves that are as good. How much is
+    left (`decisions.extras["left"]`) teaches the eyes sooner than which step comes next.
     """
-    apart = -((gains / SOFT).softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    apart = -((gains / SOFT).softmax(-1) * decisions.distribution.logits.log_softmax(-1)).sum(-1)
+    apart = apart + F.smooth_l1_loss(decisions.extras["left"], left, reduction="none").sum(-1)
     return apart.mean() if mask is None else (apart * mask).sum() / mask.sum().clamp(min=1)
 
 

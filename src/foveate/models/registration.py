@@ -129,12 +129,17 @@ class RegistrationPolicy(Policy):
         kept = channels + (width if self.core else 0)  # the present past the memory too: it is learned from sooner
         self.think = nn.Sequential(nn.Flatten(), nn.Linear(kept * rows * columns, 128), nn.ReLU())
         self.choose, self.value = nn.Linear(128, actions), nn.Linear(128, 1)
+        self.left = nn.Linear(128, 4)
         nn.init.normal_(self.choose.weight, std=0.01)
 
     def forward(
         self, observations: dict[str, Tensor], state: State | None, starts: Bool[Tensor, "batch time"]
     ) -> tuple[Decisions, State]:
-        """Take in `fixed` and `moving`, [batch, time, 3, side, side]; the state is that of the ConvLSTM."""
+        """Take in `fixed` and `moving`, [batch, time, 3, side, side]; the state is that of the ConvLSTM.
+
+        `extras["left"]` is how much it believes is left of each of the four numbers, in tens of steps: an expert
+        teaches that beside the moves.
+        """
         seen = self.eyes(observations["fixed"].flatten(0, 1), observations["moving"].flatten(0, 1))
         if self.core is None:
             kept = seen
@@ -148,7 +153,8 @@ class RegistrationPolicy(Policy):
             kept = torch.cat((torch.stack(hidden, 1).flatten(0, 1), seen), 1)
         thought = self.think(kept)
         values = self.value(thought).squeeze(-1).unflatten(0, starts.shape)
-        return Decisions(Categorical(self.choose(thought).unflatten(0, starts.shape)), values), state
+        extras = {"left": self.left(thought).unflatten(0, starts.shape)}
+        return Decisions(Categorical(self.choose(thought).unflatten(0, starts.shape)), values, extras=extras), state
 
 
 class Recall(nn.Module):

@@ -107,7 +107,7 @@ class Config:
     start_share: float = 0.4
     """part of the agent's time in which it copies the expert at independent places, before it walks; 0: none"""
     imitation: float = 1.0
-    """weight at first of copying the expert on its walks, who takes the move that gains most"""
+    """weight at first of copying the expert on its walks, who takes the step most needed"""
     imitation_share: float = 0.8
     """part of its phase in which that weight falls evenly to 0"""
     learning_rate: float = 1e-3
@@ -188,7 +188,7 @@ def _learn_to_copy(config: Config, run: Run, env: RegistrationEnv, policy: Regis
         state = _scattered(config, run, env, "start", step)
         seen = map_tree(lambda leaf: leaf[:, None], env.observe(state))
         decisions, _ = policy(seen, None, torch.ones_like(state.pair, dtype=torch.bool)[:, None])
-        apart = expert_loss(env.gains(state)[:, None], decisions.distribution.logits)
+        apart = expert_loss(env.gains(state)[:, None], env.left(state)[:, None], decisions)
         set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
         run.optimise(apart, optimizer, clip=5.0)
         run.log(imitation_loss=apart.detach())
@@ -212,12 +212,12 @@ def _learn_to_move(config: Config, run: Run, env: RegistrationEnv, recall: Recal
         keys = noise.key(run.seed, "walk", step, copies)
         trajectory, decisions, memory = act(expert, policy, memory, config.segment, keys)
         recall.keep(memory.state, memory.starts)
-        loss, told = actor_critic_loss(trajectory, decisions, *weights)
-        apart = expert_loss(torch.stack(expert.gains, 1), decisions.distribution.logits, trajectory.mask)
+        loss, losses = actor_critic_loss(trajectory, decisions, *weights)
+        apart = expert_loss(*expert.told(), decisions, trajectory.mask)
         fading = config.imitation * max(0.0, 1 - run.progress / config.imitation_share)
         set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
         run.optimise(loss + fading * apart, optimizer, clip=5.0)
-        run.log(**told, imitation_loss=apart.detach(), walk_error=env.errors(env.state).mean())
+        run.log(**losses, imitation_loss=apart.detach(), walk_error=env.errors(env.state).mean())
         if (step + 1) % 100 == 0:
             _offer(run, keeper, policy, _errors(val, _found(config, policy, val, run.device)))
     _offer(run, keeper, policy, _errors(val, _found(config, policy, val, run.device)), last=True)
