@@ -422,7 +422,7 @@ def test_offsets_lead_to_their_targets() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> commands.Agent:
     folder = tmp_path_factory.mktemp("tracking") / "run"
-    quick = {"scenes": 4, "image_size": 32, "patch": 12, "hidden": 16, "batch": 8, "copies": 8, "horizon": 3}
+    quick = {"scenes": 1, "image_size": 32, "patch": 12, "hidden": 16, "batch": 8, "copies": 8, "horizon": 2}
     return foveate.train("tracking", steps=4, out=folder, device="cpu", **quick)
 
 
