@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -403,17 +404,18 @@ def test_half_of_the_parts_show_the_landmark_if_asked() -> None:
 def test_a_cube_is_a_part_of_the_pyramid_and_dark_outside() -> None:
     env = walking(64, absent=0.3)
     voxels = balls(4, 2).voxels[:, None].float()
-    levels = [voxels, halved(voxels), halved(halved(voxels))]
-    seen = env.observe(env.state)["cube"][:, 0]
-    for row in range(64):
+    levels = [voxels, halved(voxels), halved(halved(voxels)), halved(halved(halved(voxels)))]
+    seen = env.observe(env.state)["cube"]
+    for row, wider in itertools.product(range(64), (0, 1)):
         state = map_tree(lambda leaf, row=row: leaf[row], env.state)
-        scale, level = int(state.scale), levels[int(state.scale)][int(state.volume), 0]
+        scale = int(state.scale) + wider
+        level, middle = levels[scale][int(state.volume), 0], (state.place / 2**wider).round().int().tolist()
         for index in noise.integers(noise.key(row), 5, 12, 3).tolist():
             z, y, x = index
-            place = [int(state.place[0]) + x - 2, int(state.place[1]) + y - 2, int(state.place[2]) + z - 2]
+            place = [middle[0] + x - 2, middle[1] + y - 2, middle[2] + z - 2]
             shown = all(int(a) <= p * 2**scale <= int(b) for a, p, b in zip(state.low, place, state.high, strict=True))
             expected = float(level[place[2], place[1], place[0]]) / 255 if shown else 0.0
-            assert seen[row, z, y, x].item() == pytest.approx(expected, abs=0.6 / 255)
+            assert seen[row, wider, z, y, x].item() == pytest.approx(expected, abs=0.6 / 255)
 
 
 def test_smoothing_keeps_the_mean_and_every_second_voxel() -> None:

@@ -5,7 +5,7 @@ learning agents for anatomical landmark detection").
 | | |
 |---|---|
 | state | the volume's and the landmark's number, the scale, the place, the last places at this scale, what is shown |
-| observation | `cube`: voxels around the place at its scale; `landmark` and `scale`, one-hot |
+| observation | `cube`: voxels around the place at its scale, and at the next coarser one; `landmark` and `scale`, one-hot |
 | action | one voxel of the present scale to the right, left, anterior, posterior, superior or inferior |
 | reward | decrease of the squared distance to the landmark in parts of the squared step, cut to [-1, 1] |
 | horizon | 100 steps; it ends when a place of the finest scale is visited again, or outside of what is shown |
@@ -138,7 +138,7 @@ class LandmarkWalkEnv(TensorEnv):
         super().__init__(
             num_envs,
             gymnasium.spaces.Dict(
-                cube=gymnasium.spaces.Box(0.0, 1.0, (1, cube, cube, cube)),
+                cube=gymnasium.spaces.Box(0.0, 1.0, (2, cube, cube, cube)),
                 landmark=gymnasium.spaces.Box(0.0, 1.0, (self.count,)),
                 scale=gymnasium.spaces.Box(0.0, 1.0, (scales,)),
             ),
@@ -157,7 +157,7 @@ class LandmarkWalkEnv(TensorEnv):
         rim = self.cube // 2 + 2
         level, parts, first, begins, strides = voxels[:, None].float(), [], 0, [], []
         self._sides = voxels.shape[1:]
-        for scale in range(self.scales):
+        for scale in range(self.scales + 1):  # around the coarsest place, too, more is seen
             if scale:
                 level = halved(level)
             padded = F.pad(level[:, 0], (rim,) * 6).round().to(torch.uint8)
@@ -239,18 +239,25 @@ class LandmarkWalkEnv(TensorEnv):
     def observe(self, state: WalkState) -> dict[str, Tensor]:
         """Voxels around the place, 0 outside of what is shown: only these are read, however large the volume is."""
         scale, place = state.scale.long(), state.place.long()
+        wide = self._cube(state, scale + 1, (place / 2).round().long())
+        kinds = F.one_hot(state.landmark.long(), self.count).float(), F.one_hot(scale, self.scales).float()
+        cube = torch.stack((self._cube(state, scale, place), wide), 1)
+        return {"cube": cube, "landmark": kinds[0], "scale": kinds[1]}
+
+    def _cube(
+        self, state: WalkState, scale: Int[Tensor, " batch"], place: Int[Tensor, "batch 3"]
+    ) -> Float[Tensor, "batch cube cube cube"]:
+        """Voxels of a scale around a place of that scale."""
         strides = self._strides[scale]  # [batch, (x, y, z, volume)]
         first = self._begins[scale] + (place * strides[:, :3]).sum(1) + state.volume * strides[:, 3]
         x, y, z = (self._reach * strides[:, axis, None] for axis in range(3))
         index = (first[:, None] + z)[:, :, None, None] + y[:, None, :, None] + x[:, None, None, :]
         voxels = self._line.take(index).float() / 255
-        step = 2 ** state.scale.int()[:, None, None]
+        step = 2 ** scale.int()[:, None, None]
         full = (place[:, None] + self._reach[:, None]) * step  # [batch, cube, (x, y, z)]
         inside = ((full >= state.low[:, None]) & (full <= state.high[:, None])).float()
         x, y, z = inside.unbind(2)
-        cube = voxels * z[:, :, None, None] * (y[:, None, :, None] * x[:, None, None, :])
-        kinds = F.one_hot(state.landmark.long(), self.count).float(), F.one_hot(scale, self.scales).float()
-        return {"cube": cube[:, None], "landmark": kinds[0], "scale": kinds[1]}
+        return voxels * z[:, :, None, None] * (y[:, None, :, None] * x[:, None, None, :])
 
     def voxel(self, state: WalkState) -> Float[Tensor, "batch 3"]:
         """The place in voxels of the volume, x, y, z."""

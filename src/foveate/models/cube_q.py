@@ -41,7 +41,7 @@ class CubeQ(nn.Module):
         self.landmarks, self.scales, self.actions = landmarks, scales, actions
         side = (cube - 3) // 2  # where things lie in the cube is kept: it says where to go
         self.look = nn.Sequential(
-            nn.Conv3d(1, width, 3, stride=2),
+            nn.Conv3d(2, width, 3, stride=2),
             nn.ReLU(),
             nn.Conv3d(width, 2 * width, 2),
             nn.ReLU(),
