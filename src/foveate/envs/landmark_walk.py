@@ -5,7 +5,7 @@ learning agents for anatomical landmark detection").
 | | |
 |---|---|
 | state | the volume's and the landmark's number, the scale, the place, the last places at this scale, what is shown |
-| observation | `cube`: voxels around the place at its scale, and at the next coarser one; `landmark` and `scale`, one-hot |
+| observation | `cube`: voxels around the place at its and the next coarser scale; `landmark` and `scale`, one-hot |
 | action | one voxel of the present scale to the right, left, anterior, posterior, superior or inferior |
 | reward | decrease of the squared distance to the landmark in parts of the squared step, cut to [-1, 1] |
 | horizon | 100 steps; it ends when a place of the finest scale is visited again, or outside of what is shown |
