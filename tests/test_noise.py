@@ -153,6 +153,7 @@ def test_draws_are_the_outputs_of_the_generator(key, high):
 
 
 def test_shapes():
+    assert noise.uniform(noise.key(0)).shape == noise.integers(noise.key(0), 5).shape == ()
     keys = noise.key(0, torch.arange(6).view(2, 3))
     for draw in (noise.uniform, noise.normal, lambda keys, *shape: noise.integers(keys, 1000, *shape)):
         assert draw(keys).shape == (2, 3)

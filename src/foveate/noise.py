@@ -91,7 +91,7 @@ def _epoch(seed: int, epoch: int, size: int) -> Tensor:
 
 def _bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = torch.arange(1, math.prod(shape) + 1, device=keys.device).view(shape)
-    return _mix(keys.view(*keys.shape, *(1,) * len(shape)) + count * _signed(_STEP))
+    return _mix(keys.view((*keys.shape, *(1,) * len(shape))) + count * _signed(_STEP))
 
 
 def _mix(state: Tensor) -> Tensor:
