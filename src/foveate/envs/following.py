@@ -6,6 +6,7 @@ one's is made: by acting in `CuttingEnv`, by regression, or without anything lea
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -74,25 +75,34 @@ def mask_iou(env: CuttingEnv) -> dict[str, float]:
 
 
 def acting(env: CuttingEnv, placer: nn.Module, horizon: int) -> Place:
-    """By the actions of the highest value, until it stops or has taken `horizon` of them."""
+    """By the actions of the highest value, until it stops or has taken `horizon` of them.
+
+    The mask is made where on this way stopping was worth most, the beginning included: a way that leads off costs
+    nothing then.
+    """
 
     @torch.no_grad()
     def place(frames: Tensor, boxes: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
         placer.eval()
         state, going = env.begun(frames, boxes, contexts), torch.ones_like(frames, dtype=torch.bool)
-        for _ in range(horizon):
-            actions = placer(env.observe(state)).argmax(1)
+        best, worth = state, torch.full_like(boxes[:, 0], -torch.inf)
+        for turn in range(horizon + 1):
+            values = placer(env.observe(state))
+            better = going & (values[:, STOP] > worth)
+            worth = torch.where(better, values[:, STOP], worth)
+            best = map_tree(partial(_chosen, better), state, best)
+            actions = values.argmax(1)
             going = going & (actions != STOP)
-            if not bool(going.any()):
+            if turn == horizon or not bool(going.any()):
                 break
-
-            def chosen(new: Tensor, old: Tensor, going: Tensor = going) -> Tensor:
-                return torch.where(going.view(-1, *(1,) * (new.ndim - 1)), new, old)
-
-            state = map_tree(chosen, env.acted(state, actions), state)
-        return state.box, state.context
+            state = map_tree(partial(_chosen, going), env.acted(state, actions), state)
+        return best.box, best.context
 
     return place
+
+
+def _chosen(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(which.view(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
 def regressing(env: CuttingEnv, regressor: nn.Module, rounds: int) -> Place:

@@ -94,8 +94,8 @@ class Config:
     """width of the layers"""
     bins: int = 7
     """cells a side in which a region is seen"""
-    triggers: int = 3
-    """regions that are reported at most; after the last one the search is over"""
+    triggers: int | None = None
+    """regions that are reported, then the search is over; as many as a training picture has objects, 5 at most"""
     patience: int = 40
     """steps without a trigger after which a search begins again at a corner"""
     alpha: float = 0.2
@@ -145,9 +145,11 @@ def resolve(config: Config) -> Config:
     _acting(config)
     for part in ("train", "val", "test"):  # now, not after hours
         data = _data(config, part)
+    counts = _data(config, "train").boxes.wanted.sum(1)
     stride = config.stride or (4 if config.backbone == "convolutions" else 16)
     views = config.views or (1 if config.data in ("scenes", "digits") else 8)
-    ready = replace(config, stride=stride, views=views, classes=data.classes)
+    triggers = config.triggers or min(5, int(counts.max()))
+    ready = replace(config, stride=stride, views=views, triggers=triggers, classes=data.classes)
     build(ready)
     BoxSearchEnv(1, detections=data, **_task(ready))
     return ready
@@ -165,7 +167,11 @@ def _data(config: Config, part: Literal["train", "val", "test"]) -> Detections:
 
 def _task(config: Config) -> dict[str, Any]:
     names = ("alpha", "history", "threshold", "trigger_reward", "triggers", "patience")
-    return {name: getattr(config, name) for name in names} | {"horizon": config.patience * config.triggers}
+    return {name: getattr(config, name) for name in names} | {"horizon": _horizon(config)}
+
+
+def _horizon(config: Config) -> int:
+    return config.patience * (config.triggers or 1)
 
 
 def _acting(config: Config) -> Acting:
@@ -183,7 +189,7 @@ def build(config: Config) -> RegionQ:
 def _regressor(config: Config) -> BoxSlots:
     """Of the same map and layers; it sees the image once, in twice as many cells a side."""
     sizes = config.stride or 4, 2 * config.bins, config.width, config.hidden
-    return BoxSlots(config.triggers, config.image_size, config.backbone, *sizes)
+    return BoxSlots(config.triggers or 1, config.image_size, config.backbone, *sizes)
 
 
 def train(config: Config, run: Run) -> None:
@@ -231,7 +237,7 @@ def train(config: Config, run: Run) -> None:
 
 def _search(config: Config, policy: RegionQ, data: Detections) -> Searched:
     """Search greedily in all pictures, to the end."""
-    device, horizon, found = policy.level.device, config.patience * config.triggers, []
+    device, horizon, found = policy.level.device, _horizon(config), []
     for rows in torch.arange(len(data)).split(AT_ONCE):
         some = subset(data, rows)
         env = BoxSearchEnv(len(rows), detections=some, device=device, autoreset="disabled", **_task(config))
