@@ -225,7 +225,8 @@ def crossed(
     Args:
         marks: boxes in pixels.
         marked: which of them there are.
-        x, y: places in pixels.
+        x: of places, in pixels.
+        y: the same.
     """
     low, high = marks[:, :, None, None, :2], marks[:, :, None, None, 2:]
     place = (torch.stack((x, y), -1)[:, None] - low) / (high - low).clamp(min=1e-6)
