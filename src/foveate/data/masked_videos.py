@@ -10,7 +10,6 @@ import math
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +18,19 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
+from foveate.data.davis import (
+    SUFFIXES,
+    alike,
+    check_foreground,
+    colors_of,
+    frames_in,
+    listed,
+    marks_of,
+    opened,
+    pictures_in,
+    read_sequence,
+    resolution_in,
+)
 from foveate.data.picture_folders import Split, check_memory, check_side
 from foveate.data.scenes import Scenes, at, describe, draw
 from foveate.types import InputError, map_tree
@@ -29,8 +41,6 @@ DATASETS: dict[str, str] = {
 }
 SCENES = {"train": 1.0, "val": 0.2, "test": 0.4}  # videos, in parts of those asked for
 VAL_SHARE = 0.2  # of the sequences of train.txt
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -126,20 +136,20 @@ def read_video(path: Path) -> dict[str, Tensor]:
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise InputError(f"{path}: {found}, expected a folder of frames with mask.png: correct the path")
-    frames = [each for each in _pictures(path) if each.stem != "mask"]
+    frames = [each for each in pictures_in(path) if each.stem != "mask"]
     if not frames:
-        raise InputError(f"{path}: holds no frames (*{', *'.join(_SUFFIXES)}): add some, or name another folder")
-    masks = [each for each in _pictures(path) if each.stem == "mask"]
+        raise InputError(f"{path}: holds no frames (*{', *'.join(SUFFIXES)}): add some, or name another folder")
+    masks = [each for each in pictures_in(path) if each.stem == "mask"]
     if not masks:
         beside = path.parent.parent.parent / "Annotations" / path.parent.name / path.name / f"{frames[0].stem}.png"
         if not beside.is_file():
             raise InputError(f"{path / 'mask.png'}: not found, expected the mask of {frames[0].name}: add it")
         masks = [beside]
-    shown = _open(frames[0], _colors)
+    shown = opened(frames[0], colors_of)
     check_memory(str(path), (len(frames), 3, *shown.shape[:2]), 4)
-    pixels = np.stack([_alike(_open(each, _colors), each, shown, frames[0]) for each in frames])
-    mask = _alike(_open(masks[0], _marks), masks[0], shown, frames[0])
-    _check_foreground(mask, masks[0])
+    pixels = np.stack([alike(opened(each, colors_of), each, shown, frames[0]) for each in frames])
+    mask = alike(opened(masks[0], marks_of), masks[0], shown, frames[0])
+    check_foreground(mask, masks[0])
     return {
         "frames": torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
         "mask": torch.from_numpy(mask)[None],
@@ -238,28 +248,28 @@ def _joined(parts: list[Videos]) -> Videos:
 
 
 def _davis(root: Path, split: Split, rows: int) -> Videos:
-    images = _inside(root / "JPEGImages")
+    images = resolution_in(root / "JPEGImages")
     marks = root / "Annotations" / images.name
-    listed = {part: _listed(root, part, images) for part in ("train", "val")}
-    held = set(_held_out(listed["train"]))
+    names = {part: listed(root, part, images) for part in ("train", "val")}
+    held = set(_held_out(names["train"]))
     chosen = {
-        "train": [name for name in listed["train"] if name not in held],
-        "val": [name for name in listed["train"] if name in held],
-        "test": listed["val"],
-        "all": listed["train"] + [name for name in listed["val"] if name not in listed["train"]],
+        "train": [name for name in names["train"] if name not in held],
+        "val": [name for name in names["train"] if name in held],
+        "test": names["val"],
+        "all": names["train"] + [name for name in names["val"] if name not in names["train"]],
     }[split]
     if not chosen:
         raise InputError(f"{root}: no sequence is left for split {split!r}: list more in ImageSets, two are enough")
     # the size is that of the first sequence of all, so that splits agree
-    height, width = _open(_frames(images / listed["train"][0])[0], _colors).shape[:2]
+    height, width = opened(frames_in(images / names["train"][0])[0], colors_of).shape[:2]
     size = rows, max(1, round(width * rows / height))
-    paths = [_frames(images / name) for name in chosen]
+    paths = [frames_in(images / name) for name in chosen]
     total = sum(map(len, paths))
     check_memory(str(root), (total, 3, *size))
     pixels, masks = np.empty((total, *size, 3), np.uint8), np.empty((total, *size), bool)
     place, lengths = 0, []
     for name, frames in zip(chosen, paths, strict=True):
-        _read_sequence(frames, marks / name, pixels[place:], masks[place:])
+        read_sequence(frames, marks / name, pixels[place:], masks[place:])
         place += len(frames)
         lengths.append(len(frames))
     counts = torch.tensor(lengths)
@@ -267,105 +277,6 @@ def _davis(root: Path, split: Split, rows: int) -> Videos:
     return Videos(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(masks), first, counts, tuple(chosen))
 
 
-def _inside(folder: Path) -> Path:
-    """The folder of one resolution: 480p, or else the only one."""
-    if (folder / "480p").is_dir():
-        return folder / "480p"
-    found = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
-    if len(found) != 1:
-        raise InputError(f"{folder / '480p'}: not found, expected a folder for each sequence: correct --root")
-    return found[0]
-
-
-def _listed(root: Path, part: str, images: Path) -> list[str]:
-    """The sequences of a list, each of which is there."""
-    places = [root / "ImageSets" / year / f"{part}.txt" for year in ("2016", "2017")]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise InputError(f"{places[0]}: not found, expected the name of a sequence a line: add it or correct --root")
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not (name := line.strip()):
-            continue
-        if not (images / name).is_dir():
-            raise InputError(
-                f"{path}, line {number}: no sequence {name!r} in {images}: add its folder or drop the line"
-            )
-        if name in found:
-            raise InputError(f"{path}, line {number}: {name!r} is listed twice: drop one of the lines")
-        found.append(name)
-    if not found:
-        raise InputError(f"{path}: holds no names, expected the name of a sequence a line: add some")
-    return found
-
-
 def _held_out(names: list[str]) -> list[str]:
     ranked = sorted(names, key=lambda name: (int(noise.key("val", zlib.crc32(name.encode()))), name))
     return ranked[: min(max(1, round(len(names) * VAL_SHARE)), len(names) - 1)]
-
-
-def _frames(folder: Path) -> list[Path]:
-    found = _pictures(folder)
-    if not found:
-        raise InputError(f"{folder}: holds no frames (*{', *'.join(_SUFFIXES)}): add some or drop it from the list")
-    return found
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != ".")
-
-
-def _read_sequence(frames: list[Path], marks: Path, pixels: Array, masks: Array) -> None:
-    """Decode a sequence into the first rows of these arrays."""
-    from PIL import Image
-
-    (height, width), kept = pixels.shape[1:3], None
-    for row, path in enumerate(frames):
-        mark = marks / f"{path.stem}.png"
-        if not mark.is_file():
-            raise InputError(f"{mark}: not found, expected the annotation of {path.name}: add it or drop the sequence")
-        shown = _open(path, _colors)
-        kept = shown if kept is None else kept
-        mask = _alike(_open(mark, _marks), mark, _alike(shown, path, kept, frames[0]), path)
-        if row == 0:
-            _check_foreground(mask, mark)
-        pixels[row] = np.asarray(Image.fromarray(shown).resize((width, height), Image.Resampling.BILINEAR))
-        share = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX)
-        masks[row] = np.asarray(share) >= 128
-        if row == 0 and not masks[0].any():
-            raise InputError(f"{mark}: its foreground is lost at {width}x{height} pixels: raise --image-size")
-
-
-def _alike(found: Array, path: Path, other: Array, beside: Path) -> Array:
-    if found.shape[:2] != other.shape[:2]:
-        one, two = (f"{shape[1]}x{shape[0]}" for shape in (found.shape, other.shape))
-        raise InputError(
-            f"{path}: is {one}, but {beside.name} is {two} (width x height), expected one size: replace it"
-        )
-    return found
-
-
-def _check_foreground(mask: Array, path: Path) -> None:
-    if not mask.any():
-        raise InputError(f"{path}: found no foreground, expected the object in the first frame: mark it")
-
-
-def _colors(image: Any) -> Array:
-    return np.asarray(image.convert("RGB"))
-
-
-def _marks(image: Any) -> Array:
-    """Where a mask is not black, whether its values are gray, of a palette, or colours."""
-    values = np.asarray(image if image.mode in ("1", "L", "P") else image.convert("RGB"))
-    return np.asarray(values.reshape(*values.shape[:2], -1).astype(bool).any(2))
-
-
-def _open(path: Path, get: Any) -> Array:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return get(image)
-    except Exception as error:  # decoders raise anything on a broken file
-        found = " ".join(str(error).split()).removesuffix(".")
-        raise InputError(f"{path}: cannot be read as a picture ({found}): replace the file") from error

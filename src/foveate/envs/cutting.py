@@ -231,7 +231,7 @@ class CuttingEnv(TensorEnv):
             "context": F.one_hot(state.context, len(self.factors)).float(),
             "history": F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float(),
             "place": (state.box / self.limit).clamp(0, 1),
-            "view": cut(self.planes, state.frame, enlarged(state.box, torch.full_like(state.iou, SEEN)), self.patch),
+            "view": cut(self.planes, state.frame, enlarged(state.box, SEEN), self.patch),
         }
 
     def moved(self, boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch moves 4"]:

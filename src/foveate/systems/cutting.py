@@ -284,9 +284,8 @@ class _Played:
             self.places["untrained"] = [acting(env, other, steps)]
         self.places["unchanged"] = [fixed(env.boxes[self.videos.first][self.videos.video])]
         self.places |= {"refitted": [unmoved], "color": [unmoved]}
-        for other in restored(
-            run, {"regressor": "regressor"}, lambda: _placer(config, nn.Linear(config.hidden, 4))
-        ).values():
+        fresh = partial(_placer, config, nn.Linear(config.hidden, 4))
+        for other in restored(run, {"regressor": "regressor"}, fresh).values():
             self.places["regressor"] = [regressing(env, other, rounds) for rounds in (1, 2, 3)]
         self.places["true box"] = [fixed(env.boxes)]
 
@@ -346,6 +345,6 @@ def check(config: Config) -> dict[str, Any]:
     videos = _loaded(config, "train")
     rows = shown(videos)[:4, pictures.spread(int(videos.lengths[:4].min()), 4)].flatten()
     boxes = true_boxes(videos)[0][rows]
-    outer = enlarged(boxes, torch.full_like(boxes[:, 0], config.factors[-1]))
+    outer = enlarged(boxes, config.factors[-1])
     tiles = pictures.mask_tiles(videos.pixels[rows] / 255, videos.masks[rows], boxes, outer)
     return {"data": pictures.tile_grid(tiles, 4)}
