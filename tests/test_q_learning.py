@@ -200,7 +200,7 @@ def test_a_walk_ends_where_each_episode_does() -> None:
     """From the left end the way takes five steps; who always steps left is stopped by the limit."""
     env = Chain(2, 7, autoreset="disabled")
     values = torch.tensor([[0.0, 0.5], [1.0, 0.2]])
-    found = walk(env, lambda _: values, torch.tensor([0, 0]))
+    found = walk(env, lambda seen: values[-len(seen) :], torch.tensor([0, 0]))
     assert found.states.tolist() == [[0, 1, 2, 3, 4, 5, 5, 5], [0] * 8]
     assert found.taken.sum(1).tolist() == [5, 7]
     assert found.values[:, 0].tolist() == [0.5, 1.0]

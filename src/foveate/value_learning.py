@@ -111,7 +111,9 @@ def walk(
     states, rows = [env.state], []
     while not bool(env.waiting.all()):
         taken = ~env.waiting
-        values, actions = network(look(env.state)).max(1)
+        some = map_tree(lambda leaf, going=taken: leaf[going], env.state)  # what has ended is not looked at
+        values, actions = torch.zeros(len(ids), device=ids.device), torch.zeros_like(ids)
+        values[taken], actions[taken] = network(look(some)).max(1)
         reward, _, _, _ = env.advance(actions)
         states.append(env.state)
         rows.append((actions, values, reward, taken))
