@@ -24,6 +24,7 @@ from foveate.models.cutting import Executor, mask_loss
 from foveate.models.regions import changed, changes, counted, cut, jittered, pasted, within
 from foveate.rewards.videos import accuracy, davis_scores, decay, overlap
 from foveate.types import InputError, map_tree
+from foveate.value_learning import walk
 
 SIZE = 30, 40
 
@@ -482,18 +483,23 @@ def test_what_is_wrong_is_named(settings: dict[str, Any], message: str) -> None:
 # ---- the system ----
 
 
-def test_what_is_learned_beats_the_first_box_and_what_is_not(tmp_path: Path) -> None:
-    """Rendered objects among others of their colour; the executor that both share is learned first."""
+def test_what_is_learned_beats_the_first_box_and_gains_on_its_way(tmp_path: Path) -> None:
+    """Rendered objects among others of their colour; the executor that all share is learned first."""
     settings: dict[str, Any] = {"image_size": 48, "scenes": 20, "length": 6, "crop": 16, "width": 8, "patch": 12}
     settings |= {"batch": 32, "copies": 16, "every": 60, "execution_share": 0.4}
     agent = foveate.train("cutting", steps=400, device="cpu", out=tmp_path / "run", **settings)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     rows = {name: row["j"] for name, row in found["baselines"].items()}
     assert rows["true box"] > 0.7
-    assert found["metrics"]["j"] > rows["untrained"] + 0.02
     assert found["metrics"]["j"] > rows["unchanged"] + 0.08
     assert rows["regressor"] > rows["refitted"] + 0.02
     clip = load_videos("scenes", None, "test", 48, 20, 6)
+    planes = clips_of(clip)[1]
+    make, count = agent.policy.executor.maker(planes), CuttingEnv(videos=clip).examples
+    how: dict[str, Any] = {"planes": planes, "execute": lambda *where: make(*where) > 0.5, "patch": 12}
+    env = CuttingEnv(count, videos=clip, autoreset="disabled", **how)
+    way = walk(env, agent.policy.placer, torch.arange(count))
+    assert way.rewards.sum(1).mean() > 0.05, "from shaken boxes the masks get better; who stops at once gains 0"
     made = agent({"frames": clip.pixels[:6] / 255, "mask": clip.masks[:1]})
     assert made["masks"].shape == (6, 48, 48)
     assert torch.equal(made["masks"][0], clip.masks[0])

@@ -66,12 +66,12 @@ class CuttingState:
         start_iou: of the mask made from those the frame began with.
     """
 
-    frame: Int[Tensor, " batch"]
-    box: Float[Tensor, "batch 4"]
-    context: Int[Tensor, " batch"]
-    history: UInt8[Tensor, "batch past"]
-    iou: Float[Tensor, " batch"]
-    start_iou: Float[Tensor, " batch"]
+    frame: Int[Tensor, "*batch"]
+    box: Float[Tensor, "*batch 4"]
+    context: Int[Tensor, "*batch"]
+    history: UInt8[Tensor, "*batch past"]
+    iou: Float[Tensor, "*batch"]
+    start_iou: Float[Tensor, "*batch"]
 
 
 class CuttingEnv(TensorEnv):
