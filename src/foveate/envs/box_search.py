@@ -32,6 +32,7 @@ from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import overlaps
 from foveate.models.region_q import Regions, crossed
+from foveate.models.regions import cut
 from foveate.types import InputError, map_tree
 
 TRIGGER = len(MOVES)
@@ -195,9 +196,9 @@ class BoxSearchEnv(TensorEnv):
         points = corners[:, :1] + share[:, None] * (corners[:, 1:] - corners[:, :1])  # [batch, patch, (x, y)]
         x = points[:, None, :, 0].expand(-1, self.patch, -1)
         y = points[:, :, None, 1].expand(-1, -1, self.patch)
-        view = self._sampled(state.image, x, y).masked_fill(self._crossed(state, x, y)[..., None], 0.0)
+        view = cut(self.pixels, state.image, state.box, self.patch)
         history = F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float()
-        return {"history": history, "view": view.permute(0, 3, 1, 2)}
+        return {"history": history, "view": view.masked_fill(self._crossed(state, x, y)[:, None], 0.0)}
 
     def regions(self, state: SearchState, maps: Float[Tensor, "images features rows columns"] | None = None) -> Regions:
         """What a network is shown that sees the pictures whole: their maps, or those in play, each of them once."""
@@ -210,27 +211,6 @@ class BoxSearchEnv(TensorEnv):
 
     def _there(self, state: SearchState) -> Bool[Tensor, "batch triggers"]:
         return torch.arange(self.triggers, device=state.box.device) < state.triggered[:, None]
-
-    def _sampled(
-        self,
-        image: Int[Tensor, " batch"],
-        x: Float[Tensor, "batch rows columns"],
-        y: Float[Tensor, "batch rows columns"],
-    ) -> Float[Tensor, "batch rows columns 3"]:
-        """Colours in [0, 1] between pixels. Only the pixels around each place are read, however large the image is."""
-        places = [(value - 0.5).clamp(0, self.side - 1) for value in (y, x)]
-        low = [value.long().clamp(max=self.side - 2) for value in places]
-        down, across = ((value - first)[..., None] for value, first in zip(places, low, strict=True))
-        number = image[:, None, None]
-        rows = [
-            torch.lerp(
-                self.pixels[number, low[0] + step, low[1]].float(),
-                self.pixels[number, low[0] + step, low[1] + 1].float(),
-                across,
-            )
-            for step in (0, 1)
-        ]
-        return (torch.lerp(rows[0], rows[1], down) / 255).clamp(0, 1)
 
     def moved(self, boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch moves 4"]:
         """Boxes after each of the moves, within the image and not smaller than some pixels."""

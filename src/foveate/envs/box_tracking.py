@@ -30,7 +30,7 @@ from foveate.data.videos import Videos, crops, load_videos, on, pairs
 from foveate.envs.box_moves import MOVES, moves
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
-from foveate.geometry import overlaps
+from foveate.geometry import enlarged, overlaps
 from foveate.types import InputError
 
 STOP = len(MOVES)
@@ -315,15 +315,8 @@ def observed(videos: Videos, state: TrackingState, patch: int) -> dict[str, Tens
 
 def _views(videos: Videos, before: Tensor, after: Tensor, start: Tensor, box: Tensor, patch: int) -> Tensor:
     """Both frames around both boxes, in one reading."""
-    both = crops(videos, torch.cat((before, after)), wider(torch.cat((start, box))), patch)
+    both = crops(videos, torch.cat((before, after)), enlarged(torch.cat((start, box)), CONTEXT), patch)
     return torch.cat(both.chunk(2), 1)
-
-
-def wider(boxes: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch 4"]:
-    """What is looked at around boxes: `CONTEXT` times as wide and high."""
-    low, high = boxes[:, :2], boxes[:, 2:]
-    more = (CONTEXT - 1) / 2 * (high - low)
-    return torch.cat((low - more, high + more), 1)
 
 
 def places(boxes: Float[Tensor, "batch 4"], others: Float[Tensor, "batch near 4"]) -> Float[Tensor, "batch near 4"]:

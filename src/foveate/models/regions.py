@@ -1,4 +1,4 @@
-"""Boxes around an object in a video: cut out of its frames, and the masks made there put back.
+"""Boxes around objects: cut out of images or the frames of videos, and the masks made there put back.
 
 Boxes are xyxy in pixels of the frames. A region is a box that may reach beyond its frame.
 """
