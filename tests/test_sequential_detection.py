@@ -218,7 +218,7 @@ def test_it_learns_where_to_look(tmp_path: Path) -> None:
     model = SequentialDetector(48, 1, 3, patch=8, scales=3, hidden=32, std=0.2)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     average = MovingAverage()
-    run = Run(tmp_path / "run", system="test", config={}, steps=200, device="cpu", quiet=True)
+    run = Run(tmp_path / "run", system="test", config={}, steps=400, device="cpu", quiet=True)
     run.track(policy=model, optimizer=optimizer, average=average)
     reward = WalkReward((0.3, 0.5), 0.0, 0.0, 1.0)
 
@@ -241,7 +241,7 @@ def test_it_learns_where_to_look(tmp_path: Path) -> None:
     agent, random = (
         float(reward(model.sample(inputs, 1, True, keys), targets).total.mean()) for inputs in (images, (images, blind))
     )
-    assert agent > 1.15 * random
+    assert agent > 1.2 * random
     assert random > 0.05, "the candidates were learned before"
 
 
