@@ -280,13 +280,17 @@ def test_giving_up_keeps_what_was_right() -> None:
     fired = torch.tensor([[True, False, True]] * 3)
     values = torch.tensor([[3.0, 0.1, 2.0], [2.5, 0.2, 1.0], [0.3, 0.2, 0.1]])
     found = Searched(regions, values, torch.ones(3, 3).bool(), fired)
-    level = giving_up(found, targets)
+    level = giving_up(found, targets, 0.01)
     cut = found.until(level)
     assert 0.2 < level <= 2.5
     assert cut.fired.tolist() == [[True, False, False], [True, False, False], [False, False, False]]
     assert cut.looked.sum() < 9
     assert torch.equal(found.until(-1e4).looked, found.looked)
-    assert giving_up(replace(found, fired=torch.zeros(3, 3).bool()), targets) == NEVER, "nothing was found yet"
+    mixed = replace(found, values=torch.tensor([[3.0, 1.0, 0.1], [0.5, 0.9, 0.1], [0.9, 0.2, 0.1]]))
+    mixed = replace(mixed, fired=torch.tensor([[True, False, False], [False, False, False], [False, True, False]]))
+    expected = [[True, True, True], [True, False, False], [True, True, False]]  # means: 1, 0.55; 0.5; 0.9, 0.55
+    assert mixed.until(0.6).looked.tolist() == expected, "the mean since the last trigger decides"
+    assert giving_up(replace(found, fired=torch.zeros(3, 3).bool()), targets, 0.1) == NEVER, "nothing was found yet"
 
 
 def test_slots_are_taught_the_nearest_object_each_of_them_once() -> None:
@@ -340,10 +344,10 @@ def test_boxes_are_in_pixels_of_the_images_given(agent: Any) -> None:
 
 def test_every_baseline_is_beside(agent: Any) -> None:
     found = json.loads((agent.folder / "evaluation.json").read_text())
-    assert set(found["baselines"]) == {"untrained", "regressor", "centre", "random", "sliding"}
+    assert set(found["baselines"]) == {"patient", "untrained", "regressor", "centre", "random", "sliding"}
     assert set(found["metrics"]) == {"ap50", "f1", "recall", "regions"}
     (series,) = found["curves"].values()
-    assert set(series) == {"agent", "untrained", "random", "sliding"}
+    assert set(series) == {"agent", "patient", "untrained", "random", "sliding"}
     assert (agent.folder / "pictures" / "first-search.gif").exists()
     assert (agent.folder / "pictures" / "searches.png").exists()
 

@@ -16,8 +16,8 @@ from foveate.rewards.sets import set_scores
 
 SCALES = tuple(step / 20 for step in range(2, 21))  # of the shapes among which one is chosen, in parts of the side
 CURVE = (1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 49, 64, 81, 100)  # numbers of sliding windows
-SPENT = 0.01  # of the AP, which giving up may cost
 NEVER = -1e4  # a value that nothing has
+FOUND = 0.01  # AP of searches that find something
 ASPECTS = (0.5, 0.7, 1.0, 1.4, 2.0)  # width to height
 
 
@@ -31,8 +31,15 @@ class Searched:
     fired: Bool[Tensor, "batch time"]
 
     def until(self, level: float) -> Searched:
-        """Given up at the first region whose best value is below a level."""
-        ends = (self.looked & (self.values < level)).int().cumsum(1)
+        """Given up at the first region at which the best values since the last trigger were below a level in the mean.
+
+        One value says little about what is left to be found; the mean of a few says more.
+        """
+        place = torch.arange(self.values.shape[1], device=self.values.device)
+        since = F.pad(torch.where(self.fired, place + 1, 0).cummax(1).values, (1, 0))[:, :-1]  # the search's first
+        total = F.pad(self.values.cumsum(1), (1, 0))
+        mean = (total[:, 1:] - total.gather(1, since)) / (place + 1 - since)
+        ends = (self.looked & (mean < level)).int().cumsum(1)
         looked = self.looked & (F.pad(ends, (1, 0))[:, :-1] == 0)
         return replace(self, looked=looked, fired=self.fired & looked & (ends == 0))
 
@@ -70,16 +77,16 @@ def points(recalls: Float[Tensor, " count"]) -> list[tuple[float, float]]:
     return [(float(place + 1), recall) for place, recall in enumerate(recalls.tolist())]
 
 
-def giving_up(found: Searched, targets: Boxes) -> float:
-    """The value below which searches are given up: the highest that costs at most `SPENT` of their AP here.
+def giving_up(found: Searched, targets: Boxes, cost: float) -> float:
+    """The value below which searches are given up: the highest at which they keep 1 - `cost` of their AP here.
 
     Where nothing is found yet there is nothing to tell it by: they never are.
     """
-    levels = (NEVER, *found.values[found.looked].quantile(torch.linspace(0, 0.95, 20)).tolist())
+    levels = (NEVER, *found.values[found.looked].quantile(torch.linspace(0, 0.95, 39)).tolist())
     scores = [ap50(found.until(level).boxes(), targets) for level in levels]
-    if max(scores) <= SPENT:
+    if max(scores) <= FOUND:
         return NEVER
-    return max(level for level, score in zip(levels, scores, strict=True) if score >= max(scores) - SPENT)
+    return max(level for level, score in zip(levels, scores, strict=True) if score >= (1 - cost) * max(scores))
 
 
 def recall_so_far(

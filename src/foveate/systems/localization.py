@@ -106,6 +106,8 @@ class Config:
     """IoU from which on a trigger is rewarded"""
     trigger_reward: float = 3.0
     """of a right trigger; a wrong one costs as much"""
+    economy: float = 0.1
+    """part of the AP on val that may be lost by giving searches up where little seems to be left"""
     spare: int = 8
     """steps in training that a search for nothing goes on, when every object is found"""
     copies: int = 64
@@ -142,6 +144,8 @@ def resolve(config: Config) -> Config:
         raise InputError(f"width: found {config.width}, expected a multiple of 8")
     if config.replay < 4 * config.copies * config.ahead:
         raise InputError(f"replay: found {config.replay}, expected at least 4 · ahead · copies")
+    if not 0 <= config.economy < 1:
+        raise InputError(f"economy: found {config.economy:g}, expected at least 0 and less than 1")
     _acting(config)
     for part in ("train", "val", "test"):  # now, not after hours
         data = _data(config, part)
@@ -161,8 +165,8 @@ def _data(config: Config, part: Literal["train", "val", "test"]) -> Detections:
     named = None if config.target == "any" else config.target
     found = whole if named is None else of_class(whole, named)
     check_objects(found, config.root or config.data, named)
-    boxes = replace(found.boxes, labels=torch.zeros_like(found.boxes.labels))
-    return replace(found, boxes=boxes, classes=(named or "object",))
+    alike = replace(found.boxes, labels=torch.zeros_like(found.boxes.labels))
+    return replace(found, boxes=alike, classes=(named or "object",))
 
 
 def _task(config: Config) -> dict[str, Any]:
@@ -175,8 +179,7 @@ def _horizon(config: Config) -> int:
 
 
 def _acting(config: Config) -> Acting:
-    learned = config.batch, 1, config.ahead, config.discount, config.learning_rate
-    return Acting(*learned)
+    return Acting(config.batch, 1, config.ahead, config.discount, config.learning_rate)
 
 
 def build(config: Config) -> RegionQ:
@@ -214,7 +217,7 @@ def train(config: Config, run: Run) -> None:
     how |= {"keeper": keeper, "validate": partial(_held_out, config, policy, val)}
     learn_by_acting(run, PART, SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
     policy.eval()
-    policy.level.fill_(judged.giving_up(_search(config, policy, val), val.boxes))
+    policy.level.fill_(judged.giving_up(_search(config, policy, val), val.boxes, config.economy))
     for step in run.steps("regressor", 1 - SHARE):
         if step == 0:
             slots_keeper.begin()
@@ -253,8 +256,8 @@ def _search(config: Config, policy: RegionQ, data: Detections) -> Searched:
 def _held_out(config: Config, policy: RegionQ, val: Detections) -> dict[str, float]:
     policy.eval()
     found = _search(config, policy, val)
-    recall = float(judged.recall_so_far(found.regions, found.looked, val.boxes)[-1])
-    return {"held_out_ap50": ap50(found.boxes(), val.boxes), "held_out_recall": recall}
+    recall = judged.recall_so_far(found.regions, found.looked, val.boxes)[-1]
+    return {"held_out_ap50": ap50(found.boxes(), val.boxes), "held_out_recall": float(recall)}
 
 
 def _slots_found(slots: BoxSlots, data: Detections) -> Boxes:
@@ -267,17 +270,19 @@ def evaluate(config: Config, policy: RegionQ, run: Run, elsewhere: bool = False)
     """Of greedy searches on the test split, in [0, 1]: `ap50`, and `recall` at an IoU of 0.5 of all regions looked at.
 
     `ap50` and `f1` are those of the triggered regions, each scored by the trigger's value; `regions` were looked at for
-    each object found. Baselines: `untrained`, the same network before it learned; `regressor`; `centre`, one box in the
-    middle; `random` boxes of the sizes of training objects, and `sliding` windows, as many as the agent looked at.
-    The shapes of `centre` and `sliding` are those best on the training split.
+    each object found. Baselines: `patient`, the agent that gives no search up; `untrained`, the network before it
+    learned; `regressor`; `centre`, one box in the middle; `random` boxes of the sizes of training objects, and
+    `sliding` windows, as many as the agent looked at. `centre` and `sliding` have the shapes best in training.
     """
     data, shown, side = _data(config, "test"), showing(_data(config, "train")), config.image_size
     seen = subset(shown, torch.arange(min(SHAPED, len(shown)))).boxes
-    found = _search(config, policy, data).until(float(policy.level))
+    whole = _search(config, policy, data)
+    found = whole.until(float(policy.level))
     torch.manual_seed(config.seed)
     before = _search(config, build(config).to(run.device).eval(), data)
     series, baselines = {}, {}
     metrics, series["agent"] = judged.search_scores(found, data.boxes)
+    baselines["patient"], series["patient"] = judged.search_scores(whole, data.boxes)
     baselines["untrained"], series["untrained"] = judged.search_scores(before, data.boxes)
     for name, slots in restored(run, {"regressor": "regressor"}, partial(_regressor, config)).items():
         baselines[name] = judged.box_scores(_slots_found(slots, data), data.boxes)
@@ -305,8 +310,8 @@ def predict(config: Config, policy: RegionQ, images: Pictures) -> dict[str, Tens
     pixels = F.interpolate(images, (side, side), mode="bilinear", antialias=True).clamp(0, 1).mul(255).round().byte()
     none = torch.zeros(len(images), 1, device=images.device)
     unknown = Boxes(none[..., None].expand(-1, -1, 4), none.long(), none.bool())
-    found = _search(config, policy, Detections(pixels, unknown, config.classes or (), "images", "test"))
-    found = found.until(float(policy.level))
+    shown = Detections(pixels, unknown, config.classes or (), "images", "test")
+    found = _search(config, policy, shown).until(float(policy.level))
     scale = torch.tensor([width, height, width, height]) / side
     regions = found.regions * scale
     order = found.fired.int().sort(dim=1, descending=True, stable=True).indices[:, : config.triggers]
@@ -324,14 +329,11 @@ def picture(config: Config, policy: RegionQ, run: Run, images: Pictures | None =
         images, truth = chosen(test, torch.arange(min(8, len(test))))
     images = images.cpu()
     way = predict(config, policy, images)
-    names = config.classes or ("object",)
     regions, looked, fired, values = (way[name] for name in ("regions", "looked", "fired", "values"))
-    searches = search_grid(images, regions, looked, fired, values, truth, names)
+    searches = search_grid(images, regions, looked, fired, values, truth, config.classes or ("object",))
     seen = looked[0]
-    return {
-        "searches": searches,
-        "first search": search_frames(images[0], regions[0][seen], fired[0][seen], values[0][seen]),
-    }
+    first = search_frames(images[0], regions[0][seen], fired[0][seen], values[0][seen])
+    return {"searches": searches, "first search": first}
 
 
 def read(config: Config, path: Path) -> Pictures:
