@@ -21,7 +21,7 @@ from foveate.envs.box_tracking import ACTIONS, STOP, BoxTrackingEnv, places
 from foveate.envs.joint_tracking import together, walk_together
 from foveate.geometry import Boxes, overlaps
 from foveate.learn.replay import Replay
-from foveate.models.association import Rules, best_rules, follow, moving, rules_of, rules_tensor, still
+from foveate.models.association import Asked, Rules, best_rules, follow, moving, rules_of, rules_tensor, still
 from foveate.models.tracker import TrackingNetwork, offsets_to, shifted
 from foveate.rewards.tracking import tracking_metrics
 from foveate.run import Run
@@ -360,6 +360,30 @@ def test_births_scores_patience_and_doubt_rule_tracks() -> None:
     )
     assert [int(each.mask[-1].sum()) for each in (kept, short, doubted)] == [2, 0, 0]
     assert int(short.mask[4].sum()) == 2, "two frames are 0.2 s"
+
+
+def test_who_has_foretold_the_detections_better_leads() -> None:
+    """Proposals that run away do no harm, those that know the way are taken: also where velocity turns round."""
+    rows = [[[4.0 + 2 * min(t, 12 - t), 4, 10 + 2 * min(t, 12 - t), 16]] for t in range(12)]
+    truth, frames = boxes_of(rows), torch.zeros(12).long()
+    found = replace(truth, mask=truth.mask.clone())
+    found.mask[[7, 8, 9]] = False  # it turns round after frame 6, unseen
+
+    def lost(asked: Asked) -> tuple[Tensor, Tensor]:
+        return asked.box + 30.0, torch.zeros(len(asked.box))
+
+    def knowing(asked: Asked) -> tuple[Tensor, Tensor]:
+        return truth.boxes[asked.after, 0], torch.zeros(len(asked.box))
+
+    led, always = (Rules(births=1, shown=1.0, match=0.1, lead=lead) for lead in (1.0, 0.0))
+    scores = {
+        (name, rule.lead): tracking_metrics(truth, follow(found, frames, [10.0], [rule], propose)[0], frames)["hota"]
+        for name, propose in (("lost", lost), ("knowing", knowing), ("moving", moving))
+        for rule in (led, always)
+    }
+    assert scores["knowing", 1.0] == scores["knowing", 0.0] == pytest.approx(1.0)
+    assert scores["lost", 1.0] == scores["moving", 1.0] > scores["lost", 0.0] + 0.2
+    assert scores["moving", 1.0] == scores["moving", 0.0] < 0.95
 
 
 def test_sequences_and_rules_in_lockstep_are_those_one_by_one() -> None:

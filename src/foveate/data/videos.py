@@ -159,7 +159,7 @@ def load_videos(
         split: of MOTChallenge folders, "test" are the sequences of these names, "val" is the last part of each of the
             others, "train" what comes before it. One sequence alone is divided in three.
         image_size: longer side in pixels to which larger frames are shrunk; None: `SIZES`.
-        scenes: how many videos of `LENGTH` frames are rendered to train on.
+        scenes: how many videos of `LENGTH` frames are rendered to train on, beside those in folders too.
         test: names of the sequences to test on; None: the last by name.
         mirrored: add every sequence with left and right exchanged.
 
@@ -171,19 +171,22 @@ def load_videos(
     size = SIZES[name] if image_size is None else image_size
     if size < 16:
         raise InputError(f"image_size: found {size}, expected at least 16 pixels")
+    if scenes < (name == "scenes"):
+        raise InputError(f"scenes: found {scenes}, expected at least {int(name == 'scenes')}")
     if name == "scenes":
-        if scenes < 1:
-            raise InputError(f"scenes: found {scenes}, expected at least 1")
-        count = scenes if split == "train" else max(2, round(SHARES[split] * scenes))
-        clips = [
-            _rendered(key, split, number, size)
-            for number, key in enumerate(noise.key("videos", split, torch.arange(count)))
-        ]
+        clips = _scenes(split, scenes if split == "train" else max(2, round(SHARES[split] * scenes)), size)
     elif root is None:
         raise InputError(f"root: not given; data {name!r} needs the folder in which it lies: --root FOLDER")
     else:
         clips = mot_clips(root, split, size, test)
+        if split == "train":
+            clips += _scenes(split, scenes, SIZES["scenes"])
     return stacked(with_mirrored(clips) if mirrored else clips)
+
+
+def _scenes(split: str, count: int, side: int) -> list[Clip]:
+    keys = noise.key("videos", split, torch.arange(count))
+    return [_rendered(key, split, number, side) for number, key in enumerate(keys)]
 
 
 def _rendered(key: Tensor, split: str, number: int, side: int) -> Clip:

@@ -34,6 +34,8 @@ class Rules:
         shown: seconds without a detection for which a track is shown still.
         trust: how far a track goes from its proposal to the detection, 0 to 1.
         sure: a track without a detection ends if its proposal is less sure than this.
+        lead: 1: proposals count only while they have foretold the detections of their sequence better than constant
+            velocity has, which needs no truth; until then, and whenever it is ahead, tracks go on as before. 0: always.
     """
 
     score: float = 0.5
@@ -43,6 +45,7 @@ class Rules:
     shown: float = 0.5
     trust: float = 1.0
     sure: float = -1e9
+    lead: float = 0.0
 
 
 CHOICES: dict[str, tuple[float, ...]] = {
@@ -54,6 +57,9 @@ CHOICES: dict[str, tuple[float, ...]] = {
     "sure": (-1e9, 0.0),
     "trust": (1.0, 0.6),
 }
+
+
+ROUNDS = 3  # in which rules are chosen; what is best for one depends on the others
 
 
 @dataclass(frozen=True)
@@ -132,31 +138,40 @@ def follow(
     runs = [(number, row, rule) for row, rule in enumerate(rules) for number in range(len(spans))]
     tracks: list[list[_Track]] = [[] for _ in runs]
     begun = [0] * len(runs)
+    ahead = [0.0] * len(runs)  # by how much IoU proposals have foretold detections better than constant velocity
     shown: list[list[list[tuple[int, np.ndarray]]]] = [[[] for _ in numbers] for _ in rules]
     for time in range(max((len(span) for span in spans), default=0)):
         alive = [run for run, (number, *_) in enumerate(runs) if time < len(spans[number])]
         now = {run: int(spans[runs[run][0]][time]) for run in alive}
-        boxes, sure = _proposed([(run, now[run], track) for run in alive for track in tracks[run]], propose, device)
+        asked = [(run, now[run], track) for run in alive for track in tracks[run]]
+        foretold, plain, certain = _proposed(asked, propose, device)
         place = 0
         for run in alive:
             number, row, rule = runs[run]
             frame, mine = now[run], tracks[run]
             part = slice(place, place + len(mine))
             place += len(mine)
+            follows = rule.lead > 0 and ahead[run] <= 0
+            boxes = plain[part] if follows else foretold[part]
             usable = there[frame] & (found[1][frame] >= rule.score / 2)
             corners, scores = found[0][frame][usable], found[1][frame][usable]
-            matched = _matched(boxes[part], corners, rule.match, assign)
+            matched = _matched(boxes, corners, rule.match, assign)
+            ahead[run] += sum(
+                _iou(foretold[part][row], corners[column]) - _iou(plain[part][row], corners[column])
+                for row, column in matched.items()
+            )
             kept = []
             for place_here, track in enumerate(mine):
                 _go_on(
                     track,
-                    boxes[part][place_here],
+                    boxes[place_here],
                     corners[matched[place_here]] if place_here in matched else None,
                     frame,
                     rule,
                 )
                 late = track.missed > max(1.0, rule.patience * rates[number])
-                if not (late or (track.missed and (sure[part][place_here] < rule.sure or track.hits < rule.births))):
+                unsure = not follows and certain[part][place_here] < rule.sure
+                if not (late or (track.missed and (unsure or track.hits < rule.births))):
                     kept.append(track)
             for other in sorted(set(range(len(corners))) - set(matched.values())):
                 if scores[other] >= rule.score:
@@ -172,9 +187,10 @@ def follow(
 
 def _proposed(
     tracks: list[tuple[int, int, _Track]], propose: Propose, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is proposed, what constant velocity would, and how sure the proposals are."""
     if not tracks:
-        return np.zeros((0, 4)), np.zeros(0)
+        return np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0)
 
     def numbers(values: list[int]) -> Tensor:
         return torch.tensor(values, device=device)
@@ -190,8 +206,9 @@ def _proposed(
         floats([track.velocity for _, _, track in tracks]),
         numbers([run for run, _, _ in tracks]),
     )
-    boxes, sure = propose(asked)
-    return boxes.detach().cpu().double().numpy(), sure.detach().cpu().numpy()
+    (boxes, sure), (plain, _) = propose(asked), moving(asked)
+    foretold, straight = (each.detach().cpu().double().numpy() for each in (boxes, plain))
+    return foretold, straight, sure.detach().cpu().numpy()
 
 
 def _matched(boxes: np.ndarray, others: np.ndarray, least: float, assign: Callable) -> dict[int, int]:
@@ -201,6 +218,12 @@ def _matched(boxes: np.ndarray, others: np.ndarray, least: float, assign: Callab
     alike = overlaps(torch.from_numpy(boxes)[None].float(), torch.from_numpy(others)[None].float())[0].numpy()
     rows, columns = assign(-np.where(alike >= least, alike, 0.0))
     return {int(row): int(column) for row, column in zip(rows, columns, strict=True) if alike[row, column] >= least}
+
+
+def _iou(one: np.ndarray, other: np.ndarray) -> float:
+    low, high = np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])
+    shared = np.prod(np.maximum(high - low, 0))
+    return float(shared / max(np.prod(one[2:] - one[:2]) + np.prod(other[2:] - other[:2]) - shared, 1e-9))
 
 
 def _go_on(track: _Track, box: np.ndarray, detection: np.ndarray | None, frame: int, rule: Rules) -> None:
@@ -241,7 +264,7 @@ def best_rules(
     choices: dict[str, tuple[float, ...]] | None = None,
     first: Rules | None = None,
 ) -> tuple[Rules, float]:
-    """The rules under which tracks score best: one field after another, all its values in lockstep.
+    """The rules under which tracks score best: one field after another, all its values in lockstep, in some rounds.
 
     Args:
         track: sets of rules → the tracks of each.
@@ -249,13 +272,17 @@ def best_rules(
         choices: values of each field that is chosen; None: `CHOICES`.
         first: where to begin, and the values of fields that are not chosen.
     """
-    best, worth = first or Rules(), -np.inf
-    for name, values in (CHOICES if choices is None else choices).items():
-        tried = [Rules(**(vars(best) | {name: value})) for value in values]
-        tried = [rule for rule in tried if rule != best or worth == -np.inf]  # its score is known
-        for rule, found in zip(tried, track(tried), strict=True):
-            if (now := score(found)) > worth:
-                best, worth = rule, now
+    best = first or Rules()
+    worth = score(track([best])[0])
+    for _ in range(ROUNDS):
+        before = best
+        for name, values in (CHOICES if choices is None else choices).items():
+            tried = [rule for rule in (Rules(**(vars(best) | {name: value})) for value in values) if rule != best]
+            for rule, found in zip(tried, track(tried), strict=True):
+                if (now := score(found)) > worth:
+                    best, worth = rule, now
+        if best == before:
+            break
     return best, float(worth)
 
 

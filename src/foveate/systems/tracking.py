@@ -58,7 +58,7 @@ class Config:
     image_size: int | None = None
     """longer side in pixels to which larger frames are shrunk"""
     scenes: int = 60
-    """how many videos are rendered to train on"""
+    """how many videos are rendered to train on; beside folders too, so that agents meet more than a few people"""
     seed: int = 0
     """of the weights and every draw"""
     steps: int | None = None
@@ -110,8 +110,8 @@ def _follower(config: Config, outputs: int) -> Follower:
 def resolve(config: Config) -> Config:
     """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
     for name in ("copies", "batch", "horizon", "hidden"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+        if (found := getattr(config, name)) < 1:
+            raise InputError(f"{name}: found {found}, expected at least 1")
     if config.communicate and config.neighbours < 1:
         raise InputError("neighbours: found 0, expected at least 1 to hear; or give --no-communicate")
     _acting(config)
@@ -239,12 +239,10 @@ def _rules(videos: Videos, propose: Propose, plain: bool = False) -> Rules:
     def score(found: Boxes) -> float:
         return tracking_metrics(videos.truth, found, videos.sequences)["hota"]
 
-    choices, first = dict(CHOICES), Rules()
-    if propose in (still, moving):
-        choices.pop("sure")
-    if plain:
-        choices.pop("shown")
-        first = Rules(shown=0.0)
+    learned = propose not in (still, moving)
+    first = Rules(lead=float(learned), shown=0.0 if plain else Rules.shown)
+    fixed = ("shown",) * plain + ("sure",) * (not learned)
+    choices = {name: values for name, values in CHOICES.items() if name not in fixed}
     return best_rules(partial(_tracks, videos, propose), score, choices, first)[0]
 
 
@@ -254,7 +252,8 @@ def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False
     `iou` is that of single walks from an object's shaken box to its box in the next frame. Baselines from
     the same detections. With rules chosen for each on the same held-out frames: `iou tracker`, boxes that stay where
     they were and are shown only where they are detected; `constant velocity`, as SORT; `regressor`, trained for as
-    long. With the agent's rules: `no motion`, agents that never move; `untrained`, the network before training.
+    long. With the agent's rules: `always led`, the agents' boxes count also where constant velocity has foretold the
+    detections better; `no motion`, agents that never move; `untrained`, the network before training.
     """
     val, test = (on(_videos(config, part), run.device) for part in ("val", "test"))
     torch.manual_seed(config.seed)
@@ -269,7 +268,9 @@ def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False
         rules = _rules(val, _proposer(config, network, val)) if name == "regressor" else policy.chosen
         rows[name] = score(_proposer(config, network, test), rules)
         rows[name] |= {"iou": float(_held_out(config, held, network, "iou")["iou"])}
-    rows["no motion"] = score(still, policy.chosen)
+    always = replace(policy.chosen, lead=0.0)
+    rows["always led"] = score(_proposer(config, policy, test), always)
+    rows["no motion"] = score(still, always)
     rows["iou tracker"] = score(still, _rules(val, still, plain=True))
     rows["constant velocity"] = score(moving, _rules(val, moving))
     return Evaluation(rows.pop("agent"), rows)
@@ -342,9 +343,7 @@ def check(config: Config) -> dict[str, Any]:
     frames, truth = opening(videos, videos.truth, SHOWN)
     found = opening(videos, videos.detections, SHOWN)[1]
     shown = torch.linspace(0, len(frames) - 1, 4).long().tolist()
-    drawings = {
-        "truth": pictures.track_frames(frames, truth),
-        "detected": pictures.track_frames(frames, found, trail=0),
-    }
+    detected = pictures.track_frames(frames, found, trail=0)
+    drawings = {"truth": pictures.track_frames(frames, truth), "detected": detected}
     names = [[f"{name}, frame {number + 1}" for number in shown] for name in drawings]
     return {"data": pictures.track_grid([[row[number] for number in shown] for row in drawings.values()], names)}
