@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from foveate import noise
-from foveate.envs.seeds import BACKGROUND, CELLS, FOREGROUND, SeedsEnv, SeedState
+from foveate.envs.seeds import BACKGROUND, CELLS, FOREGROUND, SeedsEnv, SeedState, in_bytes
 from foveate.types import InputError, State, Tree, map_tree
 from foveate.value_learning import walk
 
@@ -72,7 +72,7 @@ def _true_seeds(env: SeedsEnv, keys: Tensor, state: SeedState) -> Tensor:
 
 def shown_first(env: SeedsEnv, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> SeedState:
     """The user's seeds drawn from the keys, and no mask: what a network is shown that draws the mask at once."""
-    return SeedState(ids, env.user_seeds(ids, keys), torch.zeros_like(env.masks[ids]))
+    return SeedState(ids, env.user_seeds(ids, keys), torch.zeros_like(env.masks[ids], dtype=torch.uint8))
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def draw(
     """IoU of masks that a network draws at once: (what `look` makes) → scores of pixels, above 0 for the object."""
     keys = noise.key(seed, "drawn", torch.arange(len(ids), device=ids.device))
     state = shown_first(env, ids, keys)
-    return env.iou(replace(state, mask=network.eval()(look(state)) > 0))
+    return env.iou(replace(state, walker=(network.eval()(look(state)) > 0).byte() * 255))
 
 
 def iou_scores(ious: Float[Tensor, " batch"]) -> dict[str, float]:
@@ -125,7 +125,7 @@ def cut_out(
         grid[ids, chosen[-1]] = kind
     chosen[1] = chosen[1] + AREA
     seeds = grid.view(-1, CELLS, CELLS)
-    state = SeedState(ids, seeds, env.walked(ids, seeds) >= 0.5)
+    state = SeedState(ids, seeds, in_bytes(env.walked(ids, seeds)))
     steps = [state.mask]
     for _ in range(count):
         chosen.append(network(look(state)).argmax(1))

@@ -3,8 +3,8 @@ learning for robust interactive segmentation").
 
 | | |
 |---|---|
-| state | the image, the seeds so far on a 20×20 grid, and the mask that the random walker makes of them |
-| observation | `image`; `mask`; `seeds`: where seeds of the foreground and of the background are |
+| state | the image, the seeds so far on a 20×20 grid, and what the random walker makes of them |
+| observation | `image`; `probability` of the object, by the walker; `seeds` of the foreground and of the background |
 | action | a seed: of the background or of the foreground, at one of the 400 cells |
 | reward | of a seed well inside its side (exp(5 · IoU) - 1) / (exp(5) - 1), near the border 1 less, else -1 |
 | horizon | 10 seeds |
@@ -42,17 +42,22 @@ EDGE = (255, 220, 0)
 
 @dataclass(frozen=True)
 class SeedState:
-    """An image's number, a grid and a mask of one byte a pixel: a tree of [batch, ...] that a replay can hold.
+    """An image's number, a grid and one byte a pixel: a tree of [batch, ...] that a replay can hold.
 
     Attributes:
         image: its number.
         seeds: 0, `BACKGROUND` or `FOREGROUND` at each cell.
-        mask: of the random walker.
+        walker: probability of the object by the random walker, 0 to 255.
     """
 
     image: Int[Tensor, "*batch"]
     seeds: UInt8[Tensor, "*batch rows columns"]
-    mask: Bool[Tensor, "*batch side side"]
+    walker: UInt8[Tensor, "*batch side side"]
+
+    @property
+    def mask(self) -> Bool[Tensor, "*batch side side"]:
+        """Where the object is more likely."""
+        return self.walker >= 128
 
 
 class SeedsEnv(TensorEnv):
@@ -110,7 +115,7 @@ class SeedsEnv(TensorEnv):
             num_envs,
             gymnasium.spaces.Dict(
                 image=gymnasium.spaces.Box(0.0, 1.0, (3, self.side, self.side)),
-                mask=gymnasium.spaces.Box(0.0, 1.0, (1, self.side, self.side)),
+                probability=gymnasium.spaces.Box(0.0, 1.0, (1, self.side, self.side)),
                 seeds=gymnasium.spaces.Box(0.0, 1.0, (2, CELLS, CELLS)),
             ),
             gymnasium.spaces.Discrete(ACTIONS),
@@ -128,7 +133,7 @@ class SeedsEnv(TensorEnv):
     def initial(self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> SeedState:
         """The user's seeds."""
         seeds = self.user_seeds(ids, keys)
-        return SeedState(ids, seeds, self.walked(ids, seeds) >= 0.5)
+        return SeedState(ids, seeds, in_bytes(self.walked(ids, seeds)))
 
     def user_seeds(
         self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
@@ -150,7 +155,7 @@ class SeedsEnv(TensorEnv):
         taken = grid.gather(1, cell[:, None]).squeeze(1) > 0
         label = torch.where(taken, grid.gather(1, cell[:, None]).squeeze(1), (kind + 1).to(torch.uint8))
         seeds = grid.scatter(1, cell[:, None], label[:, None]).view_as(state.seeds)
-        after = replace(state, seeds=seeds, mask=self.walked(state.image, seeds) >= 0.5)
+        after = replace(state, seeds=seeds, walker=in_bytes(self.walked(state.image, seeds)))
         right = (self.object[state.image].flatten(1).gather(1, cell[:, None]).squeeze(1) == (kind == 1)) & ~taken
         well = self.inside[state.image].flatten(1).gather(1, cell[:, None]).squeeze(1)
         gained = torch.expm1(SHARPNESS * self.iou(after)) / torch.expm1(torch.tensor(SHARPNESS)).item()
@@ -158,11 +163,11 @@ class SeedsEnv(TensorEnv):
         return after, reward, torch.zeros_like(taken)
 
     def observe(self, state: SeedState) -> dict[str, Tensor]:
-        """The image, the mask, and a map of the seeds of each side, those of the background first."""
+        """The image, what the walker holds, and a map of the seeds of each side, those of the background first."""
         kinds = torch.tensor([BACKGROUND, FOREGROUND], dtype=torch.uint8, device=state.seeds.device)[:, None, None]
         return {
             "image": self.pixels[state.image].float() / 255,
-            "mask": state.mask[:, None].float(),
+            "probability": state.walker[:, None].float() / 255,
             "seeds": (state.seeds[:, None] == kinds).float(),
         }
 
@@ -194,6 +199,11 @@ class SeedsEnv(TensorEnv):
         for kind, colour in zip((BACKGROUND, FOREGROUND), COLOURS, strict=True):
             shown = torch.where((marked == kind)[..., None], shown.new_tensor(colour), shown)
         return shown
+
+
+def in_bytes(probabilities: Float[Tensor, "batch side side"]) -> UInt8[Tensor, "batch side side"]:
+    """Probabilities as numbers from 0 to 255, of which 128 is the first from 1/2 on."""
+    return (probabilities * 255).round().byte()
 
 
 def cells_of(side: int, device: torch.device | str = "cpu") -> Int[Tensor, " side"]:

@@ -92,7 +92,7 @@ class SeedQ(nn.Module):
 
     def forward(self, seen: Tree) -> Float[Tensor, "batch actions"]:
         """Values of what `SeedsEnv.observe` shows, with "frozen" beside it if there are pretrained features."""
-        state = self.trunk(seen["image"], [seen["mask"], seen["seeds"]], seen.get("frozen"))
+        state = self.trunk(seen["image"], [seen["probability"], seen["seeds"]], seen.get("frozen"))
         gain = self.gain(state).flatten(1)
         values = self.worth(state.mean((2, 3))) + gain - gain.mean(1, keepdim=True)
         taken = seen["seeds"].amax(1).flatten(1).repeat(1, 2) > 0

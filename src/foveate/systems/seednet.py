@@ -2,7 +2,7 @@
 
 | | |
 |---|---|
-| state | the image, the seeds so far on a 20×20 grid, and the mask that the random walker makes of them |
+| state | the image, the seeds so far on a 20×20 grid, and what the random walker makes of them |
 | action | the next seed: of the background or of the object, at one of 400 cells |
 | reward | R = (exp(5 · IoU) - 1) / (exp(5) - 1) of a seed well inside its side; R - 1 near the border, else -1 |
 | horizon | 10 seeds |
