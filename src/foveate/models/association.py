@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from foveate.geometry import Boxes, overlaps
@@ -127,11 +128,11 @@ def follow(
         For each set of rules the shown tracks, one frame a row; `labels` are identities from 0, those of one sequence.
 
     Raises:
-        InputError: SciPy is not installed; detections without scores.
+        InputError: detections without scores.
     """
     if detections.scores is None:
         raise InputError("detections: without scores, expected how sure the detector is of each box; give ones")
-    assign, device = _assignment(), sequences.device
+    device = sequences.device
     found = detections.boxes.detach().cpu().double().numpy(), detections.scores.detach().cpu().numpy()
     there, numbers = detections.mask.cpu().numpy(), sequences.cpu().numpy()
     spans = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
@@ -155,7 +156,7 @@ def follow(
             boxes = plain[part] if follows else foretold[part]
             usable = there[frame] & (found[1][frame] >= rule.score / 2)
             corners, scores = found[0][frame][usable], found[1][frame][usable]
-            matched = _matched(boxes, corners, rule.match, assign)
+            matched = _matched(boxes, corners, rule.match)
             ahead[run] += sum(
                 _iou(foretold[part][row], corners[column]) - _iou(plain[part][row], corners[column])
                 for row, column in matched.items()
@@ -211,12 +212,12 @@ def _proposed(
     return foretold, straight, sure.detach().cpu().numpy()
 
 
-def _matched(boxes: np.ndarray, others: np.ndarray, least: float, assign: Callable) -> dict[int, int]:
+def _matched(boxes: np.ndarray, others: np.ndarray, least: float) -> dict[int, int]:
     """Which detection belongs to which proposal."""
     if not len(boxes) or not len(others):
         return {}
     alike = overlaps(torch.from_numpy(boxes)[None].float(), torch.from_numpy(others)[None].float())[0].numpy()
-    rows, columns = assign(-np.where(alike >= least, alike, 0.0))
+    rows, columns = linear_sum_assignment(-np.where(alike >= least, alike, 0.0))
     return {int(row): int(column) for row, column in zip(rows, columns, strict=True) if alike[row, column] >= least}
 
 
@@ -246,16 +247,6 @@ def _padded(frames: list[list[tuple[int, np.ndarray]]], device: torch.device) ->
             boxes[row, place], labels[row, place] = box, identity
     mask = torch.arange(most) < torch.tensor([len(each) for each in frames])[:, None]
     return Boxes(torch.from_numpy(boxes).float().to(device), torch.from_numpy(labels).to(device), mask.to(device))
-
-
-def _assignment() -> Callable:
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise InputError(
-            "scipy: not installed, and boxes are matched by it; pip install 'foveate[tracking]'"
-        ) from error
-    return linear_sum_assignment
 
 
 def best_rules(

@@ -8,14 +8,15 @@ Pixels are the nodes of a grid; a step to one of the four neighbours is as likel
 which is scikit-image's scaling. The probability that a walker who starts at a pixel comes to a seed of the foreground
 before one of the background solves a linear system with the graph's Laplacian, for all images in lockstep:
 
-- "elimination", exact: row after row of pixels is eliminated, in float64. The system is block tridiagonal, and blocks
-  of the shorter side are inverted; a side of n costs about n⁴ operations an image;
-- "gradients": conjugate gradients with Jacobi's preconditioner (the system is scaled by its diagonal to begin with). An
-  image that has converged is left as it is and costs nothing more. Regions without seeds behind sharp edges hang on
-  weights of order 1e-10, for which no tolerance within reach is enough: for small images elimination is exact and
-  faster.
+- "cholesky", exact, on the processor: LAPACK's factorisation of banded matrices, image after image, in float64. For n²
+  pixels it costs about n⁴ operations, all of them in one call;
+- "elimination", exact, for other devices: row after row of pixels of all images is eliminated. The system is
+  block tridiagonal, and blocks of the shorter side are inverted: n⁴ operations as well;
+- "gradients", for large images there: conjugate gradients with Jacobi's preconditioner (the system is scaled by its
+  diagonal to begin with). An image that has converged is left as it is and costs nothing more. Regions without seeds
+  behind sharp edges hang on weights of order 1e-10, for which no tolerance within reach is enough.
 
-Both treat each image by itself: its result does not depend on the others.
+All treat each image by itself: its result does not depend on the others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
+from scipy.linalg.lapack import dpbsv
 from torch import Tensor
 
 LEAST = 1e-10  # added to every weight, as scikit-image does
@@ -32,7 +34,7 @@ CHECK = 8  # iterations between looks at who has converged: each look waits for 
 MOST = 3000  # iterations
 LARGE = 128  # pixels of the shorter side from which on elimination takes longer than gradients
 TOGETHER = 16  # images eliminated at once: more of them leave the cache
-Method: TypeAlias = Literal["elimination", "gradients"]
+Method: TypeAlias = Literal["cholesky", "elimination", "gradients"]
 
 
 @torch.no_grad()
@@ -56,8 +58,8 @@ def random_walker(
         foreground: its seeds.
         background: its seeds; where both are, the pixel is of the foreground.
         beta: the larger, the less a walker crosses an edge.
-        method: None chooses by the shorter side (`LARGE`).
-        tolerance: of "gradients", which compute in the type of the images: an image has converged when its residual is
+        method: None chooses by the device, and by the shorter side (`LARGE`).
+        tolerance: of "gradients": an image has converged when its residual is
             so small a part of the right-hand side (both norms weighted by the diagonal).
         start: of "gradients": probabilities from which to begin, for example those before the last seed was added.
     """
@@ -68,9 +70,10 @@ def random_walker(
         start = None if start is None else start.mT
         return random_walker(*turned, beta=beta, method=method, tolerance=tolerance, start=start).mT
     shape, width = foreground.shape, images.shape[3]
-    method = method or ("elimination" if width < LARGE else "gradients")
+    if method is None:
+        method = "cholesky" if images.device.type == "cpu" else "elimination" if width < LARGE else "gradients"
     # Apple's devices have no float64.
-    exact = torch.float64 if method == "elimination" and images.device.type != "mps" else images.dtype
+    exact = images.dtype if images.device.type == "mps" else torch.float64
     known, wanted = (foreground | background).flatten(1), foreground.flatten(1).to(exact)
     across, down = edge_weights(images.to(exact), beta)
     degree = _neighbours(across, down, torch.ones_like(wanted), width)
@@ -78,7 +81,9 @@ def random_walker(
     right = free * _neighbours(across, down, wanted, width)
     # the operator on unknowns that are scaled: ones on the diagonal, and nothing beside it where a seed is
     across, down = across * free[:, :-1] * free[:, 1:], down * free[:, :-width] * free[:, width:]
-    if method == "elimination":
+    if method == "cholesky":
+        found = _factorised(across, down, right, width)
+    elif method == "elimination":
         parts = zip(*(leaf.split(TOGETHER) for leaf in (across, down, right)), strict=True)
         found = torch.cat([_eliminated(*part, width=width) for part in parts])
     else:
@@ -118,6 +123,19 @@ def _neighbours(across: Tensor, down: Tensor, values: Tensor, width: int) -> Ten
     total[:, :-width].addcmul_(down, values[:, width:])
     total[:, width:].addcmul_(down, values[:, :-width])
     return total
+
+
+def _factorised(across: Tensor, down: Tensor, right: Tensor, width: int) -> Tensor:
+    """Solve z - (neighbours of z) = right for each row, one after the other, on the processor."""
+    band = torch.empty(right.shape[1], width + 1, dtype=torch.float64)  # of a column: the diagonal, then below it
+    found = torch.empty_like(right, device="cpu")
+    for row, (aside, below, wanted) in enumerate(zip(across.cpu(), down.cpu(), right.cpu(), strict=True)):
+        band.zero_()[:, 0] = 1
+        band[: len(aside), 1].sub_(aside)
+        band[: len(below), width].sub_(below)
+        _, answer, _ = dpbsv(band.numpy().T, wanted.numpy(), lower=1, overwrite_ab=1)
+        found[row] = torch.from_numpy(answer)
+    return found.to(right.device)
 
 
 def _eliminated(across: Tensor, down: Tensor, right: Tensor, *, width: int) -> Tensor:
