@@ -15,10 +15,11 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data.nifti import in_voxels, isotropic, read_csv, read_fcsv, read_volume
+from foveate.data.pyramid import halved
 from foveate.data.volumes import Volumes, held_out, load_volumes, read_volumes, volumes_of
 from foveate.data.warps import moved, random_warps, sources, warped
 from foveate.envs.landmark_search import away, every_landmark, search
-from foveate.envs.landmark_walk import MOVES, LandmarkWalkEnv, WalkState, halved
+from foveate.envs.landmark_walk import MOVES, LandmarkWalkEnv, WalkState
 from foveate.learn.replay import Replay
 from foveate.models.atlas import most_usual, registered
 from foveate.models.cube_q import CubeQ, VolumeRegressor, stretched

@@ -5,7 +5,7 @@ learning agents for anatomical landmark detection").
 | | |
 |---|---|
 | state | the volume's and the landmark's number, the scale, the place, the last places at this scale, what is shown |
-| observation | `cube`: voxels around the place at its and the next coarser scale; `landmark` and `scale`, one-hot |
+| observation | `cube`: voxels around the place at its and the next coarser scale; `place`; `landmark`, `scale` |
 | action | one voxel of the present scale to the right, left, anterior, posterior, superior or inferior |
 | reward | decrease of the squared distance to the landmark in parts of the squared step, cut to [-1, 1] |
 | horizon | 100 steps; it ends when a place of the finest scale is visited again, or outside of what is shown |
@@ -34,6 +34,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
+from foveate.data.pyramid import Pyramid
 from foveate.data.volumes import Volumes, load_volumes
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv, check_choice
@@ -140,6 +141,7 @@ class LandmarkWalkEnv(TensorEnv):
             gymnasium.spaces.Dict(
                 cube=gymnasium.spaces.Box(0.0, 1.0, (2, cube, cube, cube)),
                 landmark=gymnasium.spaces.Box(0.0, 1.0, (self.count,)),
+                place=gymnasium.spaces.Box(0.0, 1.0, (3,)),
                 scale=gymnasium.spaces.Box(0.0, 1.0, (scales,)),
             ),
             gymnasium.spaces.Discrete(len(MOVES)),
@@ -150,26 +152,8 @@ class LandmarkWalkEnv(TensorEnv):
         self.sizes, self.targets = volumes.sizes.to(self.device), volumes.landmarks.to(self.device)
         self.mean = (volumes.relative.mean(0) if mean is None else mean).to(self.device)
         self.steps = torch.tensor(STEPS, device=self.device)
-        self._lay_out(volumes.voxels.to(self.device))
-
-    def _lay_out(self, voxels: UInt8[Tensor, "size depth height width"]) -> None:
-        """The pyramid as one line of bytes, each volume of each scale with an empty rim that a cube can reach into."""
-        rim = self.cube // 2 + 2
-        level, parts, first, begins, strides = voxels[:, None].float(), [], 0, [], []
-        self._sides = voxels.shape[1:]
-        for scale in range(self.scales + 1):  # around the coarsest place, too, more is seen
-            if scale:
-                level = halved(level)
-            padded = F.pad(level[:, 0], (rim,) * 6).round().to(torch.uint8)
-            depth, height, width = padded.shape[1:]
-            begins.append(first + rim * (height * width + width + 1))
-            strides.append((1, width, height * width, depth * height * width))
-            parts.append(padded.flatten())
-            first += padded.numel()
-        self._line = torch.cat(parts)
-        self._begins = torch.tensor(begins, device=self.device)
-        self._strides = torch.tensor(strides, device=self.device)  # [scales, (x, y, z, volume)]
-        self._reach = torch.arange(self.cube, device=self.device) - self.cube // 2
+        # around the coarsest place, too, more is seen
+        self.pyramid = Pyramid(volumes.voxels.to(self.device), scales + 1, cube)
 
     def initial(self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> WalkState:
         """What is shown, and a place to begin at."""
@@ -239,25 +223,17 @@ class LandmarkWalkEnv(TensorEnv):
     def observe(self, state: WalkState) -> dict[str, Tensor]:
         """Voxels around the place, 0 outside of what is shown: only these are read, however large the volume is."""
         scale, place = state.scale.long(), state.place.long()
-        wide = self._cube(state, scale + 1, (place / 2).round().long())
-        kinds = F.one_hot(state.landmark.long(), self.count).float(), F.one_hot(scale, self.scales).float()
-        cube = torch.stack((self._cube(state, scale, place), wide), 1)
-        return {"cube": cube, "landmark": kinds[0], "scale": kinds[1]}
-
-    def _cube(
-        self, state: WalkState, scale: Int[Tensor, " batch"], place: Int[Tensor, "batch 3"]
-    ) -> Float[Tensor, "batch cube cube cube"]:
-        """Voxels of a scale around a place of that scale."""
-        strides = self._strides[scale]  # [batch, (x, y, z, volume)]
-        first = self._begins[scale] + (place * strides[:, :3]).sum(1) + state.volume * strides[:, 3]
-        x, y, z = (self._reach * strides[:, axis, None] for axis in range(3))
-        index = (first[:, None] + z)[:, :, None, None] + y[:, None, :, None] + x[:, None, None, :]
-        voxels = self._line.take(index).float() / 255
-        step = 2 ** scale.int()[:, None, None]
-        full = (place[:, None] + self._reach[:, None]) * step  # [batch, cube, (x, y, z)]
-        inside = ((full >= state.low[:, None]) & (full <= state.high[:, None])).float()
-        x, y, z = inside.unbind(2)
-        return voxels * z[:, :, None, None] * (y[:, None, :, None] * x[:, None, None, :])
+        cubes = [
+            self.pyramid.cubes(state.volume, level, around, state.low, state.high)
+            for level, around in ((scale, place), (scale + 1, (place / 2).round().long()))
+        ]
+        within = (self.voxel(state) - state.low) / (state.high - state.low).clamp(min=1)
+        return {
+            "cube": torch.stack(cubes, 1),
+            "landmark": F.one_hot(state.landmark.long(), self.count).float(),
+            "place": within.clamp(0, 1),
+            "scale": F.one_hot(scale, self.scales).float(),
+        }
 
     def voxel(self, state: WalkState) -> Float[Tensor, "batch 3"]:
         """The place in voxels of the volume, x, y, z."""
@@ -306,47 +282,28 @@ class LandmarkWalkEnv(TensorEnv):
 
     def draw(self, state: WalkState) -> UInt8[Tensor, "batch height width 3"]:
         """Axial, coronal and sagittal slice through the place, superior and anterior up; the place and the landmark."""
-        depth, height, width = self._sides
+        depth, height, width = self.pyramid.sides
         at, truth = (self._within(value) for value in (self.voxel(state), self._target(state)))
-        first = self._begins[0] + state.volume.long() * self._strides[0, 3]
-        lines = [torch.arange(count, device=first.device) for count in (width, height, depth)]
         side = max(height, depth)
-        page = torch.zeros(len(first), side, 2 * width + height, 3, dtype=torch.uint8, device=first.device)
+        page = torch.zeros(len(at), side, 2 * width + height, 3, dtype=torch.uint8, device=at.device)
         left = 0
         for across, up in (0, 1), (0, 2), (1, 2):
-            through = 3 - across - up
-            index = lines[up][:, None] * self._strides[0, up] + lines[across] * self._strides[0, across]
-            base = first + at[:, through] * self._strides[0, through]
-            slices = self._line.take(base[:, None, None] + index)[..., None].expand(-1, -1, -1, 3)
+            slices = self.pyramid.slices(state.volume, at, across, up)[..., None].expand(-1, -1, -1, 3)
+            rows, columns = (torch.arange(count, device=at.device) for count in slices.shape[1:3])
             for place, colour in (truth, TRUTH), (at, WHERE):
-                marks = ((lines[up][:, None] - place[:, None, None, up]).abs()).maximum(
-                    (lines[across] - place[:, None, None, across]).abs()
+                marks = ((rows[:, None] - place[:, None, None, up]).abs()).maximum(
+                    (columns - place[:, None, None, across]).abs()
                 )
-                ink = torch.tensor(colour, dtype=torch.uint8, device=first.device)
+                ink = torch.tensor(colour, dtype=torch.uint8, device=at.device)
                 slices = torch.where((marks == 2)[..., None], ink, slices)
-            rows, columns = slices.shape[1:3]
-            page[:, :rows, left : left + columns] = slices.flip(1)
-            left += columns
+            page[:, : len(rows), left : left + len(columns)] = slices.flip(1)
+            left += len(columns)
         return page
 
     def _within(self, voxels: Tensor) -> Tensor:
-        depth, height, width = self._sides
+        depth, height, width = self.pyramid.sides
         last = torch.tensor([width, height, depth], device=voxels.device) - 1
         return torch.minimum(voxels.round().long().clamp(min=0), last)
-
-
-def halved(
-    volumes: Float[Tensor, "size 1 depth height width"],
-) -> Float[Tensor, "size 1 halfdepth halfheight halfwidth"]:
-    """Every second voxel of smoothed volumes: 1, 4, 6, 4, 1 along each axis (Burt and Adelson 1983)."""
-    weights = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=volumes.device) / 16
-    for dim in (2, 3, 4):
-        line = volumes.movedim(dim, -1)
-        shape = line.shape
-        padded = F.pad(line.reshape(-1, 1, shape[-1]), (2, 2), mode="replicate")
-        half = F.conv1d(padded, weights[None, None], stride=2)
-        volumes = half.view(*shape[:-1], -1).movedim(-1, dim)
-    return volumes
 
 
 class SingleLandmarkWalkEnv(SingleEnv):

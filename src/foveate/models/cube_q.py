@@ -49,7 +49,7 @@ class CubeQ(nn.Module):
         )
         self.tell = nn.Linear(2 * width * side**3, hidden)
         self.kind = nn.Linear(landmarks + scales, 2 * hidden, bias=False)
-        self.join = nn.Linear(hidden, hidden)
+        self.join = nn.Linear(hidden + 6, hidden)
         self.heads = nn.Linear(hidden, landmarks * scales * (1 + actions))
         self.register_buffer("mean", torch.full((landmarks, 3), 0.5))
 
@@ -61,11 +61,17 @@ class CubeQ(nn.Module):
         kind = torch.cat((seen["landmark"], seen["scale"]), 1)
         factor, shift = self.kind(kind).chunk(2, 1)  # what is looked for decides what of it matters
         features = F.relu(self.tell(self.look(cube)) * (1 + factor) + shift)
-        features = F.relu(self.join(features))
+        features = F.relu(self.join(torch.cat((features, self._off(seen)), 1)))
         every = self.heads(features).view(-1, self.landmarks, self.scales, 1 + self.actions)
         mine = torch.einsum("blsa,bl,bs->ba", every, seen["landmark"], seen["scale"])
         worth, gain = mine[:, :1], mine[:, 1:]
         return worth + gain - gain.mean(1, keepdim=True)
+
+    def _off(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch 6"]:
+        """How far the place is from the landmark's mean, in eighths of what is shown and in about as many steps."""
+        off = 8 * (seen["place"] - seen["landmark"] @ self.mean)
+        steps = 2.0 ** -torch.arange(self.scales, device=off.device)
+        return torch.cat((off, (8 * off * (seen["scale"] @ steps)[:, None]).clamp(-8, 8)), 1)
 
 
 class VolumeRegressor(nn.Module):

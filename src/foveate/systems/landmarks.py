@@ -2,7 +2,7 @@
 
 | | |
 |---|---|
-| state | voxels in two cubes around the place, one twice as wide; the scale, the landmark sought, the last places |
+| state | voxels in two cubes around the place, one twice as wide; scale, place, landmark sought, the last places |
 | action | one voxel of the present scale to the right, left, anterior, posterior, superior or inferior |
 | reward | decrease of the squared distance to the landmark in parts of the squared step, cut to [-1, 1] |
 | horizon | at most 100 steps; a place visited again is the end of a scale, and at the finest of the walk |
