@@ -6,6 +6,7 @@ one's is made: by acting in `CuttingEnv`, by regression, or without anything lea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
@@ -22,6 +23,7 @@ from foveate.models.regions import Carried, Make, Place, carry, changed, jittere
 from foveate.types import map_tree
 
 Clips: TypeAlias = tuple[Videos, UInt8[Tensor, "frames height width planes"]]
+MARGINS = (0.0, 0.15, 0.3, 0.6, 1.2, 1e4)  # among which the best is chosen; with the last the boxes never move
 ROWS = 240  # pixels of a frame's height as a network of ImageNet sees it
 
 
@@ -74,11 +76,11 @@ def mask_iou(env: CuttingEnv) -> dict[str, float]:
     return {"held_out_iou": float(env.score(state.frame, boxes, state.context).mean())}
 
 
-def acting(env: CuttingEnv, placer: nn.Module, horizon: int) -> Place:
+def acting(env: CuttingEnv, placer: nn.Module, horizon: int, margin: float = 0.0) -> Place:
     """By the actions of the highest value, until it stops or has taken `horizon` of them.
 
-    The mask is made where on this way stopping was worth most, the beginning included: a way that leads off costs
-    nothing then.
+    The mask is made where on this way stopping was worth most, and where it began if that is not by `margin` more than
+    there: a way that leads off costs nothing then.
     """
 
     @torch.no_grad()
@@ -89,7 +91,7 @@ def acting(env: CuttingEnv, placer: nn.Module, horizon: int) -> Place:
         for turn in range(horizon + 1):
             values = placer(env.observe(state))
             better = going & (values[:, STOP] > worth)
-            worth = torch.where(better, values[:, STOP], worth)
+            worth = torch.where(better, values[:, STOP] + (margin if turn == 0 else 0.0), worth)
             best = map_tree(partial(_chosen, better), state, best)
             actions = values.argmax(1)
             going = going & (actions != STOP)
@@ -99,6 +101,15 @@ def acting(env: CuttingEnv, placer: nn.Module, horizon: int) -> Place:
         return best.box, best.context
 
     return place
+
+
+def best_margin(
+    env: CuttingEnv, placer: nn.Module, horizon: int, score: Callable[[Place, int], float]
+) -> tuple[float, int]:
+    """The margin of `acting`, and the context box to begin a frame with, that score best."""
+    ways = [(margin, context) for margin in MARGINS for context in range(len(env.factors))]
+    scores = [score(acting(env, placer, horizon, margin), context) for margin, context in ways]
+    return ways[scores.index(max(scores))]
 
 
 def _chosen(which: Tensor, new: Tensor, old: Tensor) -> Tensor:

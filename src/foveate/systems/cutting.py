@@ -35,6 +35,7 @@ from foveate.envs.cutting import ACTIONS, FACTORS, PAST, CuttingEnv, check_facto
 from foveate.envs.following import (
     Clips,
     acting,
+    best_margin,
     clips_of,
     color_maker,
     fixed,
@@ -88,7 +89,7 @@ class Config:
     width: int = 12
     """features of the mask's network at full size"""
     factors: tuple[float, ...] = FACTORS
-    """sizes of the context box, in sides of the object box; frames begin with the middle one"""
+    """sizes of the context box, in sides of the object box; with which frames begin is chosen on val"""
     jitter: float = 0.15
     """by which boxes are moved and scaled in training, in parts of their sides"""
     gap: int = 2
@@ -114,6 +115,7 @@ class Config:
 
 
 REPLAY = 1000  # steps of all copies that are kept
+PLANES = {"colors": 4, "efficientnet-lite0": 5}  # of a frame and what it is compared with the first mask by
 PART = "policy"  # the tracked part that holds both networks
 _videos = lru_cache(maxsize=8)(load_videos)
 
@@ -147,16 +149,12 @@ def _clips(config: Config, part: str, device: torch.device) -> Clips:
 
 def build(config: Config) -> Cutting:
     """Both networks of a resolved config, untrained."""
-    executor = Executor(_planes(config), config.factors, config.crop, config.width)
+    executor = Executor(PLANES[config.likeness], config.factors, config.crop, config.width)
     return Cutting(executor, _placer(config, Dueling(config.hidden, ACTIONS, config.hidden)))
 
 
-def _planes(config: Config) -> int:
-    return 4 if config.likeness == "colors" else 5
-
-
 def _placer(config: Config, head: nn.Module) -> Placer:
-    return Placer(_planes(config), config.patch, PAST, ACTIONS, len(config.factors), config.hidden, head)
+    return Placer(PLANES[config.likeness], config.patch, PAST, ACTIONS, len(config.factors), config.hidden, head)
 
 
 def _env(config: Config, clips: Clips, executor: Executor, copies: int = 1) -> CuttingEnv:
@@ -165,8 +163,7 @@ def _env(config: Config, clips: Clips, executor: Executor, copies: int = 1) -> C
     def execute(frames: Tensor, boxes: Tensor, contexts: Tensor) -> Tensor:
         return make(frames, boxes, contexts) > 0.5
 
-    names = ("factors", "patch", "alpha", "jitter", "gap", "horizon")
-    how: dict[str, Any] = {name: getattr(config, name) for name in names}
+    how = {name: getattr(config, name) for name in ("factors", "patch", "alpha", "jitter", "gap", "horizon")}
     return CuttingEnv(copies, videos=clips[0], planes=clips[1], execute=execute, device=clips[1].device, **how)
 
 
@@ -182,27 +179,27 @@ def train(config: Config, run: Run) -> None:
     replay, share = Replay(env.state, REPLAY), (1 - config.execution_share) / 2
     run.track(env=env, replay=replay)
 
-    def score(place: Place) -> dict[str, float]:
-        masks = follow(val, place, executor.maker(planes), executor.factors, len(config.factors) // 2).masks
+    def score(place: Place, context: int = len(config.factors) // 2) -> dict[str, float]:
+        masks = follow(val, place, executor.maker(planes), executor.factors, context).masks
         return {"held_out_j": davis_scores(masks, *truth(val), boundary=False)["j"]}
 
-    def kept(name: str, part: nn.Module, by: str) -> tuple[Adam, Keeper]:
+    def kept(name: str, part: nn.Module) -> tuple[Adam, Keeper]:
+        by = "held_out_iou" if name == "executor" else "held_out_j"
         adam, keeper = run.track(**{f"{name}_optimizer": Adam(part.parameters()), f"{name}_keeper": Keeper(part, by)})
         return adam, keeper
 
-    of = {
-        "executor": kept("executor", executor, "held_out_iou"),
-        "agent": kept("agent", policy.placer, "held_out_j"),
-        "regressor": kept("regressor", regressor, "held_out_j"),
-    }
-    masks = partial(mask_iou, held_out)
-    _learn(config, run, "executor", config.execution_share, env, executor, *of["executor"], masks)
+    networks = {"executor": executor, "agent": policy.placer, "regressor": regressor}
+    of = {name: kept(name, part) for name, part in networks.items()}
+    _learn(config, run, "executor", config.execution_share, env, executor, *of["executor"], partial(mask_iou, held_out))
     if not int(replay.written):  # its first states know the masks of a network that had learned nothing
         env.reset(seed=config.seed)
     how = Acting(config.batch, discount=config.discount, learning_rate=config.learning_rate)
     (adam, keeper), acts = of["agent"], partial(score, acting(held_out, policy.placer, config.horizon))
     looks: dict[str, Any] = {"keeper": keeper, "validate": acts, "every": config.every}
     learn_by_acting(run, "agent", share, env, policy.placer, target, adam, replay, how, good=env.rewarded, **looks)
+    found = best_margin(held_out, policy.placer, config.horizon, lambda *way: score(*way)["held_out_j"])
+    for buffer, number in zip((policy.margin, policy.context), found, strict=True):
+        buffer.fill_(number)
     moves = partial(score, regressing(held_out, regressor, 1))
     _learn(config, run, "regressor", share, env, regressor, *of["regressor"], moves)
 
@@ -261,9 +258,9 @@ def evaluate(config: Config, policy: Cutting, run: Run, elsewhere: bool = False)
     val, test = (_Played(config, policy, run, part) for part in ("val", "test"))
     for name, places in test.places.items():
         tries = [(number, context) for number in range(len(places)) for context in range(len(config.factors))]
-        if name in ("agent", "untrained"):  # which choose the context themselves
-            tries = [(0, len(config.factors) // 2)]
-        scores = [val.score(val.masks(name, *each)) for each in tries] if len(tries) > 1 else [0.0]
+        if name in ("agent", "untrained"):  # which go on to choose the context themselves
+            tries = [(0, int(policy.context))]
+        scores = [val.score(val.masks(name, *each)) for each in tries]
         masks, (wanted, lengths) = test.masks(name, *tries[scores.index(max(scores))]), truth(test.videos)
         found[name] = davis_scores(masks, wanted, lengths)
         alive = torch.arange(masks.shape[1], device=masks.device) < lengths[:, None]
@@ -278,10 +275,10 @@ class _Played:
     def __init__(self, config: Config, policy: Cutting, run: Run, part: str) -> None:
         self.videos, self.planes = _clips(config, part, run.device)
         self.executor, self.env = policy.executor, _env(config, (self.videos, self.planes), policy.executor)
-        env, steps = self.env, config.horizon
-        self.places: dict[str, list[Place]] = {"agent": [acting(env, policy.placer, steps)]}
+        env, how = self.env, (config.horizon, float(policy.margin))
+        self.places: dict[str, list[Place]] = {"agent": [acting(env, policy.placer, *how)]}
         for other in restored(run, {"untrained": "untrained"}, lambda: build(config).placer).values():
-            self.places["untrained"] = [acting(env, other, steps)]
+            self.places["untrained"] = [acting(env, other, *how)]
         self.places["unchanged"] = [fixed(env.boxes[self.videos.first][self.videos.video])]
         self.places |= {"refitted": [unmoved], "color": [unmoved]}
         fresh = partial(_placer, config, nn.Linear(config.hidden, 4))
@@ -310,8 +307,9 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     count, _, height, width = images["frames"].shape
     video = as_video(images["frames"], images["mask"], config.image_size).to(policy.executor.factors.device)
     clips = clips_of(video, config.likeness)
-    executor, place = policy.executor, acting(_env(config, clips, policy.executor), policy.placer, config.horizon)
-    found = follow(video, place, executor.maker(clips[1]), executor.factors, len(config.factors) // 2)
+    executor, env = policy.executor, _env(config, clips, policy.executor)
+    place = acting(env, policy.placer, config.horizon, float(policy.margin))
+    found = follow(video, place, executor.maker(clips[1]), executor.factors, int(policy.context))
     masks = F.interpolate(found.masks[:, :count].float(), (height, width), mode="bilinear")[0] > 0.5
     scale = found.boxes.new_tensor([width / video.size[1], height / video.size[0]] * 2)
     boxes, factors = found.boxes[0, :count] * scale, policy.executor.factors[found.contexts[0, :count]]
