@@ -43,7 +43,7 @@ class Videos:
     """Frames of several sequences with their boxes: a tree whose tensors begin with the frames, but for the pixels.
 
     Attributes:
-        pixels: RGB, 0 to 255, of all frames and levels, row by row.
+        pixels: RGB, 0 to 255, and a 0, of all frames and levels, row by row: four bytes are read as one number.
         offsets: where each level of a frame begins.
         sizes: (height, width) of each level; the first is the frame's, and boxes are in its pixels.
         sequences: number of the sequence of each frame; its frames stand next to each other.
@@ -53,7 +53,7 @@ class Videos:
         rates: frames a second of each sequence.
     """
 
-    pixels: UInt8[Tensor, "places 3"]
+    pixels: UInt8[Tensor, "places 4"]
     offsets: Int[Tensor, "frames levels"]
     sizes: Int[Tensor, "frames levels 2"]
     sequences: Int[Tensor, " frames"]
@@ -69,7 +69,7 @@ class Videos:
         """A frame as an image, 0 to 255."""
         height, width = self.sizes[number, 0].tolist()
         first = int(self.offsets[number, 0])
-        return self.pixels[first : first + height * width].view(height, width, 3).permute(2, 0, 1)
+        return self.pixels[first : first + height * width, :3].reshape(height, width, 3).permute(2, 0, 1)
 
 
 def crops(
@@ -90,15 +90,18 @@ def crops(
     low = points.long()
     high = torch.minimum(low + 1, limit)
     across, down = (points - low).unbind(2)
+    packed = videos.pixels.view(torch.int32).squeeze(1)
+    across = across.repeat_interleave(4, 1)[:, None]  # the colours of a row's pixels stand side by side
     lines = []
     for rows in (low[..., 1], high[..., 1]):
         start = (first[:, None] + rows * size[:, 1:])[:, :, None]
         left, right = (
-            videos.pixels.index_select(0, (start + place[:, None]).flatten()) for place in (low[..., 0], high[..., 0])
+            packed.take(start + place[:, None]).view(torch.uint8).view(-1, patch, 4 * patch).float()
+            for place in (low[..., 0], high[..., 0])
         )
-        shape = len(boxes), patch, patch, 3
-        lines.append(torch.lerp(left.view(shape).float(), right.view(shape).float(), across[:, None, :, None]))
-    return (torch.lerp(lines[0], lines[1], down[:, :, None, None]) / 255).permute(0, 3, 1, 2)
+        lines.append(torch.lerp(left, right, across))
+    found = torch.lerp(lines[0], lines[1], down[:, :, None]) / 255
+    return found.view(-1, patch, patch, 4)[..., :3].permute(0, 3, 1, 2)
 
 
 def stacked(clips: Sequence[Clip]) -> Videos:
@@ -112,7 +115,7 @@ def stacked(clips: Sequence[Clip]) -> Videos:
                 shape = [max(1, side // 2) for side in level.shape[2:]]
                 level = torch.cat([_halved(some, shape) for some in level.split(32)])
             height, width = level.shape[2:]
-            pixels.append(level.permute(0, 2, 3, 1).reshape(-1, 3))
+            pixels.append(F.pad(level.permute(0, 2, 3, 1).reshape(-1, 3), (0, 1)))
             first.append(begun + torch.arange(count) * (height * width))
             size.append(torch.tensor([height, width]).expand(count, 2))
             begun += count * height * width

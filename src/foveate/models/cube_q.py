@@ -57,7 +57,9 @@ class CubeQ(nn.Module):
         """Values of what `LandmarkWalkEnv.observe` shows."""
         cube = seen["cube"]
         # contrast differs between scanners: what is seen is told by its differences
-        cube = (cube - cube.mean((2, 3, 4), keepdim=True)) / (cube.std((2, 3, 4), keepdim=True) + 0.1)
+        mean = cube.mean((2, 3, 4), keepdim=True)
+        spread = (cube.square().mean((2, 3, 4), keepdim=True) - mean.square()).clamp(min=0).sqrt()  # faster than `std`
+        cube = (cube - mean) / (spread + 0.1)
         kind = torch.cat((seen["landmark"], seen["scale"]), 1)
         factor, shift = self.kind(kind).chunk(2, 1)  # what is looked for decides what of it matters
         features = F.relu(self.tell(self.look(cube)) * (1 + factor) + shift)

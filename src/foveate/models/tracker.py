@@ -106,7 +106,8 @@ def _eye(side: int, channels: tuple[int, ...], hidden: int) -> nn.Sequential:
 def _plain(views: Tensor) -> Tensor:
     """Pairs of views without the first one's light and contrast."""
     first = views[:, :3].flatten(1)
-    mean, deviation = first.mean(1), first.std(1, correction=0).clamp(min=0.02)
+    mean = first.mean(1)
+    deviation = (first.square().mean(1) - mean.square()).clamp(min=0.02**2).sqrt()  # `std` takes five times as long
     return (views - mean[:, None, None, None]) / deviation[:, None, None, None]
 
 
