@@ -51,12 +51,12 @@ class _Clock:
         return timed
 
 
-def compare_step(system: ModuleType, steps: int = 80, **settings: Any) -> Rates:
+def compare_step(system: ModuleType, steps: int = 150, **settings: Any) -> Rates:
     """Steps/s of a system's Q-learning as it is trained, and if there were nothing but its networks."""
     clock, found = _Clock(), {"begun": 0.0, "before": 0.0, "ended": 0.0}
 
-    def measured(run: Run, *parts: Any, **how: Any) -> None:
-        counted, (_, _, _, network, target, *_) = run.steps, parts
+    def measured(run: Run, phase: str, _: float, *parts: Any, **how: Any) -> None:
+        counted, (network, target) = run.steps, parts[1:3]
 
         def counting(*phase: Any) -> Iterator[int]:
             for step in counted(*phase):
@@ -69,7 +69,7 @@ def compare_step(system: ModuleType, steps: int = 80, **settings: Any) -> Rates:
         with mock.patch.object(run, "steps", counting), timed:
             for each in network, target:
                 each.forward = clock.around(each.forward)
-            learn_by_acting(run, *parts, **how | {"keeper": None, "validate": None})
+            learn_by_acting(run, phase, 1.0, *parts, **how | {"keeper": None, "validate": None})
         raise _Taken
 
     with TemporaryDirectory() as folder, mock.patch.object(system, "learn_by_acting", measured):
