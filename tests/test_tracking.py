@@ -178,6 +178,11 @@ def test_sequences_are_chosen_by_name(tmp_path: Path) -> None:
         mot_clips(tmp_path, "test", 40, ("c",))
     with pytest.raises(InputError, match="names all sequences"):
         mot_clips(tmp_path, "test", 40, ("a", "b"))
+    mixed = load_videos("mot", tmp_path, "train", 40, 2, mirrored=True)
+    assert [name.split("-")[0] for name in mixed.names] == ["a", "train", "train", "a mirrored", "train", "train"]
+    assert len(mixed) == 2 * (6 + 2 * 24)
+    assert load_videos("mot", tmp_path, "val", 40, 2).names == ("a",), "what is rendered is learned from, not judged by"
+    pairs(mixed)
     shutil.rmtree(tmp_path / "train" / "b")
     assert [len(mot_clips(tmp_path, part, 40)[0].pixels) for part in ("train", "val", "test")] == [5, 1, 2]
     with pytest.raises(InputError, match="no sequence in it"):

@@ -122,7 +122,8 @@ def stacked(clips: Sequence[Clip]) -> Videos:
         offsets.append(torch.stack(first, 1))
         sizes.append(torch.stack(size, 1))
     numbers = torch.cat([torch.full((len(clip.pixels),), row) for row, clip in enumerate(clips)])
-    truth, found = (joined([getattr(clip, name) for clip in clips]) for name in ("truth", "detections"))
+    truth = joined([Boxes(clip.truth.boxes, clip.truth.labels, clip.truth.mask) for clip in clips])
+    found = joined([clip.detections for clip in clips])
     names, rates = tuple(clip.name for clip in clips), tuple(clip.rate for clip in clips)
     return Videos(torch.cat(pixels), torch.cat(offsets), torch.cat(sizes), numbers, truth, found, names, rates)
 
