@@ -192,10 +192,8 @@ def train(config: Config, run: Run) -> None:
     for name in CONTROLS:
         torch.manual_seed(config.seed)
         parts[name] = tracked(run, name, _mask_network(config, name), by="held_out_iou")
-    look, frozen = _look(env, _frozen(config, "train")), _frozen(config, "val")
-    how: dict[str, Any] = {"look": look, "keeper": keeper, "every": EVERY, "good": env.rewarded}
-    if not config.guided:
-        how["good"] = None
+    look, frozen, good = _look(env, _frozen(config, "train")), _frozen(config, "val"), env.rewarded
+    how: dict[str, Any] = {"look": look, "keeper": keeper, "every": EVERY, "good": good if config.guided else None}
     how["validate"] = partial(_held_out, config, policy, val, frozen, run)
     learn_by_acting(run, "agent", SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
     for name, control in parts.items():
@@ -239,9 +237,11 @@ def _score(
     for part, ids in enumerate(torch.arange(len(data), device=device).repeat(draws).split(AT_ONCE)):
         env = _world(config, data, len(ids), device, autoreset="disabled")
         episodes.append(play(env, ids, network, _look(env, frozen), config.seed + part))
-    ious, right = (torch.cat([getattr(each, name) for each in episodes]) for name in ("ious", "right"))
+    ious, right, kind = (torch.cat([getattr(each, name) for each in episodes]) for name in ("ious", "right", "actions"))
     curve = [(float(step), float(value)) for step, value in enumerate(ious.mean(0))]
-    return iou_scores(ious[:, -1]) | {"seed_precision": float(right.float().mean())}, curve
+    balance = 1 - (2 * (kind >= ACTIONS // 2).float().mean() - 1).abs()
+    seeds = {"seed_precision": float(right.float().mean()), "side_diversity": float(balance)}
+    return iou_scores(ious[:, -1]) | seeds, curve
 
 
 def _drawn(config: Config, data: Salient, draws: int, device: Any, network: SeedMask, frozen: Tensor | None) -> Scores:
@@ -254,7 +254,8 @@ def _drawn(config: Config, data: Salient, draws: int, device: Any, network: Seed
 def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -> Evaluation:
     """Mean IoU after the agent's seeds, at the walker's size, on the test split with `draws` users for each image.
 
-    `success` is the share of masks from 0.9 on; `seed_precision` that of the seeds on their own side. Baselines:
+    `success` is the share of masks from 0.9 on; `seed_precision` that of the seeds on their own side; `side_diversity` is
+    1 if as many are of the object as of the background, 0 if all are of one. Baselines:
     `initial`, the user's seeds alone; `random`, as many seeds with true labels at random places, as many for each side;
     `untrained`; `supervised`, the trunk trained to draw the mask at once, and `supervised_seeds`, which sees the user's
     seeds; `grabcut_box`, OpenCV's GrabCut from the true box, which no other row is told.
@@ -307,11 +308,8 @@ def predict(config: Config, policy: SeedQ, images: Tree) -> dict[str, Tensor]:
     look = _look(env, None if plain else frozen_features(_backbone().to(device), shown, CELLS))
     found = cut_out(env, policy.eval(), look, places["background"], places["foreground"], config.seeds)
     found["probabilities"] = enlarged(found["probabilities"], height, width)
-    return {
-        "masks": found["probabilities"] >= 0.5,
-        **found,
-        "seeds": found["seeds"] * shown.new_tensor([width, height]),
-    }
+    found["seeds"] = found["seeds"] * shown.new_tensor([width, height])
+    return {"masks": found["probabilities"] >= 0.5, **found}
 
 
 def picture(config: Config, policy: SeedQ, run: Run, images: Tree = None) -> dict[str, Any]:
