@@ -254,9 +254,9 @@ def _drawn(config: Config, data: Salient, draws: int, device: Any, network: Seed
 def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -> Evaluation:
     """Mean IoU after the agent's seeds, at the walker's size, on the test split with `draws` users for each image.
 
-    `success` is the share of masks from 0.9 on; `seed_precision` that of the seeds on their own side; `side_diversity` is
-    1 if as many are of the object as of the background, 0 if all are of one. Baselines:
-    `initial`, the user's seeds alone; `random`, as many seeds with true labels at random places, as many for each side;
+    `success` is the share of masks from 0.9 on; `seed_precision` that of the seeds on their own side; `side_diversity`
+    is 1 if as many are of the object as of the background, 0 if all are of one. Baselines: `initial`, the user's seeds
+    alone; `random`, as many seeds with true labels at random places, as many for each side;
     `untrained`; `supervised`, the trunk trained to draw the mask at once, and `supervised_seeds`, which sees the user's
     seeds; `grabcut_box`, OpenCV's GrabCut from the true box, which no other row is told.
     """
