@@ -238,7 +238,8 @@ def tune_on_reward(
         rate *= 1 - run.progress if tuning.anneal else 1.0
         set_learning_rate(optimizer, rate * (1.0 if keeper is None else float(keeper.rate)))
         for epoch in range(tuning.epochs):
-            told, behaviour = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside)
+            some = _subset(run, phase, step, tuning.subset)
+            told, behaviour = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside, some)
             if epoch == 0:
                 told |= _told(scored, tuning.samples)
                 run.log(**told)
@@ -286,11 +287,12 @@ def _update(
     tuning: Tuning,
     optimizer: Optimizer,
     beside: Callable[[Decisions, Scored, Tree], Losses] | None,
+    chosen: Callable[[list[slice]], list[slice]],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One step of the optimizer on scored answers, in chunks of inputs and in pieces of their steps if asked.
 
     Returns:
-        What to log of it, and the log-probabilities of the decisions as they were before it.
+        What to log of it, and the log-probabilities of the decisions as they were before it (0 where not looked at).
     """
     rows, samples = rows_of(inputs), tuning.samples
     size = tuning.chunk or rows
@@ -300,7 +302,10 @@ def _update(
     for some, wanted, part in zip(
         split(inputs, size), split(targets, size), split(scored, size * samples), strict=True
     ):
-        share, pieces, behaviour = rows_of(some) / rows, policy.pieces(part.actions), []
+        share, whole = rows_of(some) / rows, policy.pieces(part.actions)
+        pieces = chosen(whole)
+        scale = len(whole) / len(pieces)
+        behaviour: dict[int, Tensor] = {}
         for steps in pieces:
             if loss is not None:
                 loss.backward()
@@ -311,20 +316,43 @@ def _update(
             with answering(policy, tuning.precision):
                 decisions = policy(some, part.actions, steps)
             loss, told = reward_loss(decisions, part.at(steps), anchor, tuning, rows * samples)
+            loss = scale * loss if scale > 1 else loss
             assert decisions.log_probs is not None
-            behaviour.append(decisions.log_probs.detach())
+            behaviour[steps.start or 0] = decisions.log_probs.detach()
             if beside is not None:
                 losses = beside(decisions, part, repeat(wanted, samples))
                 loss = torch.stack([loss, *(share / len(pieces) * value for value in losses.values())]).sum()
                 told |= {name: value.detach() for name, value in losses.items()}
             for name, value in told.items():
                 value = value if name in SUMS else share * value
-                value = value if name in LONG else value / len(pieces)
+                value = scale * value if name in LONG else value / len(pieces)
                 logged[name] = logged.get(name, 0.0) + value
-        known.append(torch.cat(behaviour, 1))
+        known.append(_laid_out(behaviour, whole))
     assert loss is not None
     run.optimise(loss, optimizer)
     return logged, torch.cat(known)
+
+
+def _subset(run: Run, phase: str, step: int, share: float) -> Callable[[list[slice]], list[slice]]:
+    """Chooses this share of the pieces of an answer, at least one, the same ones in every epoch of a step."""
+
+    def chosen(pieces: list[slice]) -> list[slice]:
+        order = noise.permutation(noise.key(run.seed, phase, "subset", step), len(pieces))
+        return [pieces[place] for place in order[: max(1, round(share * len(pieces)))].sort().values.tolist()]
+
+    return chosen
+
+
+def _laid_out(known: dict[int, Tensor], pieces: list[slice]) -> Tensor:
+    """Log-probabilities by the first step of their piece as one tensor; 0 in pieces that were not looked at."""
+    like = next(iter(known.values()))
+    rows = [known.get(piece.start or 0) for piece in pieces]
+    if len(pieces) == 1:
+        return like
+    sizes = [piece.stop - piece.start for piece in pieces]
+    return torch.cat(
+        [like.new_zeros(len(like), size) if row is None else row for row, size in zip(rows, sizes, strict=True)], 1
+    )
 
 
 def _told(scored: Scored, samples: int) -> dict[str, Tensor]:

@@ -64,6 +64,9 @@ class Tuning:
         warmup: steps over which it rises from 0.
         anneal: the learning rate falls evenly to 0 at the end of the phase, which leaves less noise in the weights.
         chunk: inputs to a backward pass, if a batch is too large for the memory; the gradient is the same.
+        subset: share of the pieces of an answer's decisions (`Sampler.chunk`) that an update learns from, drawn anew for
+            each and weighed up, so that the expectation is that of all. For a denoising chain, whose steps all share one
+            advantage, a third of them is a cheaper update and hardly a noisier one.
         precision: "bf16" runs the model in mixed precision; rewards and losses stay in fp32.
     """
 
@@ -80,6 +83,7 @@ class Tuning:
     chunk: int | None = None
     precision: Precision = "fp32"
     anchored: Literal["loss", "reward"] = "loss"
+    subset: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be learned from.
@@ -97,6 +101,8 @@ class Tuning:
         )
         if compares and self.samples < 2:
             raise InputError(f"samples: found {self.samples}, but {self.baseline} compares at least 2; try 8")
+        if not 0 < self.subset <= 1:
+            raise InputError(f"subset: found {self.subset:g}, expected more than 0 and at most 1")
         if self.anchored == "reward" and self.credit != "answer":
             raise InputError(
                 f"anchored: found 'reward', which is of whole answers, but credit {self.credit!r}; use 'loss'"
