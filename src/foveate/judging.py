@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foveate import noise
-from foveate.learn.answers import Precision, answering
+from foveate.learn.answers import Precision, Reward, answering, divergence
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.classifier import ImageClassifier
 from foveate.rewards.generated import diversity, frechet_distance
@@ -117,7 +117,7 @@ class Watch:
     def __call__(
         self, images: Float[Tensor, "batch channels height width"], kinds: Int[Tensor, " batch"]
     ) -> dict[str, Tensor]:
-        """`distance`: Fréchet's to the real ones; `diversity`: 1 is theirs; `accuracy` of a `Judge` on the drawn ones."""
+        """`distance`: Fréchet's to the real ones; `diversity`: 1 is theirs; `accuracy` of a `Judge`."""
         features = self._features(images)
         found = {"distance": frechet_distance(features, self.real[: len(features)])}
         found["diversity"] = diversity(features, kinds) / max(self.various, 1e-9)
@@ -136,9 +136,9 @@ class Watch:
 def mix(now: Mapping[str, Tensor], start: Mapping[str, Tensor], strict: float) -> Tensor:
     """One score of all: what the reward gained, less what was lost in what it does not look at.
 
-    The gain is in standard deviations of the reward among the start's images. Lost are: accuracy, where five points weigh
-    as one deviation; nearness to real images, where a distance e times the start's weighs as one; diversity, where half
-    of the start's weighs as one. What is better than at the start is no gain.
+    The gain is in standard deviations of the reward among the start's images. Lost are: accuracy, five points of which
+    weigh as one deviation; nearness to real images, where a distance e times the start's weighs as one; diversity, where
+    half of the start's weighs as one. What is better than at the start is no gain.
 
     Args:
         now: "reward", "distance", "diversity", and "accuracy" if there are classes.
@@ -151,3 +151,58 @@ def mix(now: Mapping[str, Tensor], start: Mapping[str, Tensor], strict: float) -
     if "accuracy" in now:
         lost = lost + (start["accuracy"] - now["accuracy"]).clamp(min=0) / POINTS
     return gain - strict * lost
+
+
+class Contest:
+    """Models beside each other: images of the same noise, the reward of them, and what it does not look at.
+
+    Args:
+        reward: what is optimised.
+        watch: what is not.
+        start: of the tuning.
+        kinds: the classes or prompts of the images that are drawn.
+        keys: of their noise.
+        precision: of the models.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        watch: Watch,
+        start: Sampler,
+        kinds: Int[Tensor, " batch"],
+        keys: Int[Tensor, " batch"],
+        precision: Precision = "fp32",
+    ) -> None:
+        self.reward, self.watch, self.start, self.kinds, self.keys = reward, watch, start, kinds, keys
+        self.precision = precision
+        self._first: dict[str, Tensor] = {}
+
+    def scores(self, policy: Sampler) -> dict[str, Tensor]:
+        """Mean "reward", its "spread", and what the watch says."""
+        images = drawn_images(policy, self.kinds, self.keys, self.precision)
+        total = self.reward(images, self.kinds).total
+        return {"reward": total.mean(), "spread": total.std(), **self.watch(images, self.kinds)}
+
+    def look(self, policy: Sampler, strict: float) -> dict[str, Tensor]:
+        """The scores as "held_out_...", and their `mix` beside the start's, which is scored once."""
+        self._first = self._first or self.scores(self.start)
+        found = self.scores(policy)
+        named = {f"held_out_{name}": value for name, value in found.items() if name != "spread"}
+        return named | {"held_out_mix": mix(found, self._first, strict)}
+
+    def row(self, images: Tensor, kinds: Tensor) -> dict[str, float]:
+        """Of an evaluation: the scores of any images."""
+        found, beside = self.reward(images, kinds), self.watch(images, kinds)
+        row = {"reward": found.total.mean(), "frechet_distance": beside["distance"], "diversity": beside["diversity"]}
+        row |= {"judge_accuracy": beside["accuracy"]} if "accuracy" in beside else {}
+        return {name: float(value) for name, value in row.items()}
+
+    def model(self, policy: Sampler, chains: int = 100) -> dict[str, float]:
+        """Of an evaluation: the scores of a model, and the "kl" of so many answers to the start, in nats."""
+        some = slice(min(len(self.kinds), chains))
+        with answering(policy, self.precision):
+            answers = policy.sample(self.kinds[some], 1, False, self.keys[some])
+        far = divergence(policy, self.start, self.kinds[some], answers, self.precision).mean()
+        images = drawn_images(policy, self.kinds, self.keys, self.precision)
+        return self.row(images, self.kinds) | {"kl": float(far)}

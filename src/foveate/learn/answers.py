@@ -45,9 +45,9 @@ class Tuning:
     Attributes:
         samples: answers to each input of a batch.
         baseline: what is subtracted from a reward: the mean of the other answers, that of the greedy answer, a moving
-            average, the model's own expectation (`values` of its decisions), or nothing. "normalised" takes off the mean
-            of the input's answers and divides by their standard deviation (`group_normalised`): no units are left, and
-            the anchor weighs the same whatever the reward is measured in.
+            average, the model's own expectation (`values` of its decisions), or nothing. "normalised" takes off the
+            mean of the input's answers and divides by their standard deviation (`group_normalised`): no units are left,
+            and the anchor weighs the same whatever the reward is measured in.
         credit: what a decision is weighed by. "answer": the reward of the whole answer, less the baseline. The others
             take the reward's `credit` [rows, time]. "to-go": what this decision and those after it gained, if the
             credits sum to the reward, less the mean of that over the other answers. "difference" and "flip" are for
@@ -64,9 +64,9 @@ class Tuning:
         warmup: steps over which it rises from 0.
         anneal: the learning rate falls evenly to 0 at the end of the phase, which leaves less noise in the weights.
         chunk: inputs to a backward pass, if a batch is too large for the memory; the gradient is the same.
-        subset: share of the pieces of an answer's decisions (`Sampler.chunk`) that an update learns from, drawn anew for
-            each and weighed up, so that the expectation is that of all. For a denoising chain, whose steps all share one
-            advantage, a third of them is a cheaper update and hardly a noisier one.
+        subset: share of the pieces of an answer's decisions (`Sampler.chunk`) that an update learns from, drawn anew
+            for each and weighed up, so that the expectation is that of all. Of a denoising chain, whose steps share
+            one advantage, a third of them is a cheaper update and hardly a noisier one.
         precision: "bf16" runs the model in mixed precision; rewards and losses stay in fp32.
     """
 

@@ -1,8 +1,8 @@
 """The Gaussian steps of a denoising chain, from the schedulers of diffusers.
 
-A step draws x' ~ N(μ, σ²) with μ = image · x₀ + noise · ε + state · x: x₀ and ε are what the network makes of the noisy x,
-the rest is a table. Ho et al. 2020, "Denoising diffusion probabilistic models", equation 7; Song et al. 2021, "Denoising
-diffusion implicit models", equations 12 and 16. The tests hold it against `scheduler.step`.
+A step draws x' ~ N(μ, σ²) with μ = image · x₀ + noise · ε + state · x: x₀ and ε are what the network makes of the
+noisy x, the rest is a table. Ho et al. 2020, "Denoising diffusion probabilistic models", equation 7; Song et al. 2021,
+"Denoising diffusion implicit models", equations 12 and 16. The tests hold it against `scheduler.step`.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Steps:
 class GaussianStep(Gaussian):
     """Many pixels around their means with one σ a step, [rows, time, pixels] and [rows or 1, time, 1].
 
-    Log-probabilities are sums over pixels; a mean would be that of another, far flatter distribution. They are summed in
-    float64: of a large image they are some 10⁴ nats, of which float32 loses what a ratio is made of.
+    Log-probabilities are sums over pixels; a mean would be that of another, far flatter distribution. They are summed
+    in float64: of a large image they are some 10⁴ nats, of which float32 loses what a ratio is made of.
     """
 
     def log_prob(self, actions: Float[Tensor, "*batch dimensions"]) -> Float[Tensor, "*batch"]:
@@ -109,7 +109,7 @@ def gaussian_steps(scheduler: Any, count: int, eta: float = 1.0) -> Steps:
     kind = type(scheduler).__name__
     if kind not in KINDS:
         raise InputError(
-            f"scheduler: found {kind}, whose steps are not Gaussian, expected one of {', '.join(KINDS)}; add --scheduler ddim"
+            f"scheduler: found {kind}, with no Gaussian steps, expected {' or '.join(KINDS)}; add --scheduler ddim"
         )
     config = scheduler.config
     if not 1 <= count <= config.num_train_timesteps:
@@ -139,11 +139,15 @@ def gaussian_steps(scheduler: Any, count: int, eta: float = 1.0) -> Steps:
     else:
         variance = eta**2 * variance
         image, noise, state = after.sqrt(), (1 - after - variance).clamp(min=0).sqrt(), torch.zeros_like(alpha)
-    columns = (alpha, image, noise, state, torch.where(variance.sqrt() > LEAST_STD, variance.sqrt(), 0.0))
+    std = torch.where(variance.sqrt() > LEAST_STD, variance.sqrt(), 0.0)
     cut = config.thresholding
     return Steps(
         times,
-        *(column.float() for column in columns),
+        alpha.float(),
+        image.float(),
+        noise.float(),
+        state.float(),
+        std.float(),
         config.prediction_type,
         float(config.clip_sample_range) if config.clip_sample and not cut else None,
         float(config.dynamic_thresholding_ratio) if cut else None,

@@ -13,8 +13,9 @@ pass of its own. What decides is the same in both passes: clipping, guidance, pr
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from foveate import noise
 from foveate.models.denoising import GaussianStep, gaussian_steps, target_of
+from foveate.models.low_rank import MARK
 from foveate.types import Decisions, InputError, Sampler, Tree, map_tree
 
 
@@ -71,9 +73,16 @@ class Denoiser(Sampler):
         guidance: output = without + guidance · (with - without condition); 1: the condition alone.
         chunk: steps to a backward pass.
 
+    Attributes:
+        classes: how many inputs there are, beside the one of this number that means none; None: it is told nothing.
+        light: what does not learn stays where it came from: states hold what learns, and copies share the rest.
+
     Raises:
         InputError: steps that decide nothing (eta = 0), a scheduler whose steps are not Gaussian, a chunk below 1.
     """
+
+    light = False
+    classes: int | None = None
 
     def __init__(
         self,
@@ -90,7 +99,8 @@ class Denoiser(Sampler):
             raise InputError(f"piece: found {chunk}, expected at least 1 step of denoising")
         if not eta > 0 and type(scheduler).__name__ == "DDIMScheduler":
             raise InputError(f"eta: found {eta:g}, with which no step is random and nothing is decided; try 1")
-        self.network, self.shape, self.guidance, self.chunk = network, shape, guidance, chunk
+        self.network, self.guidance, self.chunk, self.shape = network, guidance, chunk, shape
+        self.image = shape  # of the finished images
         self.table, self.certain = gaussian_steps(scheduler, steps, eta), gaussian_steps(scheduler, steps, 0.0)
         if not bool((self.table.std > 0).any()):
             raise InputError(
@@ -113,6 +123,33 @@ class Denoiser(Sampler):
         self, x: Float[Tensor, "rows channels height width"], times: Int[Tensor, " rows"], conditions: Tree
     ) -> Float[Tensor, "rows channels height width"]:
         """What the network makes of x."""
+
+    def state_dict(self, *arguments: Any, **how: Any) -> dict[str, Any]:  # type: ignore[override]
+        """All weights; of a `light` one those that learn."""
+        state = super().state_dict(*arguments, **how)
+        return {name: value for name, value in state.items() if not self.light or MARK in name}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **how: Any) -> Any:
+        """Take the weights of one like this, or of one without adapters: these then change nothing."""
+        own = super().state_dict()
+        if any(MARK in name for name in own) and not any(MARK in name for name in state_dict):
+            still = {name: 0 * value if f"{MARK}B" in name else value for name, value in own.items()}
+            plain = {name: state_dict.get(name.replace(".base_layer.", "."), value) for name, value in still.items()}
+            return super().load_state_dict(plain, *arguments, **how)
+        return super().load_state_dict(own | dict(state_dict) if self.light else state_dict, *arguments, **how)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
+        """A copy; of a `light` one, what does not learn is shared."""
+        if self.light:
+            memo |= {id(one): one for one in (*self.parameters(), *self.buffers()) if not one.requires_grad}
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
+
+    def none(self, classes: int) -> int | None:
+        """The input that means none of so many classes; None if there is no such input."""
+        return self.classes if self.classes == classes else None
 
     def encode(self, images: Float[Tensor, "rows channels height width"]) -> Tensor:
         """Images in [0, 1] as the network has them."""
@@ -262,7 +299,7 @@ def small_unet(side: int, channels: int, classes: int | None, widths: tuple[int,
     halvings = len(widths) - 1
     if not widths or side % 2**halvings or any(width % 8 for width in widths):
         raise InputError(
-            f"image_size, widths: {side} pixels are halved {halvings} times, widths {widths} are multiples of 8: change one"
+            f"image_size, widths: {side} pixels are halved {halvings} times, widths {widths} must be multiples of 8"
         )
     return diffusers().UNet2DModel(
         sample_size=side,

@@ -74,7 +74,7 @@ class Unadapted(Sampler):
         self._policy = [policy]  # in a list, or it would be a part of this one
         self.chunk = policy.chunk
 
-    def state_dict(self, *arguments: Any, **how: Any) -> dict[str, Any]:
+    def state_dict(self, *arguments: Any, **how: Any) -> dict[str, Any]:  # type: ignore[override]
         """Of the policy, with adapters that change nothing."""
         state = self._policy[0].state_dict(*arguments, **how)
         return {name: 0 * value if f"{MARK}B" in name else value for name, value in state.items()}

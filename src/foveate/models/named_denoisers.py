@@ -6,6 +6,7 @@ from pathlib import Path
 
 from foveate.models.diffusion import ClassDenoiser, Denoiser, diffusers, small_unet
 from foveate.models.low_rank import ATTENTION, CONVOLUTIONS, add_low_rank
+from foveate.models.pipelines import read_pipeline
 from foveate.types import InputError
 
 SMALL = "small"
@@ -30,6 +31,7 @@ def named_denoiser(
     Raises:
         InputError: no such model, files that are missing or of something else, or fields that do not fit it.
     """
+    where, _, which = model.partition(":")
     if model == SMALL:
         package = diffusers()
         kind = package.DDPMScheduler if scheduler == "ddpm" else package.DDIMScheduler
@@ -37,16 +39,35 @@ def named_denoiser(
         schedule = kind(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing")
         assert image_size is not None
         assert channels is not None
+        shape = (channels, image_size, image_size)
         network = small_unet(image_size, channels, len(classes or ()), widths)
-        policy: Denoiser = ClassDenoiser(
-            network, schedule, denoising, (channels, image_size, image_size), eta, guidance, piece
-        )
-        targets: tuple[str, ...] = (*ATTENTION, *CONVOLUTIONS)
+        policy: Denoiser = ClassDenoiser(network, schedule, denoising, shape, eta, guidance, piece)
+    elif where == "hf" and which:
+        texts = None if prompts is None else read_prompts(prompts)
+        policy = read_pipeline(which, texts, denoising, scheduler, eta=eta, guidance=guidance, chunk=piece)
+        if isinstance(policy, ClassDenoiser) and classes is not None:
+            check_classes(policy, model, classes)
     else:
-        raise InputError(f"model: no {model!r}")
+        raise InputError(f"model: no {model!r}, expected {SMALL} or hf:FOLDER_OR_REPOSITORY; correct --model")
     if lora:
-        add_low_rank(policy.network, lora, targets)
+        add_low_rank(
+            policy.network, lora, (*ATTENTION, *CONVOLUTIONS) if isinstance(policy, ClassDenoiser) else ATTENTION
+        )
+        policy.light = model != SMALL
     return policy
+
+
+def check_classes(policy: ClassDenoiser, model: str, classes: tuple[str, ...]) -> None:
+    """A network that is told classes must know those of the data, and maybe one more that means none.
+
+    Raises:
+        InputError: it knows more or fewer.
+    """
+    if policy.classes not in (None, len(classes), len(classes) - 1):
+        known = (policy.classes or 0) + 1
+        raise InputError(
+            f"model: {model} is told {known} classes, expected {len(classes)}, or one more that means none"
+        )
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

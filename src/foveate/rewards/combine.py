@@ -62,17 +62,18 @@ def product(rewards: Mapping[str, Reward]) -> Reward:
 def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
     """A reward that names the example on which another one fails, instead of failing with the whole batch.
 
-    An example fails if its total is NaN or infinite, or if the reward raises for it; only then is it asked an example at
-    a time. With `skip` a failed example gets the mean of the others, from which nothing is learned, and the part "skipped"
-    is 1 for it, else 0 (it is no summand); other parts are 0 there. Credit of single decisions is left out.
+    An example fails if its total is NaN or infinite, or if the reward raises for it; only then is it asked an example
+    at a time. With `skip` a failed example gets the mean of the others, from which nothing is learned, and the part
+    "skipped" is 1 for it, else 0 (it is no summand); other parts are 0 there. Credit of single decisions is left out.
 
     Raises:
         InputError: an example failed and is not to be skipped, or all did. `targets` that are numbers are told.
     """
 
     def careful(predictions: Any, targets: Any) -> RewardOutput:
+        errors: dict[int, Exception] = {}
         try:
-            found, errors = reward(predictions, targets), {}
+            found = reward(predictions, targets)
         except Exception as error:
             found, errors = _one_by_one(reward, predictions, targets)
             if not errors:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class ClipMatch:
     Kirstain et al. 2023) makes it a learned preference.
 
     Args:
-        folder: a CLIPModel with tokenizer and image processor, as `save_pretrained` writes them; weights in safetensors.
+        folder: a CLIPModel with tokenizer and image processor, as `save_pretrained` writes them, in safetensors.
         texts: of the inputs, by number.
         device: where it computes.
 
@@ -141,8 +142,8 @@ class Aesthetic:
 
     Args:
         clip: whose embeddings the head was trained on.
-        weights: safetensors of linear layers one after the other, as "layers.0.weight", "layers.0.bias", "layers.2..." in
-            the order of their numbers, the last with one output; nothing but dropout lies between LAION's.
+        weights: safetensors of linear layers one after the other, as "layers.0.weight", "layers.0.bias", "layers.2..."
+            in the order of their numbers, the last with one output; nothing but dropout lies between LAION's.
 
     Raises:
         InputError: the file is missing, is no safetensors, or its layers do not follow on each other.
@@ -213,7 +214,7 @@ def _linear_layers(path: Path) -> list[tuple[Tensor, Tensor]]:
     layers = [(weights[f"{name}.weight"], weights.get(f"{name}.bias", torch.zeros(1))) for name in names]
     sizes = [tuple(weight.shape) for weight, _ in layers]
     fits = layers and sizes[-1][0] == 1 and all(len(size) == 2 for size in sizes)
-    if not fits or any(second[1] != first[0] for first, second in zip(sizes, sizes[1:], strict=False)):
+    if not fits or any(second[1] != first[0] for first, second in pairwise(sizes)):
         raise InputError(
             f"{path}: its layers are {sizes}, expected linear ones that follow on each other, the last to 1"
         )

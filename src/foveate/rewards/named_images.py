@@ -52,8 +52,8 @@ def image_reward(
     """
     if not names or (weights and len(weights) != len(names)) or len(set(names)) < len(names):
         raise InputError(
-            f"reward, weights: found {', '.join(names) or 'none'} with {len(weights)} weights, expected different names "
-            "and a weight for each, or none"
+            f"reward, weights: found {', '.join(names) or 'none'} with {len(weights)} weights, expected different "
+            "names and a weight for each, or none"
         )
     seeing = ClipMatch(_given(clip, "clip", names), texts, device) if {"clip", "aesthetic"} & set(names) else None
 
