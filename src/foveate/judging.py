@@ -137,7 +137,7 @@ def mix(now: Mapping[str, Tensor], start: Mapping[str, Tensor], strict: float) -
     """One score of all: what the reward gained, less what was lost in what it does not look at.
 
     The gain is in standard deviations of the reward among the start's images. Lost are: accuracy, five points of which
-    weigh as one deviation; nearness to real images, where a distance e times the start's weighs as one; diversity, where
+    weigh as a deviation; nearness to real images, where a distance e times the start's weighs as one; diversity, where
     half of the start's weighs as one. What is better than at the start is no gain.
 
     Args:
