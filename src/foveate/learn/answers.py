@@ -284,7 +284,7 @@ def distinct(actions: Tree, samples: int) -> Float[Tensor, ""]:
     leaves: list[Tensor] = []
 
     def note(leaf: Tensor) -> Tensor:
-        leaves.append(leaf.flatten(1).unflatten(0, (-1, samples)))
+        leaves.append(leaf.reshape(-1, samples, leaf[0].numel()))
         return leaf
 
     map_tree(note, actions)
