@@ -155,7 +155,7 @@ class Denoiser(Sampler):
         """Images in [0, 1] as the network has them."""
         return 2 * images - 1
 
-    def finish(self, x: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows channels height width"]:
+    def finish(self, x: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows colors tall wide"]:
         """Images in [0, 1] of what the network has at the end."""
         return ((x + 1) / 2).clamp(0, 1)
 
@@ -209,7 +209,7 @@ class Denoiser(Sampler):
         distribution = GaussianStep(mean.flatten(2), torch.where(std > 0, std, 1.0))
         return Decisions(distribution, None, distribution.log_prob(actions.drawn[:, steps].flatten(2)), random)
 
-    def decode(self, actions: Chain) -> Float[Tensor, "rows channels height width"]:
+    def decode(self, actions: Chain) -> Float[Tensor, "rows colors tall wide"]:
         """The finished images, in [0, 1]."""
         with torch.no_grad():
             return self.finish(actions.drawn[:, -1]).float()

@@ -94,7 +94,7 @@ class TextDenoiser(Denoiser):
         with torch.no_grad():
             return (vae.encode(pixels).latent_dist.mean - _shift(vae)) * vae.config.scaling_factor
 
-    def finish(self, x: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows channels height width"]:
+    def finish(self, x: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows colors tall wide"]:
         """Images in [0, 1] of latents."""
         vae = self._vae[0]
         if vae is None:
@@ -149,6 +149,7 @@ def encoded(folder: Path, name: str, prompts: Sequence[str]) -> Float[Tensor, "p
     """The prompts of a pipeline's text encoder, and the empty one."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # a run reads it several times
     encoder = _part(transformers.CLIPTextModel, folder / "text_encoder", name)
     try:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)

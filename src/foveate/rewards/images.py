@@ -181,6 +181,7 @@ def read_clip(folder: Path, device: torch.device | str) -> tuple[Any, Tensor, Te
         raise InputError(
             f"clip: {folder}: {found}; expected what save_pretrained of a CLIPModel and its processor writes"
         )
+    transformers.utils.logging.disable_progress_bar()  # a run reads it several times
     try:
         model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
