@@ -19,6 +19,7 @@ from foveate.two_steps import Batches, learn_likelihood
 UNTOLD = 0.1  # of the images, those whose class is left out, so that there is guidance
 NOISED = 4  # times an own image is noised for an update
 Labelled = tuple[Float[Tensor, "size channels height width"], Int[Tensor, " size"]]
+Others = tuple[Float[Tensor, "others channels height width"], Int[Tensor, " others"]]
 
 
 def learn_to_denoise(
@@ -29,7 +30,7 @@ def learn_to_denoise(
     optimizer: torch.optim.Optimizer,
     keeper: Keeper,
     train: Labelled,
-    val: Labelled,
+    val: Others,
     *,
     batch: int,
     learning_rate: float,

@@ -239,9 +239,9 @@ def tune_on_reward(
         set_learning_rate(optimizer, rate * (1.0 if keeper is None else float(keeper.rate)))
         for epoch in range(tuning.epochs):
             some = _subset(run, phase, step, tuning.subset)
-            told, behaviour = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside, some)
+            now, behaviour = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside, some)
             if epoch == 0:
-                told |= _told(scored, tuning.samples)
+                told = now | _told(scored, tuning.samples)
                 run.log(**told)
                 scored = replace(scored, behaviour=behaviour)
         average.update(run.mean(scored.output.total.mean())[None])

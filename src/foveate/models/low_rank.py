@@ -50,7 +50,7 @@ def take_start(policy: nn.Module, start: nn.Module) -> None:
 @contextmanager
 def unadapted(module: nn.Module) -> Iterator[None]:
     """The module as it was before it was tuned."""
-    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "enable_adapters")]
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "base_layer")]
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         for layer in layers:

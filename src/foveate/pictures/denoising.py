@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.pictures.canvas import image_grid
 
-CELL = 72
+CELL = 96
 Along = dict[str, dict[str, list[tuple[float, float]]]]
 
 

@@ -108,23 +108,23 @@ class Config:
     """clipped: of the ratio, whose log-probabilities are sums over pixels"""
     temperature: float = 0.5
     """weighted: weights are exp(advantage / temperature)"""
-    tuning_rate: float = 1e-4
+    tuning_rate: float = 2e-4
     """learning rate of the reward, constant after a warm-up"""
     piece: int = 2
     """steps of denoising in a backward pass: the memory is that of a piece"""
-    subset: float = 0.5
+    subset: float = 0.34
     """share of the steps that an update learns from, drawn anew for each"""
-    anchor: float = 0.01
+    anchor: float = 0.2
     """weight of the KL to the start, in standard deviations of the reward a nat"""
     anchored: Literal["loss", "reward"] = "loss"
     """where the KL stands: in the loss, or in the reward too (then the gradient is that of whole chains)"""
-    anchors: tuple[float, ...] = (0.0, 0.1)
+    anchors: tuple[float, ...] = (0.0, 1.0)
     """other weights of the anchor that are tried beside, each as long"""
     strict: float = 1.0
     """how much weighs, in choosing weights, what is lost in scores that are not optimised"""
-    every: int = 25
+    every: int = 10
     """updates between looks at held-out scores"""
-    looks: int = 160
+    looks: int = 200
     """images drawn for each look"""
     images: int = 500
     """images drawn of each model to evaluate it"""
@@ -188,7 +188,7 @@ def _tuning(config: Config, anchor: float) -> Tuning:
     how: dict[str, Any] = {"learning_rate": config.tuning_rate, "precision": config.precision, "subset": config.subset}
     if config.estimator == "clipped":
         how |= {"epochs": config.epochs, "clip": config.ratio_clip}
-    return Tuning(config.samples, "normalised", anchor, anchored=config.anchored, **how)
+    return Tuning(config.samples, "normalised", anchor, anchored=config.anchored, warmup=5, **how)
 
 
 def _reward(config: Config, classifier: Any, device: torch.device) -> Reward:
@@ -341,8 +341,8 @@ def picture(
     kinds = torch.arange(len(names), device=run.device)
     keys = noise.key(config.seed, "picture", kinds)
     with torch.no_grad(), answering(policy, config.precision):
-        chains = {name: model.sample(kinds, 2, False, keys) for name, model in models.items()}
-        steps = {name: [policy.finish(x[::2]) for x in chain.drawn.unbind(1)] for name, chain in chains.items()}
+        chains = {name: model.sample(kinds, 1, False, keys) for name, model in models.items()}
+        steps = {name: [policy.finish(x) for x in chain.drawn.unbind(1)] for name, chain in chains.items()}
     drawn = {name: policy.decode(chain) for name, chain in chains.items()}
     return {"before and after": denoising.rows(drawn, names), "denoising": denoising.frames(steps, names)}
 
