@@ -30,7 +30,6 @@ from foveate.models.pipelines import TextDenoiser, read_pipeline
 from foveate.run import Run
 from foveate.systems import diffusion
 from foveate.types import InputError
-
 from test_image_rewards import tiny_clip, tokenizer
 
 KEYS = noise.key(0, torch.arange(2))

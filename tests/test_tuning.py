@@ -297,7 +297,7 @@ def with_difference(answers: Tensor, targets: Tensor) -> RewardOutput:
 
 
 def test_an_anchor_in_the_reward_gives_the_gradient_of_whole_answers() -> None:
-    """Σ p(answer) (R - anchor · log p / q) over all answers of two tokens, by autograd; in the loss a part is left out."""
+    """Σ p(answer) (R - anchor · log p / q) over all answers, by autograd; in the loss alone a part is missing."""
     model, image, target = small(), images(1), torch.tensor([[1, 2]])
     reference = frozen(model)
     with torch.no_grad():

@@ -74,6 +74,12 @@ def learn_to_denoise(
     learn_likelihood(run, phase, share, policy, batches, optimizer, learning_rate, **how)
 
 
+def kinds_asked(run: Run, batch: int, count: int, step: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Which of `count` classes or prompts an update asks for, twice: each once before any comes again."""
+    inputs = noise.examples(run.seed, step, batch, count)[run.rows(batch)].to(run.device)
+    return inputs, inputs
+
+
 def own_examples(
     run: Run,
     policy: Denoiser,

@@ -32,7 +32,7 @@ from torch import Tensor
 from foveate import noise
 from foveate.data.classification import Images, check_images, check_kind, evaluation_split, held_out_split, load_images
 from foveate.data.picture_folders import read_pictures
-from foveate.generation import learn_to_denoise, own_examples
+from foveate.generation import kinds_asked, learn_to_denoise, own_examples
 from foveate.judging import Contest, Judge, Thumbnails, Watch, drawn_images, learn_to_judge
 from foveate.learn.answers import Precision, Reward, Tuning, answering
 from foveate.learn.baselines import MovingAverage
@@ -172,7 +172,7 @@ def resolve(config: Config) -> Config:
     given = (config.channels or channels, config.image_size or height, config.image_size or width)
     if given != (channels, height, width):
         raise InputError(
-            f"data: {given} (channels, height, width), but {config.model} draws {(channels, height, width)}"
+            f"data: {given} (channels, rows, columns), but {config.model} draws {(channels, height, width)}"
         )
     _reward(config, None, torch.device("cpu"))
     return replace(config, image_size=height, channels=channels)
@@ -249,7 +249,7 @@ def train(config: Config, run: Run) -> None:
         learn_to_denoise(run, "likelihood", config.likelihood_share, *parts["likelihood"], **how)
     contest = _contest(config, judges, start, "val", config.looks, run.device)
     share = (1 - config.judge_share - config.likelihood_share) / (len(weights) + bool(taught))
-    asked = partial(_asked, config, run)
+    asked = partial(kinds_asked, run, config.inputs, len(config.classes or ()))
     for name, weight in weights.items():
         policy, optimizer, keeper = parts[name]
         if config.lora:
@@ -266,13 +266,6 @@ def train(config: Config, run: Run) -> None:
             tune_on_reward(run, phase, share, *learner, **look)
     if taught:
         learn_to_denoise(run, "control", share, *parts["control"], **how, start=start)
-
-
-def _asked(config: Config, run: Run, step: int) -> tuple[Tensor, Tensor]:
-    """Which classes or prompts an update asks for: each once before any comes again."""
-    every = noise.examples(config.seed, step, config.inputs, len(config.classes or ()))
-    inputs = every[run.rows(config.inputs)].to(run.device)
-    return inputs, inputs
 
 
 def evaluate(config: Config, policy: Denoiser, run: Run, elsewhere: bool = False) -> Evaluation:
@@ -314,9 +307,7 @@ def predict(
     check_images(images, "images")
     if tuple(images.shape[1:]) != policy.image:
         found, expected = list(images.shape[1:]), list(policy.image)
-        raise InputError(
-            f"images: {found} (channels, height, width), but trained on {expected}: convert and resize them"
-        )
+        raise InputError(f"images: {found} (channels, rows, columns), but trained on {expected}: convert and resize")
     device = next(policy.parameters()).device
     keys = noise.key(config.seed, "redrawn", torch.arange(len(images))).to(device)
     middle = config.denoising // 2
@@ -334,9 +325,7 @@ def picture(
     if images is not None:
         shown = {name: predict(config, model, images)["images"] for name, model in (models | {"tuned": policy}).items()}
         return {"redrawn": denoising.columns({"given": images} | shown)}
-    models |= restored(run, {"anchor 0": "anchor 0"} if config.anchor else {}, partial(build, config)) | {
-        "tuned": policy
-    }
+    models |= restored(run, {"anchor 0": "anchor 0"}, partial(build, config)) | {"tuned": policy}
     names = (config.classes or ())[:10]
     kinds = torch.arange(len(names), device=run.device)
     keys = noise.key(config.seed, "picture", kinds)
