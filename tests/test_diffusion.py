@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, UNet2DModel
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+import foveate
 from foveate import noise
 from foveate.learn.answers import (
     Tuning,
@@ -386,3 +387,13 @@ def test_it_learns_to_draw_what_is_asked(tmp_path: Any) -> None:
     before = worth(policy)
     tune_on_reward(run, "reward", 1.0, policy, reward, batches, tuning, optimizer, MovingAverage(), reference)
     assert worth(policy) > before + 0.08, "two standard deviations of an image's brightness"
+
+
+def test_one_call_tunes_a_denoiser(tmp_path: Any) -> None:
+    policy, held_out = denoiser(), [(LABELS, LABELS)]
+    batches = lambda step: (LABELS, LABELS)  # noqa: E731
+    how = {"steps": 2, "held_out": held_out, "samples": 2, "anchor": 0.1, "device": "cpu", "every": 1}
+    found = foveate.tune(policy, brightness, batches, out=tmp_path / "run", **how)
+    assert found is policy
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The reward of drawn answers went from" in page

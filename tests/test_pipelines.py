@@ -315,6 +315,38 @@ def test_every_estimator_trains(settings: dict[str, Any], tmp_path: Path) -> Non
     assert run.restore("policy", diffusion.build(config))
 
 
+CALLS: list[int] = []  # what is left of the calls of `interrupted`; empty: it is never
+
+
+def interrupted(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if CALLS:
+        CALLS[0] -= 1
+        if CALLS[0] == 0:
+            CALLS.clear()
+            raise KeyboardInterrupt
+    return images.flatten(1).mean(1)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.run.loop.CHECKPOINT_SECONDS", 0.0)
+    how = {**SMALL, "steps": 12, "every": 1, "lora": 2, "subset": 0.5, "reward": (f"{__name__}:interrupted",)}
+    config, whole, _ = trained(tmp_path / "whole", **how)
+    CALLS.append(8)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", **how)
+    assert not CALLS
+    again = Run(
+        tmp_path / "cut", system="diffusion", config=asdict(config), device="cpu", quiet=True, resume=True, steps=12
+    )
+    diffusion.train(config, again)
+    for name in ("policy", "control"):
+        first, second = (diffusion.build(config, name == "policy") for _ in range(2))
+        assert whole.restore(name, first)
+        assert again.restore(name, second)
+        state = second.state_dict()
+        assert all(torch.equal(weight, state[key]) for key, weight in first.state_dict().items())
+
+
 def test_pictures_of_another_size_or_mode_are_refused() -> None:
     config = diffusion.resolve(diffusion.Config(image_size=8, widths=(8, 16), denoising=3))
     policy = diffusion.build(config)
