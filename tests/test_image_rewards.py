@@ -201,6 +201,7 @@ def test_the_mix_pays_for_the_reward_and_takes_for_what_it_forgot() -> None:
     assert of(accuracy=0.85) == pytest.approx(-1, abs=1e-4)
     assert of(accuracy=1.0, distance=1.0, diversity=2.0) == pytest.approx(0, abs=1e-5), "no gain in what is free"
     assert of(diversity=0.5) == pytest.approx(-1, abs=1e-4)
+    assert of(distance=100.0) == pytest.approx(-1, abs=1e-4)
     assert of(reward=0.0, accuracy=0.1, distance=200.0, diversity=0.1) < of(reward=-160.0), "blank images lose"
 
 

@@ -137,8 +137,8 @@ def mix(now: Mapping[str, Tensor], start: Mapping[str, Tensor], strict: float) -
     """One score of all: what the reward gained, less what was lost in what it does not look at.
 
     The gain is in standard deviations of the reward among the start's images. Lost are: accuracy, five points of which
-    weigh as a deviation; nearness to real images, where a distance e times the start's weighs as one; diversity, where
-    half of the start's weighs as one. What is better than at the start is no gain.
+    weigh as a deviation; nearness to real images, where ten times the start's distance weighs as one;
+    diversity, where half of the start's weighs as one. What is better than at the start is no gain.
 
     Args:
         now: "reward", "distance", "diversity", and "accuracy" if there are classes.
@@ -146,7 +146,7 @@ def mix(now: Mapping[str, Tensor], start: Mapping[str, Tensor], strict: float) -
         strict: weight of the losses.
     """
     gain = (now["reward"] - start["reward"]) / start["spread"].clamp(min=1e-6)
-    lost = (now["distance"] / start["distance"].clamp(min=1e-9)).clamp(min=1e-9).log().clamp(min=0)
+    lost = (now["distance"] / start["distance"].clamp(min=1e-9)).clamp(min=1e-9).log10().clamp(min=0)
     lost = lost + 2 * (1 - now["diversity"] / start["diversity"].clamp(min=1e-9)).clamp(min=0)
     if "accuracy" in now:
         lost = lost + (start["accuracy"] - now["accuracy"]).clamp(min=0) / POINTS

@@ -109,12 +109,12 @@ class Config:
     temperature: float = 0.5
     """weighted: weights are exp(advantage / temperature)"""
     tuning_rate: float = 2e-4
-    """learning rate of the reward, constant after a warm-up"""
+    """learning rate of the reward after five updates; it falls evenly to 0"""
     piece: int = 2
     """steps of denoising in a backward pass: the memory is that of a piece"""
     subset: float = 0.34
     """share of the steps that an update learns from, drawn anew for each"""
-    anchor: float = 0.2
+    anchor: float = 0.3
     """weight of the KL to the start, in standard deviations of the reward a nat"""
     anchored: Literal["loss", "reward"] = "loss"
     """where the KL stands: in the loss, or in the reward too (then the gradient is that of whole chains)"""
@@ -188,7 +188,7 @@ def _tuning(config: Config, anchor: float) -> Tuning:
     how: dict[str, Any] = {"learning_rate": config.tuning_rate, "precision": config.precision, "subset": config.subset}
     if config.estimator == "clipped":
         how |= {"epochs": config.epochs, "clip": config.ratio_clip}
-    return Tuning(config.samples, "normalised", anchor, anchored=config.anchored, warmup=5, **how)
+    return Tuning(config.samples, "normalised", anchor, anchored=config.anchored, warmup=5, anneal=True, **how)
 
 
 def _reward(config: Config, classifier: Any, device: torch.device) -> Reward:
