@@ -229,6 +229,8 @@ def test_a_text_pipeline_is_tuned_by_its_adapter_alone(tuned: Agent, text: Path,
     assert all("lora_" in name for name in state)
     saved = sorted((tuned.folder / "checkpoints").glob("[0-9]*"))[-1] / "policy.safetensors"
     assert saved.stat().st_size < 40_000 < (text / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    kept = {path.name: path.stat().st_size for path in saved.parent.glob("*.safetensors")}
+    assert kept.get("likelihood.safetensors", 0) < 1000, "the start stays in its folder"
     start = diffusion.build(tuned.config, False)
     for name, weight in start.network.state_dict().items():
         own = tuned.policy.network.state_dict()

@@ -60,6 +60,14 @@ def tracked(
     return model, optimizer, keeper
 
 
+def learning(run: Run, name: str, model: M, kind: Callable[..., Optimizer] = torch.optim.Adam) -> tuple[M, Optimizer]:
+    """A model and the optimizer of what it learns, as parts of the run: as `tracked`, for one that ends as it ends."""
+    model = model.to(run.device)
+    optimizer = kind([each for each in model.parameters() if each.requires_grad])
+    model, optimizer = run.track(**{name: model, f"{name}_optimizer": optimizer})
+    return model, optimizer
+
+
 def held_out_scores(
     policy: Sampler, reward: Reward, batches: Iterable[tuple[Tree, Tree]], seed: int, precision: Precision = "fp32"
 ) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ from foveate.models.named_denoisers import SMALL, named_denoiser, read_prompts
 from foveate.pictures import denoising
 from foveate.rewards.named_images import image_reward
 from foveate.run import Run
-from foveate.two_steps import learn_likelihood, restored, tracked, tune_on_reward
+from foveate.two_steps import learn_likelihood, learning, restored, tracked, tune_on_reward
 from foveate.types import Evaluation, InputError
 
 
@@ -138,14 +138,13 @@ class Config:
 
 PART = "policy"  # the tracked part that holds the tuned denoiser
 ROWS = {"start": "likelihood", "control": "control"}  # baseline → its tracked part
-LEAST = ("batch", "inputs", "every", "looks", "images")
 FIELDS = ("denoising", "eta", "guidance", "piece", "scheduler", "lora", "widths", "channels", "classes", "prompts")
 load = lru_cache(maxsize=6)(load_images)
 
 
 def resolve(config: Config) -> Config:
     """Check the fields, and fill in what model and data decide; `InputError` if they do not fit or are not there."""
-    for name in LEAST:
+    for name in ("batch", "inputs", "every", "looks", "images"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
     if not (config.judge_share >= 0 <= config.likelihood_share and config.judge_share + config.likelihood_share < 1):
@@ -180,8 +179,10 @@ def resolve(config: Config) -> Config:
 
 def build(config: Config, tuned: bool = True) -> Denoiser:
     """The denoiser of a resolved config, untrained or as its pipeline has it; tuned: with the adapter that learns."""
-    how = {name: getattr(config, name) for name in (*FIELDS, "image_size")}
-    return named_denoiser(config.model, **how if tuned else {**how, "lora": 0})
+    how = {name: getattr(config, name) for name in (*FIELDS, "image_size")} | ({} if tuned else {"lora": 0})
+    policy = named_denoiser(config.model, **how)
+    policy.light |= not (tuned or config.likelihood_share)  # a start that learns nothing stays in its folder
+    return policy
 
 
 def _tuning(config: Config, anchor: float) -> Tuning:
@@ -226,20 +227,21 @@ def _contest(
 
 
 def train(config: Config, run: Run) -> None:
-    """Judges, denoising loss, the reward with each anchor, then the control; each ends with its best weights."""
+    """Judges, denoising loss, the reward with each anchor, then the control; the agent ends with its best weights."""
     weights = {PART: config.anchor} | {f"anchor {weight:g}": weight for weight in config.anchors}
     taught = ("likelihood", "control") if config.likelihood_share else ()
     parts: dict[str, tuple[Any, ...]] = {}
     for name in (*taught, *weights):
         torch.manual_seed(config.seed)
-        by = "held_out_mix" if name in weights else "held_out_likelihood"
-        parts[name] = tracked(run, name, build(config, name in weights), by=by)
+        made, by = build(config, name in weights), "held_out_mix" if name == PART else "held_out_likelihood"
+        ends = name in weights and name != PART  # as it ends: what another anchor does to images is to be seen
+        parts[name] = (*learning(run, name, made), None) if ends else tracked(run, name, made, by=by)
     (average,) = run.track(average=MovingAverage())
     start = parts["likelihood"][0] if taught else run.track(likelihood=build(config, False).requires_grad_(False))[0]
     judges: dict[str, Any] = {}
     if config.prompts is None:
         seen, val = (_pixels(config, split, run.device) for split in ("train", "val"))
-        both = {name: tracked(run, name, _judge(config))[:2] for name in ("judge", "rewarder")}
+        both = {name: learning(run, name, _judge(config)) for name in ("judge", "rewarder")}
         judges = {name: judge for name, (judge, _) in both.items()}
         if config.judge_share:
             learn_to_judge(run, config.judge_share, both, *seen, config.batch)
@@ -253,7 +255,7 @@ def train(config: Config, run: Run) -> None:
     for name, weight in weights.items():
         policy, optimizer, keeper = parts[name]
         if config.lora:
-            for each in (policy, keeper.best):
+            for each in (policy, keeper.best) if keeper else (policy,):
                 take_start(each, start)
         reference = Unadapted(policy) if config.lora else start
         look: Any = {"keeper": keeper, "validate": partial(contest.look, policy, config.strict), "every": config.every}
@@ -273,8 +275,8 @@ def evaluate(config: Config, policy: Denoiser, run: Run, elsewhere: bool = False
 
     `judge_accuracy`: of a classifier that the reward never saw. `frechet_distance`: to test images in its features;
     `diversity`: distance of two images of a class there, 1 is that of test images (with prompts: colours of regions,
-    and images of the start). `kl`: to the start, nats an image. Rows: the start, other anchors, more denoising loss
-    (`control`), real validation images (`data`). The curve shows each look along the training.
+    and images of the start). `kl`: to the start, nats an image. Rows: the start, other anchors at their end, more
+    denoising loss (`control`), real validation images (`data`). The curve shows each look along the training.
     """
     split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
     known = restored(run, ROWS, partial(build, config, False))
@@ -309,8 +311,7 @@ def predict(
         found, expected = list(images.shape[1:]), list(policy.image)
         raise InputError(f"images: {found} (channels, rows, columns), but trained on {expected}: convert and resize")
     device = next(policy.parameters()).device
-    keys = noise.key(config.seed, "redrawn", torch.arange(len(images))).to(device)
-    middle = config.denoising // 2
+    keys, middle = noise.key(config.seed, "redrawn", torch.arange(len(images))).to(device), config.denoising // 2
     with torch.no_grad(), answering(policy, config.precision):
         x = policy.blurred(images.to(device), keys, middle)
         none = torch.full((len(images),), policy.classes or 0, device=device)
@@ -344,6 +345,6 @@ def read(config: Config, path: Path) -> Float[Tensor, "batch channels height wid
 def check(config: Config) -> dict[str, Any]:
     """The first pictures of the data with their classes."""
     if config.prompts is not None:
-        raise InputError(f"data: {config.prompts} has prompts, and there are no pictures to draw; leave prompts out")
+        raise InputError(f"data: {config.prompts} has prompts, and no pictures to draw; leave prompts out")
     images, labels = _pixels(config, "train", torch.device("cpu"))
     return {"data": denoising.labelled(images[:20], [(config.classes or ())[kind] for kind in labels[:20].tolist()])}
