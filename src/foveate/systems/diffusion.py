@@ -181,7 +181,7 @@ def build(config: Config, tuned: bool = True) -> Denoiser:
     """The denoiser of a resolved config, untrained or as its pipeline has it; tuned: with the adapter that learns."""
     how = {name: getattr(config, name) for name in (*FIELDS, "image_size")} | ({} if tuned else {"lora": 0})
     policy = named_denoiser(config.model, **how)
-    policy.light |= not (tuned or config.likelihood_share)  # a start that learns nothing stays in its folder
+    policy.light |= config.lora > 0 and not (tuned or config.likelihood_share)  # it stays in its folder
     return policy
 
 
