@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import best_seconds, environments, ram, retina, rewards, sampling
+from benchmarks import best_seconds, diffusion, environments, ram, retina, rewards, sampling
 
+from foveate import noise
 from foveate.models.retina import build_pyramid, look
 from foveate.rewards.boxes import DetectionReward
 from foveate.rewards.panoptic import panoptic_quality
@@ -159,3 +160,22 @@ def test_both_write_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(
             sampling.write_anew(model, images, keys), model.sample(images, sampling.SAMPLES, False, keys).ids
         )
+
+
+def test_both_denoising_loops_have_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published loop averages log-probabilities over pixels; ours is their number times as long, and no other."""
+    monkeypatch.setattr(diffusion, "STEPS", 3)
+    monkeypatch.setattr(diffusion, "SIDE", 8)
+    policy, labels = diffusion.denoiser(), torch.tensor([0, 1])
+    chain = policy.sample(labels, 2, False, noise.key(0, torch.arange(2)))
+    chains = torch.cat((chain.start[:, None], chain.drawn), 1)
+    advantages, rows = torch.tensor([1.0, -1.0, 0.5, -0.5]), labels.repeat_interleave(2)
+    with torch.no_grad():
+        logs = policy(labels, chain).log_probs.float() / 64
+    diffusion.published_gradient(policy, chains[:, :3], logs[:, :2], rows, advantages, 2)  # the random steps
+    theirs = torch.cat([weight.grad.flatten() for weight in policy.network.parameters()])
+    policy.zero_grad()
+    found = policy(labels, chain, slice(0, 2))
+    (-(found.log_probs * advantages[:, None]).sum() / 4).backward()
+    ours = torch.cat([weight.grad.flatten() for weight in policy.network.parameters()])
+    torch.testing.assert_close(64 * theirs, ours, rtol=1e-2, atol=1e-3 * float(ours.abs().max()))

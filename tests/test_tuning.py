@@ -16,7 +16,7 @@ import foveate
 from foveate import noise
 from foveate.distributions import Categorical
 from foveate.geometry import Boxes
-from foveate.learn.answers import Tuning, answering, frozen, likelihood_loss, reward_loss, score
+from foveate.learn.answers import Tuning, answering, distinct, frozen, likelihood_loss, reward_loss, score
 from foveate.learn.baselines import MovingAverage
 from foveate.models.box_tokens import BoxTokens, BoxWriter
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
@@ -154,6 +154,7 @@ def test_dropout_stands_still_while_answering() -> None:
         ({"samples": 0, "baseline": "none"}, "samples"),
         ({"epochs": 0}, "epochs"),
         ({"epochs": 2}, "clip"),
+        ({"subset": 0.0}, "subset"),
     ],
 )
 def test_settings_that_teach_nothing_are_refused(settings: dict[str, object], field: str) -> None:
@@ -293,6 +294,44 @@ def with_difference(answers: Tensor, targets: Tensor) -> RewardOutput:
     """The credit of a decision: the score less that with choice 0 in its place."""
     without = [together(answers * (torch.arange(3) != place)) for place in range(3)]
     return RewardOutput(together(answers), credit=together(answers)[:, None] - torch.stack(without, 1))
+
+
+def test_an_anchor_in_the_reward_gives_the_gradient_of_whole_answers() -> None:
+    """Σ p(answer) (R - anchor · log p / q) over all answers, by autograd; in the loss alone a part is missing."""
+    model, image, target = small(), images(1), torch.tensor([[1, 2]])
+    reference = frozen(model)
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.add_(0.4 * noise.normal(noise.key("moved", 0), *weight.shape))
+    answers = torch.tensor(list(itertools.product(range(3), repeat=2)))
+    whole = Tokens(answers, torch.ones_like(answers, dtype=torch.bool))
+    logs, theirs = model(image, whole).log_probs.sum(1), reference(image, whole).log_probs.sum(1)
+    worth = agreement(whole, target.expand(9, -1)).total - 2.0 * (logs - theirs)
+    weights = [model.score.bias, model.decoder[0].project.bias]
+    exact = torch.cat([one.flatten() for one in torch.autograd.grad((logs.exp() * worth).sum(), weights)])
+    away = {}
+    for anchored in ("loss", "reward"):
+        settings, found = Tuning(samples=4, anchor=2.0, anchored=anchored), []  # type: ignore[arg-type]
+        for step in range(60):
+            keys = noise.key(step, "rows", torch.arange(64))
+            given = image.expand(64, -1, -1, -1), target.expand(64, -1)
+            scored = score(model, agreement, *given, keys, settings, MovingAverage(), reference)
+            decisions, anchor = model(given[0], scored.actions), reference(given[0], scored.actions).distribution
+            loss, _ = reward_loss(decisions, scored, anchor, settings)
+            found.append(torch.cat([one.flatten() for one in torch.autograd.grad(-loss, weights)]))
+        samples = torch.stack(found)
+        error = samples.std(0) / len(found) ** 0.5
+        away[anchored] = float(((samples.mean(0) - exact) / error.clamp(min=1e-6)).abs().max())
+    assert away["reward"] < 4.5
+    assert away["loss"] > 2 * away["reward"]
+    with pytest.raises(InputError, match=r"^anchored: found 'reward', which is of whole answers"):
+        Tuning(anchored="reward", credit="to-go")
+
+
+def test_different_answers_are_counted_exactly() -> None:
+    tokens = torch.tensor([[1, 2], [1, 2], [3, 4], [1, 2], [5, 6], [5, 7], [5, 6], [8, 8]])
+    assert float(distinct(tokens, 4)) == pytest.approx((2 / 4 + 3 / 4) / 2)
+    assert float(distinct({"a": tokens, "b": torch.arange(8.0)}, 4)) == 1.0
 
 
 def test_credit_of_single_decisions_leaves_the_gradient_and_takes_its_noise() -> None:

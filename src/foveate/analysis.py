@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, plots, report
-from foveate.learn.answers import Reward, answering, repeat
+from foveate.learn.answers import Reward, answering, log_prob, repeat
 from foveate.types import Evaluation, Sampler, Tree, split
 
 AT_ONCE = 256  # answers drawn in one pass
@@ -47,10 +47,7 @@ def draw_answers(
                 keys = noise.key(seed, "analysis", row, torch.tensor([first])).to(device)
                 actions = policy.sample(some, count, False, keys)
                 mine.append(reward(policy.decode(actions), repeat(wanted, count)).total)
-                decisions = policy(some, actions)
-                assert decisions.log_probs is not None
-                assert decisions.mask is not None
-                logs.append(torch.where(decisions.mask, decisions.log_probs, 0.0).sum(1))
+                logs.append(log_prob(policy, some, actions))
             rewards.append(torch.cat(mine))
             log_probs.append(torch.cat(logs))
     return torch.stack(rewards), torch.stack(log_probs)

@@ -25,6 +25,7 @@ LOWER_IS_BETTER = frozenset(
         "error",
         "failures",
         "glimpses",
+        "kl",
         "loss",
         "minutes",
         "nll",

@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate import noise
 from foveate.analysis import curve_page
 from foveate.geometry import Boxes
-from foveate.learn.answers import Reward, Tuning, answering, frozen, repeat
+from foveate.learn.answers import Reward, Tuning, answering, decided, frozen, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.rewards.combine import check_output
@@ -130,7 +130,7 @@ def _check_start(policy: Sampler, reward: Reward, batch: tuple[Tree, Tree], seed
         keys = noise.key(seed, "check", torch.arange(rows)).to(next(policy.parameters()).device)
         actions = policy.sample(inputs, tuning.samples, False, keys)
         answers, wanted = policy.decode(actions), repeat(targets, tuning.samples)
-        once, again = policy(inputs, actions), policy(inputs, actions)
+        once, again = (list(decided(policy, inputs, actions)) for _ in range(2))
     if isinstance(answers, Boxes) and isinstance(wanted, Boxes) and wanted.mask.any() and answers.mask.any():
         reach, wanted_reach = (float(boxes.boxes[boxes.mask].max()) for boxes in (answers, wanted))
         if wanted_reach <= 1 < reach:
@@ -138,9 +138,11 @@ def _check_start(policy: Sampler, reward: Reward, batch: tuple[Tree, Tree], seed
                 f"targets: their boxes lie within [0, 1], the model's reach {reach:g}: multiply by width and height"
             )
     check_output(reward(answers, wanted), rows * tuning.samples, getattr(reward, "__name__", "given"))
-    if once.log_probs is None or once.mask is None or again.log_probs is None:
-        raise InputError("policy: its forward gives no log_probs or no mask, which a Sampler's must")
-    off = float(torch.where(once.mask, once.log_probs - again.log_probs, 0.0).abs().max())
+    off = 0.0
+    for first, second in zip(once, again, strict=True):
+        if first.log_probs is None or first.mask is None or second.log_probs is None:
+            raise InputError("policy: its forward gives no log_probs or no mask, which a Sampler's must")
+        off = max(off, float(torch.where(first.mask, first.log_probs - second.log_probs, 0.0).abs().max()))
     if off > 1e-5:
         raise InputError(
             f"policy: scores the same answers differently by {off:.2g} nats from one pass to the next, so no ratio "

@@ -8,6 +8,7 @@ how much better it was than the others (`foveate.learn.answers`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -39,6 +40,7 @@ M = TypeVar("M", bound=nn.Module)
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
 Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
 SUMS = ("entropy", "kl", "value_loss")  # divided by the answers of the whole batch, of which a chunk has its part
+LONG = (*SUMS, "length")  # sums over decisions, of which a piece has its part
 
 
 def tracked(
@@ -56,6 +58,14 @@ def tracked(
     optimizer, keeper = kind([each for each in model.parameters() if each.requires_grad]), Keeper(model, by)
     model, optimizer, keeper = run.track(**{name: model, f"{name}_optimizer": optimizer, f"{name}_keeper": keeper})
     return model, optimizer, keeper
+
+
+def learning(run: Run, name: str, model: M, kind: Callable[..., Optimizer] = torch.optim.Adam) -> tuple[M, Optimizer]:
+    """A model and the optimizer of what it learns, as parts of the run: as `tracked`, for one that ends as it ends."""
+    model = model.to(run.device)
+    optimizer = kind([each for each in model.parameters() if each.requires_grad])
+    model, optimizer = run.track(**{name: model, f"{name}_optimizer": optimizer})
+    return model, optimizer
 
 
 def held_out_scores(
@@ -230,15 +240,18 @@ def tune_on_reward(
                 keeper.begin()
             _offer(run, policy, keeper, validate)  # the start is the first to be beaten
         inputs, targets = batches(step)
-        scored = score(policy, reward, inputs, targets, _keys(run, phase, step, rows_of(inputs)), tuning, average)
+        keys = _keys(run, phase, step, rows_of(inputs))
+        scored = score(policy, reward, inputs, targets, keys, tuning, average, reference)
         rate = tuning.learning_rate * min(1.0, (step + 1) / max(1, tuning.warmup))
         rate *= 1 - run.progress if tuning.anneal else 1.0
         set_learning_rate(optimizer, rate * (1.0 if keeper is None else float(keeper.rate)))
         for epoch in range(tuning.epochs):
-            told = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside)
+            some = _subset(run, phase, step, tuning.subset)
+            now, behaviour = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside, some)
             if epoch == 0:
-                told |= _told(scored, tuning.samples)
+                told = now | _told(scored, tuning.samples)
                 run.log(**told)
+                scored = replace(scored, behaviour=behaviour)
         average.update(run.mean(scored.output.total.mean())[None])
         if (step + 1) % every == 0:
             _offer(run, policy, keeper, validate)
@@ -282,34 +295,72 @@ def _update(
     tuning: Tuning,
     optimizer: Optimizer,
     beside: Callable[[Decisions, Scored, Tree], Losses] | None,
-) -> dict[str, Tensor]:
-    """One step of the optimizer on scored answers, in chunks if asked; what to log of it."""
+    chosen: Callable[[list[slice]], list[slice]],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One step of the optimizer on scored answers, in chunks of inputs and in pieces of their steps if asked.
+
+    Returns:
+        What to log of it, and the log-probabilities of the decisions as they were before it (0 where not looked at).
+    """
     rows, samples = rows_of(inputs), tuning.samples
     size = tuning.chunk or rows
     logged: dict[str, Tensor] = {}
+    known = []
     loss = None
     for some, wanted, part in zip(
         split(inputs, size), split(targets, size), split(scored, size * samples), strict=True
     ):
-        if loss is not None:
-            loss.backward()
-        share = rows_of(some) / rows
-        anchor = None
-        if reference is not None:
-            with torch.no_grad(), answering(reference, tuning.precision):
-                anchor = reference(some, part.actions).distribution
-        with answering(policy, tuning.precision):
-            decisions = policy(some, part.actions)
-        loss, told = reward_loss(decisions, part, anchor, tuning, rows * samples)
-        shared = {name: value if name in SUMS else share * value for name, value in told.items()}
-        if beside is not None:
-            losses = beside(decisions, part, repeat(wanted, samples))
-            loss = torch.stack([loss, *(share * value for value in losses.values())]).sum()
-            shared |= {name: share * value.detach() for name, value in losses.items()}
-        logged = {name: logged.get(name, 0.0) + value for name, value in shared.items()}
+        share, whole = rows_of(some) / rows, policy.pieces(part.actions)
+        pieces = chosen(whole)
+        scale = len(whole) / len(pieces)
+        behaviour: dict[int, Tensor] = {}
+        for steps in pieces:
+            if loss is not None:
+                loss.backward()
+            anchor = None
+            if reference is not None:
+                with torch.no_grad(), answering(reference, tuning.precision):
+                    anchor = reference(some, part.actions, steps).distribution
+            with answering(policy, tuning.precision):
+                decisions = policy(some, part.actions, steps)
+            loss, told = reward_loss(decisions, part.at(steps), anchor, tuning, rows * samples)
+            loss = scale * loss if scale > 1 else loss
+            assert decisions.log_probs is not None
+            behaviour[steps.start or 0] = decisions.log_probs.detach()
+            if beside is not None:
+                losses = beside(decisions, part, repeat(wanted, samples))
+                loss = torch.stack([loss, *(share / len(pieces) * value for value in losses.values())]).sum()
+                told |= {name: value.detach() for name, value in losses.items()}
+            for name, value in told.items():
+                value = value if name in SUMS else share * value
+                value = scale * value if name in LONG else value / len(pieces)
+                logged[name] = logged.get(name, 0.0) + value
+        known.append(_laid_out(behaviour, whole))
     assert loss is not None
     run.optimise(loss, optimizer)
-    return logged
+    return logged, torch.cat(known)
+
+
+def _subset(run: Run, phase: str, step: int, share: float) -> Callable[[list[slice]], list[slice]]:
+    """Chooses this share of the pieces of an answer, at least one, the same ones in every epoch of a step."""
+
+    def chosen(pieces: list[slice]) -> list[slice]:
+        order = noise.permutation(noise.key(run.seed, phase, "subset", step), len(pieces))
+        return [pieces[place] for place in order[: max(1, round(share * len(pieces)))].sort().values.tolist()]
+
+    return chosen
+
+
+def _laid_out(known: dict[int, Tensor], pieces: list[slice]) -> Tensor:
+    """Log-probabilities by the first step of their piece as one tensor; 0 in pieces that were not looked at."""
+    like = next(iter(known.values()))
+    rows = [known.get(piece.start or 0) for piece in pieces]
+    if len(pieces) == 1:
+        return like
+    sizes = [piece.stop - piece.start for piece in pieces]
+    return torch.cat(
+        [like.new_zeros(len(like), size) if row is None else row for row, size in zip(rows, sizes, strict=True)], 1
+    )
 
 
 def _told(scored: Scored, samples: int) -> dict[str, Tensor]:

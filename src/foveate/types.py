@@ -76,6 +76,18 @@ def rows_of(tree: Tree) -> int:
     return sizes[0]
 
 
+def time_of(tree: Tree) -> int:
+    """How many steps the first tensor of a tree of [batch, time, ...] has."""
+    sizes: list[int] = []
+
+    def note(leaf: Tensor) -> Tensor:
+        sizes.append(leaf.shape[1])
+        return leaf
+
+    map_tree(note, tree)
+    return sizes[0]
+
+
 def split(tree: T, size: int) -> list[T]:
     """A tree in pieces of `size` rows each, the last one maybe shorter: what `concatenate` joins along the first."""
 
@@ -195,6 +207,13 @@ class Sampler(nn.Module, ABC):
 
         `log_probs` and `mask` of the result are set. Answers to one input stand next to each other, as many to each.
         """
+
+    def pieces(self, actions: Tree) -> list[slice]:
+        """The steps of answers, in pieces of `chunk`: each goes through a pass of its own."""
+        if self.chunk is None:
+            return [slice(None)]
+        time = time_of(actions)
+        return [slice(first, min(first + self.chunk, time)) for first in range(0, time, self.chunk)]
 
     @abstractmethod
     def decode(self, actions: Tree) -> Tree:

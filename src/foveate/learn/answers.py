@@ -4,11 +4,15 @@
 
 The sums are over the decisions of an answer (`mask`), so that the gradient is that of the expected reward of whole
 answers; with the leave-one-out baseline it is unbiased (`foveate.learn.baselines`). KL and entropy are exact at every
-decision, summed over the answer.
+decision, summed over the answer. With `anchored` "reward" the KL is taken off the reward as well, which makes the
+gradient that of E[reward] - anchor · KL of whole answers.
 
 Where the reward says what each decision was worth (`credit`), each is weighed by its own share, if decisions do not
 depend on each other, or by that and all after it, if they do. That leaves the expectation and takes away the noise of
 the others.
+
+Long answers (a denoising chain) go through the model in pieces of `Sampler.chunk` decisions, a backward pass each, so
+that the memory is that of a piece; sums over decisions are sums over pieces.
 """
 
 from __future__ import annotations
@@ -16,19 +20,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from foveate.learn.baselines import MovingAverage, leave_one_out, self_critical, value_loss
+from foveate.learn.baselines import MovingAverage, group_normalised, leave_one_out, self_critical, value_loss
 from foveate.learn.policy_gradient import entropy_bonus, kl_penalty, masked_mean, policy_gradient
 from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, map_tree
 
 T = TypeVar("T")
-Baseline = Literal["leave-one-out", "greedy", "moving-average", "learned", "none"]
+Baseline = Literal["leave-one-out", "normalised", "greedy", "moving-average", "learned", "none"]
 Credit = Literal["answer", "to-go", "difference", "flip"]
 Precision = Literal["fp32", "bf16"]
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
@@ -41,7 +45,9 @@ class Tuning:
     Attributes:
         samples: answers to each input of a batch.
         baseline: what is subtracted from a reward: the mean of the other answers, that of the greedy answer, a moving
-            average, the model's own expectation (`values` of its decisions), or nothing.
+            average, the model's own expectation (`values` of its decisions), or nothing. "normalised" takes off the
+            mean of the input's answers and divides by their standard deviation (`group_normalised`): no units are left,
+            and the anchor weighs the same whatever the reward is measured in.
         credit: what a decision is weighed by. "answer": the reward of the whole answer, less the baseline. The others
             take the reward's `credit` [rows, time]. "to-go": what this decision and those after it gained, if the
             credits sum to the reward, less the mean of that over the other answers. "difference" and "flip" are for
@@ -49,6 +55,8 @@ class Tuning:
             less the mean of that over the other answers; how much more than with the other of two choices, times the
             probability of that choice.
         anchor: weight of the KL to the model as it was at the start, in nats of a whole answer.
+        anchored: "loss" adds that KL to the loss, whose gradient leaves out how the model changes what it comes to
+            decide about; "reward" takes it off the answer's reward too, which adds that part.
         entropy: weight of the entropy, which is sought.
         epochs: updates on the answers of one batch; with more than one, give a `clip`.
         clip: of the importance ratio in later epochs (PPO).
@@ -56,6 +64,9 @@ class Tuning:
         warmup: steps over which it rises from 0.
         anneal: the learning rate falls evenly to 0 at the end of the phase, which leaves less noise in the weights.
         chunk: inputs to a backward pass, if a batch is too large for the memory; the gradient is the same.
+        subset: share of the pieces of an answer's decisions (`Sampler.chunk`) that an update learns from, drawn anew
+            for each and weighed up, so that the expectation is that of all. Of a denoising chain, whose steps share
+            one advantage, a third of them is a cheaper update and hardly a noisier one.
         precision: "bf16" runs the model in mixed precision; rewards and losses stay in fp32.
     """
 
@@ -71,6 +82,8 @@ class Tuning:
     credit: Credit = "answer"
     chunk: int | None = None
     precision: Precision = "fp32"
+    anchored: Literal["loss", "reward"] = "loss"
+    subset: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be learned from.
@@ -84,10 +97,16 @@ class Tuning:
         if self.chunk is not None and self.chunk < 1:
             raise InputError(f"chunk: found {self.chunk}, expected at least 1 input; leave it out for all at once")
         compares = self.credit in ("to-go", "difference") or (
-            self.credit == "answer" and self.baseline == "leave-one-out"
+            self.credit == "answer" and self.baseline in ("leave-one-out", "normalised")
         )
         if compares and self.samples < 2:
-            raise InputError(f"samples: found {self.samples}, but leave-one-out compares at least 2; try 8")
+            raise InputError(f"samples: found {self.samples}, but {self.baseline} compares at least 2; try 8")
+        if not 0 < self.subset <= 1:
+            raise InputError(f"subset: found {self.subset:g}, expected more than 0 and at most 1")
+        if self.anchored == "reward" and self.credit != "answer":
+            raise InputError(
+                f"anchored: found 'reward', which is of whole answers, but credit {self.credit!r}; use 'loss'"
+            )
         if self.epochs > 1 and self.clip is None:
             raise InputError(f"clip: not given, but {self.epochs} epochs go far from the answers' own policy; try 0.2")
 
@@ -98,15 +117,22 @@ class Scored:
 
     Attributes:
         actions: the answers, `samples` to each input next to each other.
-        behaviour: log-probability of their decisions under the model that gave them.
+        behaviour: log-probability of their decisions under the model that gave them; None where that is the present
+            model, which then says so itself.
         output: their rewards.
         advantages: reward less baseline, [rows, 1], or one for each decision.
     """
 
     actions: Tree
-    behaviour: Float[Tensor, "rows time"]
+    behaviour: Float[Tensor, "rows time"] | None
     output: RewardOutput
     advantages: Float[Tensor, "rows #time"]
+
+    def at(self, steps: slice) -> Scored:
+        """What belongs to these steps; the answers stay whole."""
+        behaviour = None if self.behaviour is None else self.behaviour[:, steps]
+        advantages = self.advantages if self.advantages.shape[1] == 1 else self.advantages[:, steps]
+        return replace(self, behaviour=behaviour, advantages=advantages)
 
 
 def score(
@@ -117,32 +143,73 @@ def score(
     keys: Int[Tensor, " batch"],
     tuning: Tuning,
     average: MovingAverage,
+    reference: Sampler | None = None,
 ) -> Scored:
-    """Let the model answer, and weigh its answers.
+    """Let the model answer, and weigh its answers. The reference is asked only if the anchor is in the reward.
 
     Raises:
         InputError: the reward gives no credit, or the model no values, where the settings ask for them.
     """
-    count = tuning.samples
+    count, learned = tuning.samples, tuning.baseline == "learned" and tuning.credit == "answer"
     with torch.no_grad(), answering(policy, tuning.precision):
         actions = policy.sample(inputs, count, False, keys)
         output = reward(policy.decode(actions), repeat(targets, count))
-        decisions = policy(inputs, actions)
-        behaviour = _log_probs(decisions)
+        behaviour = values = None
+        if tuning.credit != "answer" or learned:
+            decisions = list(decided(policy, inputs, actions))
+            behaviour = torch.cat([_log_probs(some) for some in decisions], 1)
+            values = torch.cat([_values(some) for some in decisions], 1) if learned else None
         if tuning.credit != "answer":
+            assert behaviour is not None
             return Scored(actions, behaviour, output, _own(output, behaviour, tuning))
         group = torch.arange(len(keys), device=keys.device).repeat_interleave(count)
+        worth = output.total
+        if tuning.anchored == "reward" and tuning.anchor and reference is not None:
+            worth = worth - tuning.anchor * divergence(policy, reference, inputs, actions, tuning.precision)
+        if tuning.baseline == "normalised":
+            return Scored(actions, behaviour, output, group_normalised(worth, group))
         if tuning.baseline == "leave-one-out":
-            baseline = leave_one_out(output.total, group)
+            baseline = leave_one_out(worth, group)
         elif tuning.baseline == "greedy":
             best = policy.decode(policy.sample(inputs, 1, True, keys))
-            baseline = self_critical(output.total, reward(best, targets).total, group)
-        elif tuning.baseline == "learned":
-            baseline = _values(decisions)
+            baseline = self_critical(worth, reward(best, targets).total, group)
+        elif values is not None:
+            baseline = values
         else:
             value = average() if tuning.baseline == "moving-average" else torch.zeros(())
-            baseline = value.to(output.total).expand(len(group), 1)
-    return Scored(actions, behaviour, output, output.total[:, None] - baseline)
+            baseline = value.to(worth).expand(len(group), 1)
+    return Scored(actions, behaviour, output, worth[:, None] - baseline)
+
+
+def decided(policy: Sampler, inputs: Tree, actions: Tree) -> Iterator[Decisions]:
+    """The decisions of answers, a piece of steps at a time: what long answers are read by."""
+    for steps in policy.pieces(actions):
+        yield policy(inputs, actions, steps)
+
+
+def log_prob(policy: Sampler, inputs: Tree, actions: Tree) -> Float[Tensor, " rows"]:
+    """Log-probability of whole answers in nats."""
+    return torch.stack(
+        [torch.where(_mask(some), _log_probs(some), 0.0).sum(1) for some in decided(policy, inputs, actions)]
+    ).sum(0)
+
+
+def divergence(
+    policy: Sampler, reference: Sampler, inputs: Tree, actions: Tree, precision: Precision = "fp32"
+) -> Float[Tensor, " rows"]:
+    """Exact KL(policy || reference) at every decision of answers, summed over each, in nats; without a graph.
+
+    Answers drawn from the policy make its mean unbiased for the KL of whole answers (chain rule).
+    """
+    found = []
+    with torch.no_grad():
+        for steps in policy.pieces(actions):
+            with answering(reference, precision):
+                anchor = reference(inputs, actions, steps).distribution
+            with answering(policy, precision):
+                decisions = policy(inputs, actions, steps)
+            found.append(torch.where(_mask(decisions), decisions.distribution.kl(anchor), 0.0).sum(1))
+    return torch.stack(found).sum(0)
 
 
 def _own(output: RewardOutput, behaviour: Tensor, tuning: Tuning) -> Float[Tensor, "rows time"]:
@@ -178,10 +245,10 @@ def reward_loss(
         tuning: how.
         answers: in the whole batch, if these are a chunk of it; every process has as many.
     """
-    log_probs, mask = _log_probs(decisions), decisions.mask
-    assert mask is not None
+    log_probs, mask = _log_probs(decisions), _mask(decisions)
     answers = answers or len(mask)
-    found = policy_gradient(log_probs, scored.behaviour, scored.advantages, mask, answers, tuning.clip)
+    behaviour = log_probs.detach() if scored.behaviour is None else scored.behaviour
+    found = policy_gradient(log_probs, behaviour, scored.advantages, mask, answers, tuning.clip)
     entropy = entropy_bonus(decisions.distribution, mask, answers)
     parts = {
         "reward": scored.output.total.mean(),
@@ -204,8 +271,7 @@ def reward_loss(
 
 def likelihood_loss(decisions: Decisions) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of a decision in nats: the first step, on the answers that people gave."""
-    assert decisions.mask is not None
-    return -masked_mean(_log_probs(decisions), decisions.mask)
+    return -masked_mean(_log_probs(decisions), _mask(decisions))
 
 
 def repeat(tree: T, times: int) -> T:
@@ -218,13 +284,15 @@ def distinct(actions: Tree, samples: int) -> Float[Tensor, ""]:
     leaves: list[Tensor] = []
 
     def note(leaf: Tensor) -> Tensor:
-        leaves.append(leaf.flatten(1).unflatten(0, (-1, samples)).double())
+        leaves.append(leaf.reshape(-1, samples, leaf[0].numel()))
         return leaf
 
     map_tree(note, actions)
-    whole = torch.cat(leaves, 2)
-    alike = (whole[:, :, None] == whole[:, None]).all(-1)
-    return (~alike.tril(-1).any(2)).float().mean()
+    new = [torch.ones(len(leaves[0]), dtype=torch.bool, device=leaves[0].device)]
+    for place in range(1, samples):  # one against those before it: all against all would not fit for long answers
+        alike = [(leaf[:, :place] == leaf[:, place : place + 1]).all(2) for leaf in leaves]
+        new.append(~torch.stack(alike).all(0).any(1))
+    return torch.stack(new).float().mean()
 
 
 @contextmanager
@@ -249,6 +317,11 @@ def frozen(policy: Sampler) -> Sampler:
 def _log_probs(decisions: Decisions) -> Float[Tensor, "rows time"]:
     assert decisions.log_probs is not None
     return decisions.log_probs
+
+
+def _mask(decisions: Decisions) -> Tensor:
+    assert decisions.mask is not None
+    return decisions.mask
 
 
 def _values(decisions: Decisions) -> Float[Tensor, "rows time"]:

@@ -132,6 +132,18 @@ def group_normalised(scores: Float[Tensor, " batch"], group: Int[Tensor, " batch
     return (centred / (deviation + _SMALLEST_STD))[:, None]
 
 
+def reward_weights(
+    scores: Float[Tensor, " batch"], group: Int[Tensor, " batch"], temperature: float
+) -> Float[Tensor, " batch"]:
+    """*Weights* of examples, not advantages: exp(Â / temperature) of the normalised advantage, with the mean 1.
+
+    Reward-weighted regression (Peters and Schaal 2007; for denoisers Black et al. 2023, section 4.1): own answers are
+    learned as if they were given, the better ones more. No weight is negative: nothing is made less likely but
+    by what is made more likely.
+    """
+    return (group_normalised(scores, group).squeeze(1) / temperature).softmax(0) * len(scores)
+
+
 def self_critical(
     scores: Float[Tensor, " batch"], greedy_scores: Float[Tensor, " inputs"], group: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch 1"]:

@@ -12,9 +12,10 @@ from functools import reduce
 from operator import add, mul
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from foveate.types import InputError, RewardOutput
+from foveate.types import InputError, RewardOutput, split
 
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
 
@@ -56,6 +57,65 @@ def product(rewards: Mapping[str, Reward]) -> Reward:
         return RewardOutput(reduce(mul, totals.values()), totals | _own(found))
 
     return reward
+
+
+def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
+    """A reward that names the example on which another one fails, instead of failing with the whole batch.
+
+    An example fails if its total is NaN or infinite, or if the reward raises for it; only then is it asked an example
+    at a time. With `skip` a failed example gets the mean of the others, from which nothing is learned, and the part
+    "skipped" is 1 for it, else 0 (it is no summand); other parts are 0 there. Credit of single decisions is left out.
+
+    Raises:
+        InputError: an example failed and is not to be skipped, or all did. `targets` that are numbers are told.
+    """
+
+    def careful(predictions: Any, targets: Any) -> RewardOutput:
+        errors: dict[int, Exception] = {}
+        try:
+            found = reward(predictions, targets)
+        except Exception as error:
+            found, errors = _one_by_one(reward, predictions, targets)
+            if not errors:
+                raise InputError(
+                    f"reward {name}: raises on the batch, but on none of its examples: {error!r}"
+                ) from error
+        if isinstance(found, Tensor):
+            found = RewardOutput(found)
+        bad = ~found.total.isfinite()
+        if not skip and not bad.any():
+            return found
+        if bad.any() and (not skip or bool(bad.all())):
+            row = int(bad.nonzero()[0])
+            what = f"raises {errors[row]!r}" if row in errors else f"is {float(found.total[row])}"
+            of = f", target {targets[row].tolist()}" if isinstance(targets, Tensor) and targets.ndim == 1 else ""
+            remedy = "nothing is left to learn from" if skip else "correct the reward, or skip such images (--skip-bad)"
+            raise InputError(f"reward {name}: {what} for image {row}{of} ({int(bad.sum())} of {len(bad)}): {remedy}")
+        total = torch.where(bad, found.total[~bad].mean(), found.total)
+        parts = {part: torch.where(bad, 0.0, value) for part, value in found.parts.items()}
+        return RewardOutput(total, parts | {"skipped": bad.to(total)})
+
+    return careful
+
+
+def _one_by_one(reward: Reward, predictions: Any, targets: Any) -> tuple[RewardOutput, dict[int, Exception]]:
+    """What each example gets alone, NaN where the reward raises; and what it raised."""
+    totals, parts, errors = [], [], {}
+    for row, (one, wanted) in enumerate(zip(split(predictions, 1), split(targets, 1), strict=True)):
+        try:
+            found = reward(one, wanted)
+            found = RewardOutput(found) if isinstance(found, Tensor) else found
+            totals.append(found.total)
+            parts.append(found.parts)
+        except Exception as error:  # whatever the user's function raises
+            errors[row] = error
+            totals.append(torch.full((1,), math.nan))
+            parts.append({})
+    device = next((total.device for total in totals if bool(total.isfinite())), totals[0].device)
+    names = next((each for each in parts if each), {})
+    none = torch.zeros(1, device=device)
+    laid = {part: torch.cat([each.get(part, none) for each in parts]) for part in names}
+    return RewardOutput(torch.cat([total.to(device) for total in totals]), laid), errors
 
 
 def load_reward(name: str) -> Reward:

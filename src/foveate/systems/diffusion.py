@@ -1,0 +1,350 @@
+"""Tune a diffusion model on a score of its finished images: denoising as a sequence of decisions.
+
+| | |
+|---|---|
+| state | the noisy image, the step, and what the image is to show: a class or a prompt |
+| action | the next, less noisy image, drawn from the scheduler's Gaussian |
+| reward | at the end: any score of the finished image |
+| horizon | the steps of the scheduler that have a variance |
+| learner | denoising loss, then REINFORCE or PPO's clipped ratio, advantages normalised in each class or prompt |
+| corner | policy |
+
+Black et al. 2023, "Training diffusion models with reinforcement learning" (DDPO, arXiv 2305.13301); the anchor is that
+of Fan et al. 2023, "DPOK" (arXiv 2305.16381), exact at every step. Scores that are not optimised stand beside it. What
+differs here and why, and the numbers: docs/systems/diffusion.md and docs/results.md.
+
+    foveate train diffusion --minutes 10                                        embedded digits, compressibility
+    foveate train diffusion --reward class --likelihood-share 0.15 --minutes 10
+    foveate train diffusion --model hf:FOLDER --prompts prompts.txt --lora 4 --reward colorfulness --minutes 60
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate import noise
+from foveate.data.classification import Images, check_images, check_kind, evaluation_split, held_out_split, load_images
+from foveate.data.picture_folders import read_pictures
+from foveate.generation import kinds_asked, learn_to_denoise, own_examples
+from foveate.judging import Contest, Judge, Thumbnails, Watch, drawn_images, learn_to_judge
+from foveate.learn.answers import Precision, Reward, Tuning, answering
+from foveate.learn.baselines import MovingAverage
+from foveate.models.diffusion import Denoiser
+from foveate.models.low_rank import Unadapted, take_start
+from foveate.models.named_denoisers import SMALL, named_denoiser, read_prompts
+from foveate.pictures import denoising
+from foveate.rewards.named_images import image_reward
+from foveate.run import Run
+from foveate.two_steps import learn_likelihood, learning, restored, tracked, tune_on_reward
+from foveate.types import Evaluation, InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `foveate train diffusion`. What defaults to None is chosen by the data and printed."""
+
+    data: str = "digits"
+    """digits (embedded), mnist, fashion-mnist, or folder; with prompts: not used"""
+    root: Path | None = None
+    """folder of the data; not needed for digits"""
+    image_size: int | None = None
+    """side in pixels; None: 16 for digits, else 32; hf:NAME says it itself"""
+    seed: int = 0
+    """of the weights, the order of the data and every draw"""
+    steps: int | None = None
+    """updates of all phases together"""
+    minutes: float | None = None
+    """wall-clock budget of all phases together"""
+    judge_share: float = 0.05
+    """part of the budget in which the classifiers learn that watch and reward"""
+    likelihood_share: float = 0.4
+    """part for the denoising loss, 0 for a model that has it; the rest is shared by the anchors and the control"""
+    model: str = SMALL
+    """small, hf:FOLDER, or hf:REPOSITORY (is downloaded): a pipeline of diffusers"""
+    prompts: Path | None = None
+    """file with a prompt a line, for a pipeline with a text encoder"""
+    lora: int = 0
+    """rank of the low-rank update that is tuned instead of all weights; 0: all"""
+    widths: tuple[int, ...] = (32, 64, 64)
+    """small: features of each level of the U-Net, each half as large as the one before"""
+    scheduler: Literal["own", "ddim", "ddpm"] = "own"
+    """whose steps are drawn; own: what the pipeline has, or DDIM"""
+    denoising: int = 12
+    """steps from noise to image"""
+    eta: float = 1.0
+    """how random DDIM's steps are, above 0; 1: as DDPM's"""
+    guidance: float = 1.0
+    """classifier-free guidance; 1: none"""
+    batch: int = 64
+    """images in an update of the denoising loss"""
+    learning_rate: float = 2e-3
+    """peak of its one-cycle schedule"""
+    reward: tuple[str, ...] = ("compressibility",)
+    """compressibility, incompressibility, colorfulness, sharpness, class, clip, aesthetic, package.module:function"""
+    weights: tuple[float, ...] = ()
+    """of several rewards, which are added; 1 each if not given"""
+    clip: Path | None = None
+    """folder of a CLIPModel for the rewards clip and aesthetic"""
+    aesthetic: Path | None = None
+    """safetensors with the linear layers of a head on its embeddings"""
+    skip_bad: bool = False
+    """leave out images for which the reward raises or is NaN, and count them, instead of stopping"""
+    estimator: Literal["score", "clipped", "weighted"] = "score"
+    """score: an update on the images of a batch (DDPO-SF); clipped: several (DDPO-IS); weighted: denoising (RWR)"""
+    inputs: int = 10
+    """classes or prompts in an update on the reward"""
+    samples: int = 8
+    """images of each of them"""
+    epochs: int = 4
+    """clipped: updates on the images of a batch"""
+    ratio_clip: float = 0.2
+    """clipped: of the ratio, whose log-probabilities are sums over pixels"""
+    temperature: float = 0.5
+    """weighted: weights are exp(advantage / temperature)"""
+    tuning_rate: float = 2e-4
+    """learning rate of the reward after five updates; it falls evenly to 0"""
+    piece: int = 2
+    """steps of denoising in a backward pass: the memory is that of a piece"""
+    subset: float = 0.34
+    """share of the steps that an update learns from, drawn anew for each"""
+    anchor: float = 0.3
+    """weight of the KL to the start, in standard deviations of the reward a nat"""
+    anchored: Literal["loss", "reward"] = "loss"
+    """where the KL stands: in the loss, or in the reward too (then the gradient is that of whole chains)"""
+    anchors: tuple[float, ...] = (0.0, 1.0)
+    """other weights of the anchor that are tried beside, each as long"""
+    strict: float = 1.0
+    """how much weighs, in choosing weights, what is lost in scores that are not optimised"""
+    every: int = 10
+    """updates between looks at held-out scores"""
+    looks: int = 200
+    """images drawn for each look"""
+    images: int = 500
+    """images drawn of each model to evaluate it"""
+    precision: Precision = "fp32"
+    """bf16 is faster on processors that compute in it"""
+    channels: int | None = None
+    """of the images; taken from the data"""
+    classes: tuple[str, ...] | None = None
+    """taken from the data"""
+
+
+PART = "policy"  # the tracked part that holds the tuned denoiser
+ROWS = {"start": "likelihood", "control": "control"}  # baseline → its tracked part
+FIELDS = ("denoising", "eta", "guidance", "piece", "scheduler", "lora", "widths", "channels", "classes", "prompts")
+load = lru_cache(maxsize=6)(load_images)
+
+
+def resolve(config: Config) -> Config:
+    """Check the fields, and fill in what model and data decide; `InputError` if they do not fit or are not there."""
+    for name in ("batch", "inputs", "every", "looks", "images"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    if not (config.judge_share >= 0 <= config.likelihood_share and config.judge_share + config.likelihood_share < 1):
+        raise InputError("judge_share, likelihood_share: one is below 0, or nothing is left for the reward; change one")
+    if config.temperature <= 0:
+        raise InputError(f"temperature: found {config.temperature:g}, expected more than 0")
+    if config.anchor in config.anchors or len(set(config.anchors)) < len(config.anchors):
+        raise InputError(f"anchors: found {config.anchors} beside anchor {config.anchor:g}, expected different ones")
+    _tuning(config, config.anchor)
+    if config.model == SMALL:
+        if config.prompts is not None:
+            raise InputError("prompts: given, but model small is told classes; give a pipeline: --model hf:FOLDER")
+        if not (config.likelihood_share and config.judge_share):
+            raise InputError("likelihood_share, judge_share: one is 0, but model small knows nothing yet; give it some")
+        config = replace(config, image_size=config.image_size or (16 if config.data == "digits" else 32))
+    if config.prompts is not None:
+        config = replace(config, classes=read_prompts(config.prompts), judge_share=0.0, likelihood_share=0.0)
+    else:
+        size = config.image_size or build(config).image[1]
+        splits = "train", "val", held_out_split(config.data, config.root)
+        train, *_ = (load(config.data, config.root, split, size) for split in splits)  # now, not after hours
+        config = replace(config, image_size=size, classes=train.classes, channels=train.pixels.shape[1])
+    channels, height, width = build(config).image
+    given = (config.channels or channels, config.image_size or height, config.image_size or width)
+    if given != (channels, height, width):
+        raise InputError(
+            f"data: {given} (channels, rows, columns), but {config.model} draws {(channels, height, width)}"
+        )
+    _reward(config, None, torch.device("cpu"))
+    return replace(config, image_size=height, channels=channels)
+
+
+def build(config: Config, tuned: bool = True) -> Denoiser:
+    """The denoiser of a resolved config, untrained or as its pipeline has it; tuned: with the adapter that learns."""
+    how = {name: getattr(config, name) for name in (*FIELDS, "image_size")} | ({} if tuned else {"lora": 0})
+    policy = named_denoiser(config.model, **how)
+    policy.light |= config.lora > 0 and not (tuned or config.likelihood_share)  # it stays in its folder
+    return policy
+
+
+def _tuning(config: Config, anchor: float) -> Tuning:
+    how: dict[str, Any] = {"learning_rate": config.tuning_rate, "precision": config.precision, "subset": config.subset}
+    if config.estimator == "clipped":
+        how |= {"epochs": config.epochs, "clip": config.ratio_clip}
+    return Tuning(config.samples, "normalised", anchor, anchored=config.anchored, warmup=5, anneal=True, **how)
+
+
+def _reward(config: Config, classifier: Any, device: torch.device) -> Reward:
+    """What is optimised; the classifier is that of the reward "class"."""
+    from_files = config.clip, config.aesthetic, config.skip_bad
+    return image_reward(config.reward, config.weights, classifier, config.classes or (), *from_files, device)
+
+
+def _judge(config: Config) -> Judge:
+    assert config.channels is not None
+    assert config.classes is not None
+    return Judge(config.channels, len(config.classes))
+
+
+def _pixels(config: Config, split: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    found: Images = load(config.data, config.root, split, config.image_size)
+    check_kind(found, config.classes or (), config.channels or 1)
+    order = noise.permutation(noise.key("shuffled"), len(found))  # data may come sorted by class
+    return found.pixels[order].to(device).float() / 255, found.labels[order].to(device)
+
+
+def _contest(
+    config: Config, judges: dict[str, Any], start: Denoiser, split: Any, count: int, device: torch.device
+) -> Contest:
+    """Who draws better: beside real images, or, with prompts, beside those of the start."""
+    kinds = torch.arange(count, device=device) % len(config.classes or ())
+    keys = noise.key(config.seed, split, torch.arange(count)).to(device)
+    if config.prompts is None:
+        watch = Watch(judges["judge"], *_pixels(config, split, device))
+    else:
+        real = drawn_images(start, kinds, noise.fold(keys, "real"), config.precision)
+        watch = Watch(Thumbnails(), real, kinds)
+    reward = _reward(config, judges.get("rewarder"), device)
+    return Contest(reward, watch, start, kinds, keys, config.precision)
+
+
+def train(config: Config, run: Run) -> None:
+    """Judges, denoising loss, the reward with each anchor, then the control; the agent ends with its best weights."""
+    weights = {PART: config.anchor} | {f"anchor {weight:g}": weight for weight in config.anchors}
+    taught = ("likelihood", "control") if config.likelihood_share else ()
+    parts: dict[str, tuple[Any, ...]] = {}
+    for name in (*taught, *weights):
+        torch.manual_seed(config.seed)
+        made, by = build(config, name in weights), "held_out_mix" if name == PART else "held_out_likelihood"
+        ends = name in weights and name != PART  # as it ends: what another anchor does to images is to be seen
+        parts[name] = (*learning(run, name, made), None) if ends else tracked(run, name, made, by=by)
+    (average,) = run.track(average=MovingAverage())
+    start = parts["likelihood"][0] if taught else run.track(likelihood=build(config, False).requires_grad_(False))[0]
+    judges: dict[str, Any] = {}
+    if config.prompts is None:
+        seen, val = (_pixels(config, split, run.device) for split in ("train", "val"))
+        both = {name: learning(run, name, _judge(config)) for name in ("judge", "rewarder")}
+        judges = {name: judge for name, (judge, _) in both.items()}
+        if config.judge_share:
+            learn_to_judge(run, config.judge_share, both, *seen, config.batch)
+        how: Any = {"train": seen, "val": val, "batch": config.batch, "learning_rate": config.learning_rate}
+        how |= {"none": start.none(len(config.classes or ())), "precision": config.precision}
+    if taught:
+        learn_to_denoise(run, "likelihood", config.likelihood_share, *parts["likelihood"], **how)
+    contest = _contest(config, judges, start, "val", config.looks, run.device)
+    share = (1 - config.judge_share - config.likelihood_share) / (len(weights) + bool(taught))
+    asked = partial(kinds_asked, run, config.inputs, len(config.classes or ()))
+    for name, weight in weights.items():
+        policy, optimizer, keeper = parts[name]
+        if config.lora:
+            for each in (policy, keeper.best) if keeper else (policy,):
+                take_start(each, start)
+        reference = Unadapted(policy) if config.lora else start
+        look: Any = {"keeper": keeper, "validate": partial(contest.look, policy, config.strict), "every": config.every}
+        phase = "reward" if name == PART else f"reward, {name}"
+        if config.estimator == "weighted":
+            own = own_examples(run, policy, contest.reward, asked, config.samples, config.temperature, config.precision)
+            learn_likelihood(run, phase, share, policy, own, optimizer, config.tuning_rate, start=reference, **look)
+        else:
+            learner = policy, contest.reward, asked, _tuning(config, weight), optimizer, average, reference
+            tune_on_reward(run, phase, share, *learner, **look)
+    if taught:
+        learn_to_denoise(run, "control", share, *parts["control"], **how, start=start)
+
+
+def evaluate(config: Config, policy: Denoiser, run: Run, elsewhere: bool = False) -> Evaluation:
+    """Images drawn with the same noise by every model: the reward, and what is not optimised.
+
+    `judge_accuracy`: of a classifier that the reward never saw. `frechet_distance`: to test images in its features;
+    `diversity`: distance of two images of a class there, 1 is that of test images (with prompts: colours of regions,
+    and images of the start). `kl`: to the start, nats an image. Rows: the start, other anchors at their end, more
+    denoising loss (`control`), real validation images (`data`). The curve shows each look along the training.
+    """
+    split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
+    known = restored(run, ROWS, partial(build, config, False))
+    judges: dict[str, Any] = {} if config.prompts else _judges(config, run)
+    contest = _contest(config, judges, known["start"], split, config.images, run.device)
+    anchored = {name: name for name in (f"anchor {weight:g}" for weight in config.anchors)}
+    known |= restored(run, anchored, partial(build, config))
+    metrics, baselines = contest.model(policy), {name: contest.model(other) for name, other in known.items()}
+    if config.prompts is None:
+        pixels, labels = _pixels(config, "val", run.device)
+        baselines["data"] = contest.row(pixels[: config.images], labels[: config.images])
+    return Evaluation(metrics, baselines, denoising.along(run.folder, config.anchor))
+
+
+def _judges(config: Config, run: Run) -> dict[str, Any]:
+    return restored(run, {"judge": "judge", "rewarder": "rewarder"}, partial(_judge, config))
+
+
+def compared(config: Config, policy: Denoiser, run: Run, images: int) -> tuple[Reward, Tensor, Tensor]:
+    """The reward, and the first classes or prompts: for `foveate analyse`."""
+    judges: dict[str, Any] = {} if config.prompts else _judges(config, run)
+    kinds = torch.arange(images, device=run.device) % len(config.classes or ())
+    return _reward(config, judges.get("rewarder"), run.device), kinds, kinds
+
+
+def predict(
+    config: Config, policy: Denoiser, images: Float[Tensor, "batch channels height width"]
+) -> dict[str, Tensor]:
+    """Redraw images in [0, 1]: noise of the middle of the chain is put on them and taken off again, no class told."""
+    check_images(images, "images")
+    if tuple(images.shape[1:]) != policy.image:
+        found, expected = list(images.shape[1:]), list(policy.image)
+        raise InputError(f"images: {found} (channels, rows, columns), but trained on {expected}: convert and resize")
+    device = next(policy.parameters()).device
+    keys, middle = noise.key(config.seed, "redrawn", torch.arange(len(images))).to(device), config.denoising // 2
+    with torch.no_grad(), answering(policy, config.precision):
+        x = policy.blurred(images.to(device), keys, middle)
+        none = torch.full((len(images),), policy.classes or 0, device=device)
+        return {"images": policy.decode(policy.chain(none, x, keys, first=middle))}
+
+
+def picture(
+    config: Config, policy: Denoiser, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
+) -> dict[str, Any]:
+    """Images of the same noise before and after, and the chains of them; or pictures of the user, redrawn."""
+    models = restored(run, {"start": "likelihood"}, partial(build, config, False))
+    if images is not None:
+        shown = {name: predict(config, model, images)["images"] for name, model in (models | {"tuned": policy}).items()}
+        return {"redrawn": denoising.columns({"given": images} | shown)}
+    models |= restored(run, {"anchor 0": "anchor 0"}, partial(build, config)) | {"tuned": policy}
+    names = (config.classes or ())[:10]
+    kinds = torch.arange(len(names), device=run.device)
+    keys = noise.key(config.seed, "picture", kinds)
+    with torch.no_grad(), answering(policy, config.precision):
+        chains = {name: model.sample(kinds, 1, False, keys) for name, model in models.items()}
+        steps = {name: [policy.finish(x) for x in chain.drawn.unbind(1)] for name, chain in chains.items()}
+    drawn = {name: policy.decode(chain) for name, chain in chains.items()}
+    return {"before and after": denoising.rows(drawn, names), "denoising": denoising.frames(steps, names)}
+
+
+def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
+    """The user's picture, or the pictures of a folder, as the policy takes them."""
+    return read_pictures(path, config.channels or 3, config.image_size)
+
+
+def check(config: Config) -> dict[str, Any]:
+    """The first pictures of the data with their classes."""
+    if config.prompts is not None:
+        raise InputError(f"data: {config.prompts} has prompts, and no pictures to draw; leave prompts out")
+    images, labels = _pixels(config, "train", torch.device("cpu"))
+    return {"data": denoising.labelled(images[:20], [(config.classes or ())[kind] for kind in labels[:20].tolist()])}
