@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 
 from foveate import noise
 from foveate.distributions import Categorical, Gaussian
+from foveate.learn.baselines import leave_one_out
 from foveate.learn.policy_gradient import (
     entropy_bonus,
     kl_estimate,
@@ -340,6 +341,51 @@ def test_two_processes_give_the_gradient_of_the_whole(tmp_path: Path) -> None:
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(found, gradient_of_the_whole())
+
+
+def test_a_generator_learns_from_a_discriminators_score_as_it_would_through_the_discriminator() -> None:
+    """GAN and policy gradient are one shape: a discriminator is a learned reward.
+
+    With a Gaussian around the generator's output, x = G(z) + σ ε, the gradient of E[D(x)] can be taken through D (the
+    path) or by weighing log-probabilities with D's score, which asks nothing of D but numbers. In the mean they are
+    the same; a generator that is scored less some baseline, but whose baseline knows its own score, is not.
+    """
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    discriminator = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1), nn.LogSigmoid()).double()
+    batches, inputs, samples = 128, 64, 4
+    rows = inputs * samples
+    deviation = torch.tensor(0.4, dtype=torch.float64)
+
+    def gradients(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        keys = noise.key(0, "bridge", batch, torch.arange(inputs))
+        mean = generator(noise.normal(keys, 2).double().repeat_interleave(samples, 0))
+        x = mean + deviation * noise.normal(noise.fold(keys[:, None], torch.arange(samples)).flatten(), 3).double()
+        path = torch.autograd.grad(discriminator(x).mean(), list(generator.parameters()), retain_graph=True)
+        found = Gaussian(mean[:, None], deviation)
+        score = discriminator(x).detach()
+        group = torch.arange(inputs).repeat_interleave(samples)
+        whole = []
+        own = score.view(inputs, samples).mean(1).repeat_interleave(samples)[:, None]  # the group's, itself included
+        for baseline in (leave_one_out(score[:, 0], group), own):
+            log_probs = found.log_prob(x.detach()[:, None])
+            mask = torch.ones(rows, 1, dtype=torch.bool)
+            loss = policy_gradient(log_probs, None, score - baseline, mask, count=rows).loss
+            whole.append(torch.autograd.grad(-loss, list(generator.parameters()), retain_graph=True))
+        flat = [torch.cat([leaf.flatten() for leaf in leaves]) for leaves in (path, *whole)]
+        return flat[0], flat[1], flat[2]
+
+    path, scored, biased = (torch.stack(each) for each in zip(*map(gradients, range(batches)), strict=True))
+
+    def apart(one: Tensor, other: Tensor) -> float:
+        """Root mean square of the difference of the means in its standard errors: about 1 if they are the same."""
+        off = one - other
+        return float((off.mean(0) / (off.std(0) / batches**0.5)).square().mean().sqrt())
+
+    assert apart(scored, path) < 1.5
+    assert apart(biased, path) > 2.5, "its baseline takes a quarter of the gradient away"
+    torch.testing.assert_close(biased.mean(0), 0.75 * scored.mean(0), rtol=1e-6, atol=1e-9)
+    assert scored.std(0).mean() > 2 * path.std(0).mean(), "what the path is worth: less noise"
 
 
 def test_entropy_and_kl_are_those_of_torch() -> None:
