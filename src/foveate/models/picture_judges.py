@@ -1,0 +1,82 @@
+"""What scores a picture: a few small networks side by side, which learn from comparisons (`foveate.learn.preferences`)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.types import InputError
+
+COLOURS = 8  # mixtures of red, green and blue of which mean and spread are taken
+
+
+class PictureJudges(nn.Module):
+    """An ensemble of small convolutional networks: RGB → a score from each member.
+
+    A member sees means and spreads over the picture, of mixtures of the colours and of features at three sizes: a few
+    hundred comparisons teach that, and pictures of any size have it. There is no normalisation layer, which would take
+    away how strong colours are. All members are one pass of grouped convolutions.
+
+    Args:
+        members: how many.
+        width: features of a member at full size; twice as many at each halving.
+
+    Attributes:
+        centre, scale: of each member's scores, set by `standardise`: then rewards are about 0 ± 1 on the pictures that
+            were compared, whatever the scale of a member.
+    """
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, members: int = 5, width: int = 8) -> None:
+        super().__init__()
+        if members < 1 or width < 1:
+            raise InputError(f"members, width: found {members} and {width}, expected at least 1 of each")
+        self.members = members
+        widths = (3, width, 2 * width, 4 * width)
+        self.colours = nn.Conv2d(3 * members, COLOURS * members, 1, groups=members)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(low * members, high * members, 3, padding=1, groups=members)
+            for low, high in zip(widths[:-1], widths[1:], strict=True)
+        )
+        features = 2 * (COLOURS + sum(widths[1:]))
+        self.read = nn.Conv1d(features * members, 32 * members, 1, groups=members)
+        self.judge = nn.Conv1d(32 * members, members, 1, groups=members)
+        self.register_buffer("centre", torch.zeros(members))
+        self.register_buffer("scale", torch.ones(members))
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "members batch"]:
+        """Scores of images in [0, 1], as each member scales them: differences are log-odds of being preferred."""
+        state = (images - 0.5).repeat(1, self.members, 1, 1)
+        seen = [self._spread(self.colours(state))]
+        for level, layer in enumerate(self.layers):
+            state = F.gelu(layer(F.avg_pool2d(state, 2, ceil_mode=True) if level else state))
+            seen.append(self._spread(state))
+        features = torch.cat(seen, 2).flatten(1)[:, :, None]
+        return self.judge(F.gelu(self.read(features))).squeeze(2).T
+
+    def _spread(self, state: Tensor) -> Tensor:
+        """Means and standard deviations over the picture, [batch, members, features]."""
+        grouped = state.flatten(2).unflatten(1, (self.members, -1))
+        centred = grouped - grouped.mean(3, keepdim=True)
+        return torch.cat((grouped.mean(3), (centred.square().mean(3) + 1e-6).sqrt()), 2)
+
+    @torch.no_grad()
+    def standardise(self, images: Float[Tensor, "batch 3 height width"]) -> None:
+        """Let the rewards of these images have mean 0 and standard deviation 1 for each member."""
+        scores = torch.cat([self(some) for some in images.split(250)], 1)
+        self.centre.copy_(scores.mean(1))
+        self.scale.copy_(scores.std(1, correction=0).clamp(min=1e-6))
+
+    def rewards(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "members batch"]:
+        """Scores of images, standardised."""
+        return (self(images) - self.centre[:, None]) / self.scale[:, None]
+
+
+def colour_statistics(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 6"]:
+    """Means and standard deviations of red, green and blue: what a linear model may see."""
+    flat = images.flatten(2)
+    return torch.cat((flat.mean(2), flat.std(2, correction=0)), 1)
