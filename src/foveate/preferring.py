@@ -1,4 +1,4 @@
-"""Preferences as a reward: pairs of a model's answers to ask about, a judge by script, and what was learned, as a reward.
+"""Preferences as a reward: pairs of a model's answers to ask about, a scripted judge, and the reward that was learned.
 
 Christiano et al. 2017, "Deep reinforcement learning from human preferences" (arXiv 1706.03741), for pictures.
 """

@@ -3,8 +3,8 @@
     FOLDER/comparisons.sqlite     pairs, answers, and which run they are of
     FOLDER/pictures/HASH.png      each picture once, named by its content
 
-Every call is a transaction of its own on a connection of its own: threads, windows and processes may share a folder, and
-what was answered is on the disk when `answer` returns (write-ahead log, full synchronisation). File names are hashes,
+Every call is a transaction on a connection of its own: threads, windows and processes may share a folder, and what was
+answered is on the disk when `answer` returns (write-ahead log, full synchronisation). File names are hashes,
 looked up in the folder alone: nothing in a database that somebody passed on can name another file.
 """
 
@@ -158,8 +158,8 @@ class Comparisons:
         self.question = told.get("question", "")
         if question and question != self.question:
             raise InputError(
-                f"{self.path}: found answers to {self.question!r}, asked is {question!r}; leave --question out, or move "
-                "the file away and compare anew"
+                f"{self.path}: found answers to {self.question!r}, asked is {question!r}; leave --question out, or "
+                "move the file away and compare anew"
             )
 
     def propose(self, proposals: Sequence[Proposal]) -> None:

@@ -2,8 +2,8 @@
 
     P(left is preferred) = σ(score(left) - score(right))
 
-Bradley and Terry 1952, "Rank analysis of incomplete block designs"; as a reward that is learned, Christiano et al. 2017,
-"Deep reinforcement learning from human preferences" (arXiv 1706.03741). A preference is a number in [0, 1]: 1 if the
+Bradley and Terry 1952, "Rank analysis of incomplete block designs"; as a learned reward, Christiano et al. 2017, "Deep
+reinforcement learning from human preferences" (arXiv 1706.03741). A preference is a number in [0, 1]: 1 if the
 left one was preferred, 0 if the right one was, 1/2 for a tie, which is half a vote for each. Only differences of scores
 are determined: adding a number to all scores changes nothing here.
 
@@ -75,30 +75,32 @@ def accuracy(probabilities: Float[Tensor, " pairs"], preferences: Float[Tensor, 
 
 
 def calibration_error(
-    probabilities: Float[Tensor, " pairs"], preferences: Float[Tensor, " pairs"], bins: int = 10
+    probabilities: Float[Tensor, " pairs"], preferences: Float[Tensor, " pairs"], bins: int = 5
 ) -> Float[Tensor, ""]:
     """Expected calibration error, in [0, 1]: by how much probabilities differ from how often they came true.
 
     If p is the probability of "left is preferred" and y the answer, a calibrated model has E[y | p] = p for every p,
-    and its error is E|E[y | p] - p| = 0. Comparisons are finitely many, so p is known only up to a bin B of equal
-    width (Naeini et al. 2015, "Obtaining well calibrated probabilities using Bayesian binning"):
+    and its error is E|E[y | p] - p| = 0. Comparisons are finitely many, so p is known only up to a bin B (Naeini et al.
+    2015, "Obtaining well calibrated probabilities using Bayesian binning"):
 
         Σ_B  |B| / n · | mean of y in B - mean of p in B |
 
-    Which of two stands left is chance: each pair is counted both ways, (p, y) and (1 - p, 1 - y), so that exchanging
-    sides changes nothing. Always saying 1/2 is calibrated, and useless: read it beside the accuracy. Of few comparisons
-    it is biased upwards, about √(p (1 - p) / |B|) in each bin.
+    Which of two stands left is chance, and exchanging them turns (p, y) into (1 - p, 1 - y). So each pair is turned
+    until its p is at least 1/2 (where p is 1/2, both ways count half, and y is 1/2), and the bins go from 1/2 to 1.
+    Always saying 1/2 is calibrated, and useless: read it beside the accuracy. Of few comparisons it is biased upwards,
+    as |mean of y - p| of a calibrated bin is about √(p (1 - p) / |B|).
 
     Args:
         probabilities: p.
         preferences: y, in [0, 1]; a tie is 1/2.
-        bins: how many, an even number, so that a pair and its mirror image fall into bins that mirror each other.
+        bins: how many, of equal width.
     """
-    both, wanted = torch.cat((probabilities, 1 - probabilities)), torch.cat((preferences, 1 - preferences))
-    place = (probabilities * bins).long().clamp(0, bins - 1)
-    place = torch.cat((place, bins - 1 - place))
-    gaps = torch.zeros(bins, device=both.device).index_add_(0, place, wanted - both)
-    return gaps.abs().sum() / max(1, len(both))
+    sure = torch.maximum(probabilities, 1 - probabilities)
+    true = torch.where(probabilities > 0.5, preferences, 1 - preferences)
+    true = torch.where(probabilities == 0.5, 0.5, true)
+    place = ((sure - 0.5) * 2 * bins).long().clamp(0, bins - 1)
+    gaps = torch.zeros(bins, device=sure.device).index_add_(0, place, true - sure)
+    return gaps.abs().sum() / max(1, len(sure))
 
 
 def information(probabilities: Float[Tensor, "members pairs"]) -> Float[Tensor, " pairs"]:

@@ -1,6 +1,8 @@
-"""What scores a picture: a few small networks side by side, which learn from comparisons (`foveate.learn.preferences`)."""
+"""What scores a picture: a few small networks side by side, learned from comparisons (`foveate.learn.preferences`)."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +17,13 @@ COLOURS = 8  # mixtures of red, green and blue of which mean and spread are take
 class PictureJudges(nn.Module):
     """An ensemble of small convolutional networks: RGB → a score from each member.
 
-    A member sees means and spreads over the picture, of mixtures of the colours and of features at three sizes: a few
-    hundred comparisons teach that, and pictures of any size have it. There is no normalisation layer, which would take
-    away how strong colours are. All members are one pass of grouped convolutions.
+    A member sees means and spreads over the picture, of mixtures of the colours and of features at 1/2, 1/4 and 1/8 of
+    its size: a few hundred comparisons teach that, and pictures of any size have it. There is no normalisation layer,
+    which would take away how strong colours are. All members are one pass of grouped convolutions.
 
     Args:
         members: how many.
-        width: features of a member at full size; twice as many at each halving.
+        width: features of a member at half size; twice as many at each further halving.
 
     Attributes:
         centre, scale: of each member's scores, set by `standardise`: then rewards are about 0 ± 1 on the pictures that
@@ -40,7 +42,7 @@ class PictureJudges(nn.Module):
         self.colours = nn.Conv2d(3 * members, COLOURS * members, 1, groups=members)
         self.layers = nn.ModuleList(
             nn.Conv2d(low * members, high * members, 3, padding=1, groups=members)
-            for low, high in zip(widths[:-1], widths[1:], strict=True)
+            for low, high in itertools.pairwise(widths)
         )
         features = 2 * (COLOURS + sum(widths[1:]))
         self.read = nn.Conv1d(features * members, 32 * members, 1, groups=members)
@@ -52,8 +54,8 @@ class PictureJudges(nn.Module):
         """Scores of images in [0, 1], as each member scales them: differences are log-odds of being preferred."""
         state = (images - 0.5).repeat(1, self.members, 1, 1)
         seen = [self._spread(self.colours(state))]
-        for level, layer in enumerate(self.layers):
-            state = F.gelu(layer(F.avg_pool2d(state, 2, ceil_mode=True) if level else state))
+        for layer in self.layers:
+            state = F.gelu(layer(F.avg_pool2d(state, 2, ceil_mode=True)))
             seen.append(self._spread(state))
         features = torch.cat(seen, 2).flatten(1)[:, :, None]
         return self.judge(F.gelu(self.read(features))).squeeze(2).T

@@ -43,7 +43,7 @@ from foveate.models.picture_judges import PictureJudges, colour_statistics
 from foveate.preferring import chosen, comparison_loss, judges_of, opened
 from foveate.rewards.colors import colorfulness
 from foveate.run import Run
-from foveate.two_steps import restored, tracked
+from foveate.two_steps import tracked
 from foveate.types import Evaluation, InputError
 
 
@@ -68,7 +68,7 @@ class Config:
     members: int = 5
     """networks, each trained on a resample of the comparisons; their disagreement is the uncertainty"""
     width: int = 8
-    """features of a network at full size"""
+    """features of a network at half size"""
     batch: int = 32
     """comparisons in an update"""
     learning_rate: float = 5e-3
@@ -88,7 +88,7 @@ class Config:
 PART = "policy"  # the tracked part that holds the ensemble
 SHARES = {"train": 0.65, "val": 0.15, "test": 0.2}  # of the inputs: answers to one input are in one split
 LEAST = 20  # comparisons
-BINS = 10  # of the calibration
+BINS = 10  # of the curve of calibration
 
 
 def resolve(config: Config) -> Config:
@@ -248,7 +248,7 @@ def _metrics(probabilities: Float[Tensor, " pairs"], compared: Compared) -> dict
     wanted, hidden = compared.preferences, compared.hidden
     found = {
         "accuracy": accuracy(probabilities, wanted),
-        "calibration_error": calibration_error(probabilities, wanted, BINS),
+        "calibration_error": calibration_error(probabilities, wanted),
         "nll": F.binary_cross_entropy(probabilities, wanted),
     }
     told = hidden.isfinite().all(1) & (hidden[:, 0] != hidden[:, 1])
@@ -309,7 +309,7 @@ def predict(
 def picture(
     config: Config, policy: PictureJudges, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
 ) -> dict[str, Any]:
-    """Held-out pictures, or the user's, from the lowest reward to the highest; and held-out pairs with their answers."""
+    """Held-out pictures, or the user's, from the lowest reward to the highest; held-out pairs with their answers."""
     drawn = {}
     if images is None:
         compared = _data(config)
