@@ -319,8 +319,8 @@ def preferences(
         raise InputError(f"inputs: found {inputs}, expected at least 1")
     config = config_from(run.system, run.config, f"{folder}/run.json")
     policy: Any = _restored(module, config, run, part or next(iter(module.ROWS.values())))
-    asked = Asked(policy, *module.posed(config, run, inputs), seed)
-    return opened(Path(folder), question, make=True), asked
+    posed, shown = module.posed(config, run, inputs)
+    return opened(Path(folder), question, make=True), Asked(policy, posed, shown, seed)
 
 
 def compare(folders: Sequence[Path | str], out: Path | str) -> Path:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,13 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
+from foveate.colors import coloured, light_and_chroma
 from foveate.data.comparisons import ANSWERS, Answer, Compared, Comparisons, Proposal
+from foveate.data.photographs import load_photographs
 from foveate.learn.answers import Reward, answering, repeat
 from foveate.learn.preferences import bootstrap_counts, bradley_terry_loss, chances, information
 from foveate.models.picture_judges import PictureJudges
+from foveate.rewards.colors import colorfulness
 from foveate.rewards.combine import check_output
 from foveate.run import Run
 from foveate.run import folder as run_folder
@@ -159,6 +163,7 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(key) % 2**63)
         judges = PictureJudges(members, width)
+    judges.begin(*(compared.pictures[side].float() / 255 for side in (compared.left, compared.right)))
     optimizer = torch.optim.AdamW(judges.parameters(), rate, weight_decay=0.1)
     counts = bootstrap_counts(key, members, len(compared))
     for step in range(STEPS):
@@ -168,7 +173,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / STEPS)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return judges.eval()
 
@@ -234,6 +239,28 @@ def collect_by_script(
             propose(store, asked, min(every, count - have), choose)
         answer_by_script(store, score, name, flip, asked.seed, count - have)
     return counts
+
+
+@lru_cache(maxsize=2)
+def recoloured(pairs: int, error: float) -> Compared:
+    """Crops of embedded photographs, each recoloured twice by chance; a script prefers the more colourful one.
+
+    Args:
+        pairs: how many.
+        error: probability that it answers the other way round.
+    """
+    data = load_photographs("photographs", None, "train")
+    keys = noise.key("recoloured", torch.arange(pairs))
+    images = data[noise.integers(noise.fold(keys, "crop"), len(data))].float() / 255
+    light, chroma = (leaf.repeat_interleave(2, 0) for leaf in light_and_chroma(images))
+    gain = 2 * noise.uniform(noise.fold(keys, "gain"), 2).flatten()[:, None, None, None]
+    shift = 0.2 * noise.normal(noise.fold(keys, "shift"), 2, 2).flatten(0, 1)[:, :, None, None]
+    shown = (255 * coloured(light, gain * chroma + shift)).round().byte()
+    hidden = colorfulness(shown.float() / 255).total.unflatten(0, (-1, 2))
+    wrong = noise.uniform(noise.fold(keys, "error")) < error
+    preferences = ((hidden[:, 0] > hidden[:, 1]) != wrong).float()
+    left = 2 * torch.arange(pairs)
+    return Compared(shown, left, left + 1, preferences, torch.arange(pairs), hidden)
 
 
 def judges_of(config: dict[str, Any]) -> PictureJudges:

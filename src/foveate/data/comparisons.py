@@ -17,7 +17,7 @@ import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -115,6 +115,11 @@ class Compared:
 
     def __len__(self) -> int:
         return len(self.preferences)
+
+    def to(self, device: torch.device | str) -> Compared:
+        """The same on a device, but for the pictures, which stay."""
+        names = ("left", "right", "preferences", "inputs", "hidden")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 class Comparisons:

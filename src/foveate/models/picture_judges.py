@@ -26,10 +26,13 @@ class PictureJudges(nn.Module):
         width: features of a member at half size; twice as many at each further halving.
 
     Attributes:
+        middle, reach: of the features, set by `begin`: what differs within a pair is then of size 1 at the start.
         centre, scale: of each member's scores, set by `standardise`: then rewards are about 0 ± 1 on the pictures that
             were compared, whatever the scale of a member.
     """
 
+    middle: Tensor
+    reach: Tensor
     centre: Tensor
     scale: Tensor
 
@@ -47,24 +50,40 @@ class PictureJudges(nn.Module):
         features = 2 * (COLOURS + sum(widths[1:]))
         self.read = nn.Conv1d(features * members, 32 * members, 1, groups=members)
         self.judge = nn.Conv1d(32 * members, members, 1, groups=members)
+        self.register_buffer("middle", torch.zeros(features * members, 1))
+        self.register_buffer("reach", torch.ones(features * members, 1))
         self.register_buffer("centre", torch.zeros(members))
         self.register_buffer("scale", torch.ones(members))
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "members batch"]:
         """Scores of images in [0, 1], as each member scales them: differences are log-odds of being preferred."""
+        features = (self._features(images) - self.middle) / self.reach
+        return self.judge(F.gelu(self.read(features))).squeeze(2).T
+
+    def _features(self, images: Tensor) -> Tensor:
+        """[batch, members · features, 1]."""
         state = (images - 0.5).repeat(1, self.members, 1, 1)
         seen = [self._spread(self.colours(state))]
         for layer in self.layers:
             state = F.gelu(layer(F.avg_pool2d(state, 2, ceil_mode=True)))
             seen.append(self._spread(state))
-        features = torch.cat(seen, 2).flatten(1)[:, :, None]
-        return self.judge(F.gelu(self.read(features))).squeeze(2).T
+        return torch.cat(seen, 2).flatten(1)[:, :, None]
 
     def _spread(self, state: Tensor) -> Tensor:
         """Means and standard deviations over the picture, [batch, members, features]."""
         grouped = state.flatten(2).unflatten(1, (self.members, -1))
         centred = grouped - grouped.mean(3, keepdim=True)
         return torch.cat((grouped.mean(3), (centred.square().mean(3) + 1e-6).sqrt()), 2)
+
+    @torch.no_grad()
+    def begin(self, left: Float[Tensor, "pairs 3 height width"], right: Float[Tensor, "pairs 3 height width"]) -> None:
+        """Before the first update: centre the features, and divide each by how much it differs within pairs.
+
+        Answers to one input differ by far less than inputs do, and only these differences are learned from.
+        """
+        first, second = self._features(left), self._features(right)
+        self.middle.copy_((first + second).mean(0) / 2)
+        self.reach.copy_((first - second).square().mean(0).sqrt().clamp(min=1e-4))
 
     @torch.no_grad()
     def standardise(self, images: Float[Tensor, "batch 3 height width"]) -> None:

@@ -21,7 +21,7 @@ and docs/systems/reward-model.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
-from foveate.colors import coloured, light_and_chroma
 from foveate.data.classification import check_images
 from foveate.data.comparisons import Compared
-from foveate.data.photographs import load_photographs
 from foveate.data.picture_folders import read_pictures
 from foveate.learn.answers import answering
 from foveate.learn.preferences import TIE, accuracy, bootstrap_counts, bradley_terry_loss, calibration_error, chances
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.picture_judges import PictureJudges, colour_statistics
-from foveate.preferring import chosen, comparison_loss, judges_of, opened
+from foveate.preferring import chosen, comparison_loss, judges_of, opened, recoloured
 from foveate.rewards.colors import colorfulness
 from foveate.run import Run
 from foveate.two_steps import tracked
@@ -120,29 +118,12 @@ def resolve(config: Config) -> Config:
 
 def _data(config: Config) -> Compared:
     if config.data == "photographs":
-        return _scripted(config.pairs, config.noise)
+        return recoloured(config.pairs, config.noise)
     if config.data != "comparisons":
         raise InputError(f"data: no {config.data!r}, expected photographs or comparisons")
     if config.root is None:
         raise InputError("root: not given, but the data are comparisons; add --root RUN, the run that was compared")
     return opened(config.root).load(LEAST)
-
-
-@lru_cache(maxsize=2)
-def _scripted(pairs: int, error: float) -> Compared:
-    """Crops of photographs, each with its chroma twice changed by chance; the more colourful one is preferred."""
-    data = load_photographs("photographs", None, "train")
-    keys = noise.key("recoloured", torch.arange(pairs))
-    images = data[noise.integers(noise.fold(keys, "crop"), len(data))].float() / 255
-    light, chroma = (leaf.repeat_interleave(2, 0) for leaf in light_and_chroma(images))
-    gain = 2 * noise.uniform(noise.fold(keys, "gain"), 2).flatten()[:, None, None, None]
-    shift = 0.2 * noise.normal(noise.fold(keys, "shift"), 2, 2).flatten(0, 1)[:, :, None, None]
-    shown = (255 * coloured(light, gain * chroma + shift)).round().byte()
-    hidden = colorfulness(shown.float() / 255).total.unflatten(0, (-1, 2))
-    wrong = noise.uniform(noise.fold(keys, "error")) < error
-    preferences = ((hidden[:, 0] > hidden[:, 1]) != wrong).float()
-    left = 2 * torch.arange(pairs)
-    return Compared(shown, left, left + 1, preferences, torch.arange(pairs), hidden)
 
 
 def _rows(config: Config, compared: Compared, split: str) -> Compared:
@@ -158,34 +139,41 @@ def build(config: Config) -> PictureJudges:
 
 
 def train(config: Config, run: Run) -> None:
-    """Bradley and Terry's likelihood; the weights kept are those of the best likelihood on val."""
+    """Bradley and Terry's likelihood, each member on its resample; the weights kept are the best on what is unseen.
+
+    Unseen are val, and for each member what its resample left out, about 1/e of train.
+    """
     compared = _data(config)
-    train, val = (_rows(config, compared, split) for split in ("train", "val"))
+    train, val = (_rows(config, compared, split).to(run.device) for split in ("train", "val"))
     pixels = compared.pictures.to(run.device)
+    both, wanted = _joined(train, val), torch.cat((train.preferences, val.preferences))
     torch.manual_seed(config.seed)
-
-    def adam(parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, weight_decay=config.decay)
-
-    judges, optimizer, keeper = tracked(run, PART, build(config), adam, by="held_out_score")
+    judges = build(config).to(run.device)
+    judges.begin(*(pixels[side].float() / 255 for side in (train.left, train.right)))
+    kind = partial(torch.optim.AdamW, weight_decay=config.decay)
+    judges, optimizer, keeper = tracked(run, PART, judges, kind, by="held_out_score")
     counts = bootstrap_counts(noise.key(config.seed, "resample"), config.members, len(train)).to(run.device)
-    size = min(config.batch, len(train)) // run.processes * run.processes or run.processes
+    unseen = torch.cat((counts == 0, torch.ones(config.members, len(val), device=run.device)), 1)
+    size = max(1, min(config.batch, len(train)) // run.processes) * run.processes
 
     def look() -> dict[str, Tensor]:
-        probabilities = _probabilities(judges, pixels, val)
-        score = -F.binary_cross_entropy(probabilities.mean(0), val.preferences.to(probabilities))
-        held = accuracy(probabilities.mean(0), val.preferences.to(probabilities))
-        return {"held_out_score": score, "held_out_accuracy": held}
+        left, right = (_scores(judges, pixels)[:, side] for side in both)
+        held = accuracy(chances(left, right).mean(0)[len(train) :], val.preferences)
+        return {
+            "held_out_score": -bradley_terry_loss(left, right, wanted, unseen).mean(),
+            "held_out_accuracy": held,
+        }
 
     for step in run.steps("comparisons", 1.0):
         if step == 0:
             keeper.begin()
-        rows = noise.examples(config.seed, step, size, len(train))[run.rows(size)]
-        keys = noise.key(config.seed, "mirrored", step, torch.arange(size)[run.rows(size)]).to(run.device)
+        index = torch.arange(size)[run.rows(size)]
+        rows = noise.examples(config.seed, step, size, len(train))[index].to(run.device)
+        keys = noise.key(config.seed, "mirrored", step, index).to(run.device)
         mirrored = (noise.uniform(keys, 1, 1, 1) < 0.5) & config.flip
-        sides = (pixels[side[rows].to(run.device)].float() / 255 for side in (train.left, train.right))
+        sides = (pixels[side[rows]].float() / 255 for side in (train.left, train.right))
         left, right = (torch.where(mirrored, side.flip(3), side) for side in sides)
-        losses = comparison_loss(judges, left, right, train.preferences[rows].to(run.device), counts[:, rows])
+        losses = comparison_loss(judges, left, right, train.preferences[rows], counts[:, rows])
         set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
         run.optimise(losses.sum(), optimizer, clip=float(config.members))
         run.log(loss=losses.mean().detach())
@@ -195,19 +183,24 @@ def train(config: Config, run: Run) -> None:
             run.log(**found)
     keeper.offer(judges, look()["held_out_score"])
     judges.load_state_dict(keeper.best.state_dict())
-    judges.standardise(pixels[torch.cat((train.left, train.right)).unique().to(run.device)].float() / 255)
+    judges.standardise(pixels[torch.cat((train.left, train.right)).unique()].float() / 255)
     run.save()
 
 
+def _joined(first: Compared, second: Compared) -> tuple[Tensor, Tensor]:
+    return torch.cat((first.left, second.left)), torch.cat((first.right, second.right))
+
+
 @torch.no_grad()
+def _scores(judges: PictureJudges, pixels: Tensor) -> Float[Tensor, "members size"]:
+    with answering(judges):
+        return torch.cat([judges(some.float() / 255) for some in pixels.split(250)], 1)
+
+
 def _probabilities(judges: PictureJudges, pixels: Tensor, compared: Compared) -> Float[Tensor, "members pairs"]:
     """That the left one is preferred."""
-    used = torch.cat((compared.left, compared.right)).unique()
-    place = torch.zeros(len(pixels), dtype=torch.long)
-    place[used] = torch.arange(len(used))
-    with answering(judges):
-        scores = torch.cat([judges(pixels[some.to(pixels.device)].float() / 255) for some in used.split(250)], 1)
-    return chances(scores[:, place[compared.left]], scores[:, place[compared.right]])
+    scores = _scores(judges, pixels).cpu()
+    return chances(scores[:, compared.left], scores[:, compared.right])
 
 
 def evaluate(config: Config, policy: PictureJudges, run: Run, elsewhere: bool = False) -> Evaluation:
@@ -226,9 +219,9 @@ def evaluate(config: Config, policy: PictureJudges, run: Run, elsewhere: bool = 
         raise InputError(f"{config.root}: pictures of {width}x{height}, but the model was trained on {expected}")
     train, test = _rows(config, compared, "train"), compared if elsewhere else _rows(config, compared, "test")
     pixels = compared.pictures.to(run.device)
-    members = _probabilities(policy, pixels, test).cpu()
+    members = _probabilities(policy, pixels, test)
     torch.manual_seed(config.seed)
-    untrained = _probabilities(build(config).to(run.device), pixels, test).cpu()
+    untrained = _probabilities(build(config).to(run.device), pixels, test)
     single = [_metrics(member, test) for member in members]
     baselines = {
         "constant": _metrics(torch.full_like(test.preferences, 0.5), test),
@@ -240,7 +233,9 @@ def evaluate(config: Config, policy: PictureJudges, run: Run, elsewhere: bool = 
         baselines["pixel_statistics"] = _metrics(_regression(colour_statistics(images), train, test), test)
         baselines["colorfulness"] = _metrics(_regression(colorfulness(images).total[:, None], train, test), test)
     found = members.mean(0)
-    curves = {"preferred against probability": {"ensemble": _reliability(found, test), "calibrated": [(0, 0), (1, 1)]}}
+    curves = {
+        "preferred against probability": {"ensemble": _reliability(found, test), "calibrated": [(0.0, 0.0), (1.0, 1.0)]}
+    }
     return Evaluation(_metrics(found, test), baselines, curves)
 
 
@@ -258,8 +253,9 @@ def _metrics(probabilities: Float[Tensor, " pairs"], compared: Compared) -> dict
 
 
 def _regression(features: Float[Tensor, "size features"], train: Compared, test: Compared) -> Float[Tensor, " pairs"]:
-    """The probabilities of a logistic regression on differences of standardised features, with a weak ridge."""
-    scaled = ((features - features.mean(0)) / features.std(0).clamp(min=1e-6)).double()
+    """The probabilities of a logistic regression on differences of features, with a weak ridge."""
+    reach = (features[train.left] - features[train.right]).square().mean(0).sqrt()  # what differs within pairs
+    scaled = (features / reach.clamp(min=1e-6)).double()
     weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -269,10 +265,10 @@ def _regression(features: Float[Tensor, "size features"], train: Compared, test:
             scaled[train.left] @ weights, scaled[train.right] @ weights, train.preferences.double()
         )
         found = found + 1e-3 * weights.square().sum()
-        found.backward()  # type: ignore[no-untyped-call]
+        found.backward()
         return found
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     with torch.no_grad():
         return chances(scaled[test.left] @ weights, scaled[test.right] @ weights).float()
 
@@ -317,7 +313,7 @@ def picture(
         used = torch.cat((test.left, test.right)).unique()
         images = compared.pictures[used[torch.linspace(0, len(used) - 1, min(32, len(used))).long()]].float() / 255
         first = chosen(test, torch.arange(min(12, len(test))))
-        found = _probabilities(policy, compared.pictures.to(run.device), first).mean(0).cpu()
+        found = _probabilities(policy, compared.pictures.to(run.device), first).mean(0)
         drawn["comparisons"] = _pairs(first, [f"{one:.0%}" for one in found.tolist()])
     rewards = predict(config, policy, images)["rewards"].cpu()
     order = rewards.argsort(stable=True)
