@@ -257,9 +257,9 @@ def prefer(words: list[str]) -> int:
     asked = _parse(Prefer, "prefer", words)
     shared = {name: getattr(asked, name) for name in ("comparisons", "choose", "part", "question", "inputs", "seed")}
     if asked.judge is None:
-        from foveate.studio import prefer as page
+        from foveate.studio.prefer import serve
 
-        page.serve(asked.run, host=asked.host, port=asked.port, device=asked.device, **shared)
+        serve(asked.run, host=asked.host, port=asked.port, device=asked.device, **shared)
         return 0
     from foveate import commands
 

@@ -15,7 +15,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from foveate.preferring import Asked, Choose, propose
 from foveate.types import InputError
 
 QUESTION = "Which one is better?"
+BUTTONS: dict[Answer, str] = {"left": "← Left", "tie": "Tie (space)", "skip": "Skip (s)", "right": "Right →"}
 AHEAD = 10  # pairs that wait when all is well, so that nobody waits for the model
 WINDOWS = 1000  # of which is remembered what they show
 BODY = 2**16  # bytes of a request at most
@@ -183,30 +183,34 @@ def build(page: Page) -> Any:
     """
     gradio = _gradio()
 
-    def show(request: gradio.Request) -> tuple[str, str, str]:
+    def show(request: Any) -> tuple[str, str, str]:
         return page.show(request.session_hash or "")
 
-    def press(answer: Answer, shown: str, who: str, request: gradio.Request) -> tuple[str, str, str]:
-        return page.press(answer, request.session_hash or "", str(shown)[:20], str(who or ""))
+    def press(answer: Answer) -> Callable[..., Any]:
+        def pressed(shown: str, who: str, request: Any) -> tuple[str, str, str]:
+            return page.press(answer, request.session_hash or "", str(shown)[:20], str(who or ""))
 
-    # Gradio tells requests by the annotations, which are strings here
-    show.__annotations__["request"] = press.__annotations__["request"] = gradio.Request
+        return _asking(pressed)
+
     with gradio.Blocks(title="Foveate: compare", analytics_enabled=False) as blocks:
         pictures = gradio.HTML(elem_id="pictures")
         with gradio.Row():
-            labels = {"left": "← Left", "tie": "Tie (space)", "skip": "Skip (s)", "right": "Right →"}
-            buttons = {name: gradio.Button(label, elem_id=f"answer-{name}") for name, label in labels.items()}
+            buttons = {name: gradio.Button(label, elem_id=f"answer-{name}") for name, label in BUTTONS.items()}
         told = gradio.Markdown(elem_id="told")
         who = gradio.Textbox(label="Your name, kept with your answers (may stay empty)", max_length=LONGEST)
         shown = gradio.Textbox(visible="hidden", elem_id="shown")
         outputs = [pictures, shown, told]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        blocks.load(show, None, outputs, **quiet)
+        blocks.load(_asking(show), None, outputs, **quiet)
         for name, button in buttons.items():
-            handler = partial(press, name)
-            handler.__annotations__ = press.__annotations__  # type: ignore[attr-defined]
-            button.click(handler, [shown, who], outputs, trigger_mode="once", **quiet)
+            button.click(press(name), [shown, who], outputs, trigger_mode="once", **quiet)
     return blocks
+
+
+def _asking(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a handler as one that is told of the request: Gradio looks for its own class among the annotations."""
+    handler.__annotations__ = {"request": _gradio().Request}
+    return handler
 
 
 def launch(page: Page, host: str = "127.0.0.1", port: int = 7860) -> tuple[Any, str]:

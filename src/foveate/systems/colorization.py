@@ -235,7 +235,8 @@ def evaluate(config: Config, policy: Coded, run: Run, elsewhere: bool = False) -
     `colorfulness` is Hasler's and Süsstrunk's, `reward` what was tuned on, `vividness` and `diversity` the
     paper's; `sampled_colorfulness` that of words drawn once. `color_error` is the mean distance in Lab to the true
     colours, `luminance_error` the largest difference in L of any pixel, of 100. Beside the tuned policy: its start
-    (`mle`), the start with as much more likelihood as the tuning took (`control`), the start's chroma doubled, the true colours.
+    (`mle`), the start with as much more likelihood as the tuning took (`control`), the start's chroma doubled, the
+    true colours.
     """
     split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
     images = _data(config, split, run.device).float() / 255
