@@ -5,7 +5,8 @@
 
 Every call is a transaction on a connection of its own: threads, windows and processes may share a folder, and what was
 answered is on the disk when `answer` returns (write-ahead log, full synchronisation). File names are hashes,
-looked up in the folder alone: nothing in a database that somebody passed on can name another file.
+looked up in the folder alone: nothing in a database that somebody passed on can name another file. A kill loses
+nothing; a power cut may cost pictures of the last seconds, which are then named as missing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import io
 import os
 import re
 import sqlite3
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -141,6 +143,7 @@ class Comparisons:
         if not make and not self.path.is_file():
             raise InputError(f"{self.path}: there are no comparisons yet; make some: foveate prefer {folder.parent}")
         folder.mkdir(parents=True, exist_ok=True)
+        self._size: str | None = None
         with self._transaction(make) as database:
             if make and not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 for statement in _SCHEMA.split(";"):
@@ -155,6 +158,9 @@ class Comparisons:
                     "that version, or move the file away and compare anew"
                 )
             told = dict(database.execute("SELECT name, value FROM about"))
+        self._idle = self._connection()  # while one is open, closing another does not copy the log into the database
+        weakref.finalize(self, self._idle.close)
+        self._idle.execute("SELECT count(*) FROM about").fetchone()
         if told.get("run") != run:
             raise InputError(
                 f"{self.path}: found comparisons of another run ({told.get('run')}, this is {run}); put them back "
@@ -265,9 +271,7 @@ class Comparisons:
         """
         from PIL import Image
 
-        with self._transaction() as database:
-            expected = dict(database.execute("SELECT name, value FROM about")).get("size")
-        path = self._file(name)
+        path, expected = self._file(name), self._size or self._read_size()
         try:
             with Image.open(path, formats=("PNG",)) as picture:  # reads the header alone
                 found = f"{picture.width}x{picture.height}"
@@ -317,10 +321,7 @@ class Comparisons:
             encoded = io.BytesIO()
             Image.fromarray(picture.movedim(0, 2).contiguous().numpy()).save(encoded, "PNG")
             partial = path.with_name(f".{name}.{os.getpid()}")
-            with partial.open("wb") as file:
-                file.write(encoded.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
+            partial.write_bytes(encoded.getvalue())
             partial.replace(path)
         return name
 
@@ -328,6 +329,11 @@ class Comparisons:
         if not re.fullmatch(r"[0-9a-f]{32}\.png", name):
             raise InputError(f"{self.path}: found a picture {name!r}, expected a hash; the database was tampered with")
         return self.folder / "pictures" / name
+
+    def _read_size(self) -> str | None:
+        with self._transaction() as database:
+            self._size = dict(database.execute("SELECT name, value FROM about")).get("size")
+        return self._size
 
     def _check_size(self, database: sqlite3.Connection, size: str) -> None:
         expected = dict(database.execute("SELECT name, value FROM about")).get("size")
@@ -340,13 +346,15 @@ class Comparisons:
     def _tell(database: sqlite3.Connection, name: str, value: str) -> None:
         database.execute("INSERT INTO about (name, value) VALUES (?, ?)", (name, value))
 
+    def _connection(self, make: bool = False) -> sqlite3.Connection:
+        address = f"{self.path.absolute().as_uri()}?mode={'rwc' if make else 'rw'}"
+        return sqlite3.connect(address, PATIENCE, isolation_level=None, uri=True, check_same_thread=False)
+
     @contextmanager
     def _transaction(self, make: bool = False) -> Iterator[sqlite3.Connection]:
         """A connection within a transaction that writes all or nothing."""
-        mode = "rwc" if make else "rw"
         try:
-            address = f"{self.path.absolute().as_uri()}?mode={mode}"
-            with closing(sqlite3.connect(address, PATIENCE, isolation_level=None, uri=True)) as database:
+            with closing(self._connection(make)) as database:
                 database.execute("PRAGMA journal_mode = WAL")
                 database.execute("PRAGMA synchronous = FULL")
                 database.execute("BEGIN IMMEDIATE")
