@@ -23,6 +23,7 @@ from foveate.data.comparisons import ANSWERS, Answer, Compared, Comparisons, Pro
 from foveate.data.photographs import load_photographs
 from foveate.learn.answers import Reward, answering, repeat
 from foveate.learn.preferences import bootstrap_counts, bradley_terry_loss, chances, information
+from foveate.learn.schedule import set_learning_rate
 from foveate.models.picture_judges import PictureJudges
 from foveate.rewards.colors import colorfulness
 from foveate.rewards.combine import check_output
@@ -35,7 +36,7 @@ Choose = Literal["random", "uncertain"]
 FOLDER = "preferences"  # of a run's folder
 CANDIDATES = 8  # pairs that are looked at for each that is asked about
 FIRST = 20  # comparisons from which uncertainty is told; random before
-STEPS = 150  # of the members that tell it
+STEPS = 100  # of the members that tell it
 
 
 @dataclass(frozen=True)
@@ -154,24 +155,27 @@ def comparison_loss(
 
 
 def fit(
-    compared: Compared, key: Int[Tensor, ""], members: int = 5, width: int = 4, batch: int = 64, rate: float = 1e-2
+    compared: Compared, key: Int[Tensor, ""], members: int = 5, width: int = 4, rate: float = 1e-2
 ) -> PictureJudges:
-    """Judges fitted to comparisons in seconds, each to a resample of its own: to tell where they disagree.
+    """Judges fitted to comparisons in a second, each to a resample of its own: to tell where they disagree.
 
-    They are made and drawn from the key alone; the global generator is left as it was.
+    Their convolutions stay as they were drawn, each member's own, and what is read from them is learned. Everything
+    follows from the key; the global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(key) % 2**63)
         judges = PictureJudges(members, width)
     judges.begin(*(compared.pictures[side].float() / 255 for side in (compared.left, compared.right)))
-    optimizer = torch.optim.AdamW(judges.parameters(), rate, weight_decay=0.1)
+    with torch.no_grad():
+        features = torch.cat([judges.features(some.float() / 255) for some in compared.pictures.split(250)])
+    learned = [*judges.read.parameters(), *judges.judge.parameters()]
+    optimizer = torch.optim.AdamW(learned, rate, weight_decay=0.1)
     counts = bootstrap_counts(key, members, len(compared))
     for step in range(STEPS):
-        rows = noise.examples(int(key) % 2**31, step, min(batch, len(compared)), len(compared))
-        left, right = (compared.pictures[side[rows]].float() / 255 for side in (compared.left, compared.right))
-        loss = comparison_loss(judges, left, right, compared.preferences[rows], counts[:, rows]).sum()
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / STEPS)
+        scores = judges.weigh(features)
+        left, right = scores[:, compared.left], scores[:, compared.right]
+        loss = bradley_terry_loss(left, right, compared.preferences, counts).sum()
+        set_learning_rate(optimizer, rate * (1 - step / STEPS))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

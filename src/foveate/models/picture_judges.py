@@ -57,11 +57,15 @@ class PictureJudges(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "members batch"]:
         """Scores of images in [0, 1], as each member scales them: differences are log-odds of being preferred."""
-        features = (self._features(images) - self.middle) / self.reach
-        return self.judge(F.gelu(self.read(features))).squeeze(2).T
+        return self.weigh(self.features(images))
 
-    def _features(self, images: Tensor) -> Tensor:
-        """[batch, members · features, 1]."""
+    def weigh(self, features: Float[Tensor, "batch numbers 1"]) -> Float[Tensor, "members batch"]:
+        """Scores from what `features` gave."""
+        hidden = self.read((features - self.middle) / self.reach)
+        return self.judge(F.gelu(hidden)).squeeze(2).T
+
+    def features(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch numbers 1"]:
+        """What the members see of images, one member's numbers after the other's."""
         state = (images - 0.5).repeat(1, self.members, 1, 1)
         seen = [self._spread(self.colours(state))]
         for layer in self.layers:
@@ -81,7 +85,7 @@ class PictureJudges(nn.Module):
 
         Answers to one input differ by far less than inputs do, and only these differences are learned from.
         """
-        first, second = self._features(left), self._features(right)
+        first, second = self.features(left), self.features(right)
         self.middle.copy_((first + second).mean(0) / 2)
         self.reach.copy_((first - second).square().mean(0).sqrt().clamp(min=1e-4))
 
