@@ -33,10 +33,8 @@ from foveate.preferring import (
     FIRST,
     FOLDER,
     Asked,
-    chosen,
     collect_by_script,
     draw_pairs,
-    fit,
     identity,
     preference_reward,
     propose,
@@ -47,7 +45,17 @@ from foveate.rewards.combine import load_reward
 from foveate.run import folder as run_folder
 from foveate.types import InputError, RewardOutput, Sampler
 
-QUICK = {"image_size": 16, "width": 16, "depth": 1, "code_width": 8, "batch": 4, "tuning_batch": 2, "device": "cpu"}
+QUICK = {
+    "image_size": 8,
+    "width": 16,
+    "depth": 1,
+    "code_width": 8,
+    "levels": (4, 4),
+    "batch": 16,
+    "tuning_batch": 4,
+    "tuning_rate": 1e-2,
+    "device": "cpu",
+}
 
 
 def newton(features: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -429,31 +437,50 @@ def test_a_script_that_is_none_is_refused(tmp_path: Path) -> None:
         collect_by_script(store, asked(), lambda pictures, _: red(0 * pictures, None), "red", 3)
 
 
-def test_uncertain_pairs_say_more_than_random_ones() -> None:
-    """Of pictures most of which any judge orders right, those that the members quarrel about teach the others.
+def members(differences: Tensor, wanted: Tensor, key: Tensor) -> Tensor:
+    """Weights of eight linear judges, each fitted to a resample, with a weak ridge."""
+    counts = bootstrap_counts(key, 8, len(wanted))
+    found = torch.zeros(8, differences.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], max_iter=50, line_search_fn="strong_wolfe")
 
-    The same 20 answers first, then 40 more of 300, chosen at random or by disagreement; the mean over three seeds.
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        scores = found @ differences.T
+        value = (
+            bradley_terry_loss(scores, torch.zeros_like(scores), wanted, counts) + 0.01 * found.square().sum(1)
+        ).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return found.detach()
+
+
+def test_uncertain_pairs_say_more_than_random_ones() -> None:
+    """Ten answers first, then forty of five hundred pairs: by chance, or by what the judges quarrel about.
+
+    What was learned is held against the true order of two thousand other pairs; the mean over eight seeds.
     """
     gains = []
-    for seed in range(3):
-        compared = recoloured(500, 0.0)
-        rows = noise.permutation(noise.key("rows", seed), 500)
-        start, pool, test = rows[:20], rows[20:320], rows[320:]
-        judges = fit(chosen(compared, start), noise.key("first", seed))
-        more = {"random": pool[:20]}
-        with torch.no_grad():
-            scores = judges(compared.pictures.float() / 255)
-            quarrel = information(chances(scores[:, compared.left[pool]], scores[:, compared.right[pool]]))
-        more["uncertain"] = pool[quarrel.argsort(descending=True)[:20]]
+    for seed in range(8):
+        true = noise.normal(noise.key(seed, "true"), 12)
+        pool, test = (
+            noise.normal(noise.key(seed, name, torch.arange(size)), 12) for name, size in (("a", 500), ("b", 2000))
+        )
+        wanted = (pool @ true > 0).float()
         told = {}
-        for name, some in more.items():
-            found = fit(chosen(compared, torch.cat((start, some))), noise.key("second", seed))
-            with torch.no_grad():
-                scores = found(compared.pictures.float() / 255)
-            chance = chances(scores[:, compared.left[test]], scores[:, compared.right[test]]).mean(0)
-            told[name] = float(accuracy(chance, compared.preferences[test]))
+        for choose in ("random", "uncertain"):
+            rows = torch.arange(10)
+            for turn in range(4):
+                judges = members(pool[rows], wanted[rows], noise.key(seed, "judges", turn))
+                rest = torch.tensor([row for row in range(500) if row not in rows.tolist()])
+                worth = information(torch.sigmoid(judges @ pool[rest].T))
+                order = worth.argsort(descending=True) if choose == "uncertain" else torch.arange(len(rest))
+                rows = torch.cat((rows, rest[order[:10]]))
+            judges = members(pool[rows], wanted[rows], noise.key(seed, "judges", 4))
+            told[choose] = float(accuracy(torch.sigmoid(judges @ test.T).mean(0), (test @ true > 0).float()))
         gains.append(told["uncertain"] - told["random"])
-    assert sum(gains) / 3 > 0, gains
+    assert sum(gains) / 8 > 0.015, gains
 
 
 # end to end
@@ -465,9 +492,9 @@ def coloured_squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("squares")
     for number in range(160):
         keys = noise.key("square", number)
-        light = torch.linspace(0.3, 0.7, 16)[:, None].expand(16, 16) + 0.1 * noise.uniform(noise.fold(keys, "light"))
+        light = torch.linspace(0.3, 0.7, 8)[:, None].expand(8, 8) + 0.1 * noise.uniform(noise.fold(keys, "light"))
         hue = noise.uniform(noise.fold(keys, "hue"), 3) - 0.5
-        strength = 0.6 * noise.uniform(noise.fold(keys, "strength"))
+        strength = 0.9 * noise.uniform(noise.fold(keys, "strength"))
         pixels = (light[:, :, None] + strength * hue).clamp(0, 1)
         path = root / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
@@ -478,7 +505,7 @@ def coloured_squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, coloured_squares: Path) -> Path:
     folder = tmp_path_factory.mktemp("start") / "run"
-    settings = {"batch": 16, "code_share": 0.5, "likelihood_share": 0.48, "steps": 240, "code_rate": 1e-2}
+    settings = {"code_share": 0.5, "likelihood_share": 0.48, "steps": 400, "code_rate": 1e-2}
     foveate.train("colorization", data="folder", root=coloured_squares, out=folder, **{**QUICK, **settings})
     return folder
 
@@ -505,27 +532,27 @@ def test_a_script_s_taste_is_learned_and_tuning_follows_it(start: Path, judged: 
         root=coloured_squares,
         source=start,
         out=start.parent / "tuned",
-        **{**QUICK, "batch": 16, **settings},
+        **{**QUICK, **settings},
     )
     found = json.loads((tuned.folder / "evaluation.json").read_text())
-    assert found["metrics"]["colorfulness"] > 1.2 * found["baselines"]["mle"]["colorfulness"]
+    assert found["metrics"]["colorfulness"] > 1.1 * found["baselines"]["mle"]["colorfulness"]
     assert found["metrics"]["reward"] > found["baselines"]["mle"]["reward"]
 
 
 def test_what_was_learned_is_a_reward_of_pictures(judged: Path) -> None:
     reward = load_reward(f"preference:{judged}")
-    images = noise.uniform(noise.key("images", torch.arange(5)), 3, 16, 16)
+    images = noise.uniform(noise.key("images", torch.arange(5)), 3, 8, 8)
     found = reward(images, None)
     torch.testing.assert_close(found.total, found.parts["preferred"] + found.parts["doubt"])
     torch.testing.assert_close(found.total, foveate.load(judged, "cpu")(images)["rewards"])
-    with pytest.raises(InputError, match="pictures of 16x16, found 12x16"):
-        reward(images[..., :12], None)
+    with pytest.raises(InputError, match="pictures of 8x8, found 6x8"):
+        reward(images[..., :6], None)
     with pytest.raises(InputError, match="judges RGB pictures"):
         reward(images[:, :1] > 0.5, None)
     with pytest.raises(InputError, match="judges RGB pictures"):
         reward(["a caption"], None)
-    with pytest.raises(InputError, match="16x16 were compared"):
-        foveate.load(judged, "cpu")(images[..., :12])
+    with pytest.raises(InputError, match="8x8 were compared"):
+        foveate.load(judged, "cpu")(images[..., :6])
 
 
 def test_caution_takes_the_members_disagreement_off(judged: Path, tmp_path: Path) -> None:
@@ -535,7 +562,7 @@ def test_caution_takes_the_members_disagreement_off(judged: Path, tmp_path: Path
     careful.mkdir()
     os.symlink(judged / "checkpoints", careful / "checkpoints")
     (careful / "run.json").write_text(json.dumps(record | {"config": record["config"] | {"caution": 2.0}}))
-    images = noise.uniform(noise.key("images", torch.arange(5)), 3, 16, 16)
+    images = noise.uniform(noise.key("images", torch.arange(5)), 3, 8, 8)
     plain, found = preference_reward(str(judged))(images, None), preference_reward(str(careful))(images, None)
     doubt = foveate.load(judged, "cpu")(images)["doubt"]
     torch.testing.assert_close(found.total, plain.total - 2 * doubt)

@@ -227,7 +227,7 @@ def collect_by_script(
         count: answers in the folder at the end, those that are there already among them.
         choose: which pairs (`propose`).
         flip: probability of an error, at least 0 and less than 1/2.
-        every: pairs between two choices.
+        every: pairs between two choices; those that are left over wait.
 
     Raises:
         InputError: a field is out of its range, or the score is none.
@@ -240,7 +240,7 @@ def collect_by_script(
     check_output(score(torch.cat((sample.left, sample.right)).float() / 255, None), 16, name)
     while (have := sum((counts := store.counts())[answer] for answer in ANSWERS)) < count:
         if not counts["waiting"]:
-            propose(store, asked, min(every, count - have), choose)
+            propose(store, asked, every, choose)
         answer_by_script(store, score, name, flip, asked.seed, count - have)
     return counts
 

@@ -76,8 +76,8 @@ class PictureJudges(nn.Module):
     def _spread(self, state: Tensor) -> Tensor:
         """Means and standard deviations over the picture, [batch, members, features]."""
         grouped = state.flatten(2).unflatten(1, (self.members, -1))
-        centred = grouped - grouped.mean(3, keepdim=True)
-        return torch.cat((grouped.mean(3), (centred.square().mean(3) + 1e-6).sqrt()), 2)
+        variance, mean = torch.var_mean(grouped, 3, correction=0)
+        return torch.cat((mean, (variance + 1e-6).sqrt()), 2)
 
     @torch.no_grad()
     def begin(self, left: Float[Tensor, "pairs 3 height width"], right: Float[Tensor, "pairs 3 height width"]) -> None:
