@@ -585,6 +585,8 @@ def test_runs_that_cannot_be_compared_or_be_a_reward_are_named(
     ):
         assert main([*words, "--device", "cpu"]) == 2
         assert said in capsys.readouterr().err
+    with pytest.raises(InputError, match="pictures of 32x32, but the model was trained on 8x8"):
+        foveate.evaluate(judged, data="photographs", device="cpu")
     with pytest.raises(InputError, match="no run to take it from"):
         foveate.train("colorization", steps=4, out=tmp_path / "run", **{**QUICK, "code_share": 0.0})
     assert not (tmp_path / "run").exists()
