@@ -155,6 +155,19 @@ def test_members_are_independent_networks() -> None:
         assert by_member[1] > 0
 
 
+def test_answers_to_one_input_are_the_measure_of_rewards() -> None:
+    judges = PictureJudges(3, 4)
+    level = noise.uniform(noise.key("level", torch.arange(50)), 1, 1, 1)
+    left, right = (0.8 * level + 0.2 * noise.uniform(noise.key(side, torch.arange(50)), 3, 8, 8) for side in "ab")
+    judges.begin(left, right)
+    reach = (judges.features(left) - judges.features(right)).square().mean(0).sqrt()
+    torch.testing.assert_close(reach.clamp(min=1e-4), judges.reach)
+    judges.standardise(left, right)
+    first, second = judges.rewards(left), judges.rewards(right)
+    torch.testing.assert_close((first + second).mean(1), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close((first - second).square().mean(1), torch.full((3,), 2.0), atol=1e-3, rtol=0)
+
+
 # the store
 
 
@@ -514,7 +527,9 @@ def start(tmp_path_factory: pytest.TempPathFactory, coloured_squares: Path) -> P
 def judged(start: Path) -> Path:
     assert main(["prefer", str(start), "--judge", "colorfulness", "--comparisons", "100", "--device", "cpu"]) == 0
     folder = start.parent / "judge"
-    foveate.train("reward-model", data="comparisons", root=start, steps=80, out=folder, device="cpu")
+    foveate.train(
+        "reward-model", data="comparisons", root=start, steps=80, learning_rate=5e-3, out=folder, device="cpu"
+    )
     return folder
 
 

@@ -27,8 +27,8 @@ class PictureJudges(nn.Module):
 
     Attributes:
         middle, reach: of the features, set by `begin`: what differs within a pair is then of size 1 at the start.
-        centre, scale: of each member's scores, set by `standardise`: then rewards are about 0 ± 1 on the pictures that
-            were compared, whatever the scale of a member.
+        centre, scale: of each member's scores, set by `standardise`: then rewards are about 0, and answers to one
+            input differ by about 1, whatever the scale of a member.
     """
 
     middle: Tensor
@@ -90,11 +90,16 @@ class PictureJudges(nn.Module):
         self.reach.copy_((first - second).square().mean(0).sqrt().clamp(min=1e-4))
 
     @torch.no_grad()
-    def standardise(self, images: Float[Tensor, "batch 3 height width"]) -> None:
-        """Let the rewards of these images have mean 0 and standard deviation 1 for each member."""
-        scores = torch.cat([self(some) for some in images.split(250)], 1)
-        self.centre.copy_(scores.mean(1))
-        self.scale.copy_(scores.std(1, correction=0).clamp(min=1e-6))
+    def standardise(
+        self, left: Float[Tensor, "pairs 3 height width"], right: Float[Tensor, "pairs 3 height width"]
+    ) -> None:
+        """Let each member's rewards of these have mean 0, and answers to one input a standard deviation of 1.
+
+        What sets inputs apart from each other was never compared, so it is not what scores are measured by.
+        """
+        first, second = (torch.cat([self(some) for some in side.split(250)], 1) for side in (left, right))
+        self.centre.copy_((first + second).mean(1) / 2)
+        self.scale.copy_((first - second).square().mean(1).div(2).sqrt().clamp(min=1e-6))
 
     def rewards(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "members batch"]:
         """Scores of images, standardised."""

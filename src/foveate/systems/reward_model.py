@@ -65,13 +65,13 @@ class Config:
     """photographs: probability that the script answers the other way round"""
     members: int = 5
     """networks, each trained on a resample of the comparisons; their disagreement is the uncertainty"""
-    width: int = 8
+    width: int = 4
     """features of a network at half size"""
     batch: int = 32
     """comparisons in an update"""
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-3
     """peak of the one-cycle schedule"""
-    decay: float = 0.1
+    decay: float = 1.0
     """of the weights (AdamW): few comparisons are soon known by heart"""
     flip: bool = True
     """mirror half of the pairs"""
@@ -183,7 +183,7 @@ def train(config: Config, run: Run) -> None:
             run.log(**found)
     keeper.offer(judges, look()["held_out_score"])
     judges.load_state_dict(keeper.best.state_dict())
-    judges.standardise(pixels[torch.cat((train.left, train.right)).unique()].float() / 255)
+    judges.standardise(*(pixels[side].float() / 255 for side in (train.left, train.right)))
     run.save()
 
 
@@ -286,7 +286,7 @@ def _reliability(probabilities: Float[Tensor, " pairs"], compared: Compared) -> 
 def predict(
     config: Config, policy: PictureJudges, images: Float[Tensor, "batch channels height width"]
 ) -> dict[str, Tensor]:
-    """Score images in [0, 1]: `rewards` [batch], about 0 ± 1 on what was compared, and their `doubt`.
+    """Score images in [0, 1]: `rewards` [batch], which answers to one input have by about 1 apart, and their `doubt`.
 
     Raises:
         InputError: the images break the convention, or have another size than those that were compared.
