@@ -72,6 +72,7 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "analyse": ({}, []),
         "bench": [],
         "processes_of": 1,
+        "prefer": {},
     }
 
     def answer(name: str) -> Any:
@@ -79,6 +80,7 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in answers:
         monkeypatch.setattr(commands, name, answer(name))
+    monkeypatch.setattr("foveate.studio.prefer.serve", lambda *_, **settings: asked.append(settings))
     monkeypatch.setattr(cli, "_launch", lambda *_: (asked.append({"steps": 1}), 0)[1])
     monkeypatch.setattr(commands, "config_from_file", lambda system, path: commands.system_module(system).Config())
     makefile = (ROOT / "Makefile").read_text()

@@ -89,6 +89,7 @@ QUICK = {
     "foveating-grid": {"batch": 16, "episodes": 200},
     "tune-captioner": {"scenes": 64, "image_size": 16, "width": 16, "depth": 1, "batch": 4, "tuning_batch": 4},
     "tracking": {"scenes": 1, "image_size": 32, "patch": 12, "hidden": 16, "batch": 8, "copies": 8, "horizon": 2},
+    "reward-model": {"pairs": 40, "batch": 4, "width": 2, "members": 2},
     "tune-segmenter": {"batch": 4, "looks": 4, "image_size": 24, "width": 8},
 }
 NAMES = ("Config", "PART", "resolve", "build", "train", "evaluate", "predict", "picture", "read", "check")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -223,6 +223,51 @@ def analyse(words: list[str]) -> int:
 
 
 @dataclass(frozen=True)
+class Prefer:
+    """Compare a run's answers, two to one input: on a page in the browser, or by a script. It goes on where it was."""
+
+    run: Positional[Path]
+    """folder of the run; comparisons are kept in its folder preferences"""
+    judge: str | None = None
+    """a script answers in place of people: colorfulness, vivid, or package.module:function of pictures"""
+    comparisons: int = 300
+    """how many there are to be at the end"""
+    noise: float = 0.1
+    """of a script: probability that it answers the other way round"""
+    choose: Literal["random", "uncertain"] = "random"
+    """pairs by chance, or those about which a model of the comparisons so far is the least certain"""
+    part: str | None = None
+    """of the checkpoint, which model answers; by default the start that tuning begins from; policy: the tuned one"""
+    question: str | None = None
+    """what is asked above the pictures; "Which one is better?" if not given"""
+    inputs: int = 500
+    """training inputs that are answered"""
+    seed: int = 0
+    """of the draws, and of a script's errors"""
+    host: str = "127.0.0.1"
+    """address of the page: by default it can be reached from this machine alone"""
+    port: int = 7860
+    """of the page; 0: any that is free"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps"""
+
+
+def prefer(words: list[str]) -> int:
+    """Compare a run's answers two by two, on a page or by a script."""
+    asked = _parse(Prefer, "prefer", words)
+    shared = {name: getattr(asked, name) for name in ("comparisons", "choose", "part", "question", "inputs", "seed")}
+    if asked.judge is None:
+        from foveate.studio.prefer import serve
+
+        serve(asked.run, host=asked.host, port=asked.port, device=asked.device, **shared)
+        return 0
+    from foveate import commands
+
+    _table({"answers": commands.prefer(asked.run, judge=asked.judge, noise=asked.noise, device=asked.device, **shared)})
+    return 0
+
+
+@dataclass(frozen=True)
 class Compare:
     """Lay the curves of runs over each other."""
 
@@ -290,6 +335,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "show": show,
     "resume": resume,
+    "prefer": prefer,
     "compare": compare,
     "analyse": analyse,
     "data": data,

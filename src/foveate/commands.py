@@ -24,6 +24,9 @@ from torch import nn
 
 from foveate import pictures, plots, report
 from foveate.analysis import along_training, compare_models
+from foveate.data.comparisons import Comparisons
+from foveate.preferring import Asked, Choose, collect_by_script, opened
+from foveate.rewards.colors import picture_score
 from foveate.run import Run
 from foveate.run import folder as run_folder
 from foveate.run.checkpoints import write_atomically
@@ -265,6 +268,59 @@ def analyse(
     if along := along_training(_metrics(run.folder)):
         drawn["reward against metric"] = plots.line_plot(along, "held-out reward", "held-out metric", dots=True)
     return numbers, list(_save_pictures(run.folder / "analysis", drawn).values())
+
+
+def prefer(
+    folder: Path | str,
+    *,
+    judge: str,
+    comparisons: int = 300,
+    noise: float = 0.1,
+    choose: Choose = "random",
+    part: str | None = None,
+    question: str | None = None,
+    inputs: int = 500,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, int]:
+    """Let a scripted judge compare a run's answers, in place of people on the page of `foveate prefer`.
+
+    Args:
+        folder: of the run.
+        judge: the hidden score: "colorfulness", "vivid", or package.module:function of pictures.
+        comparisons: how many there are to be at the end, those that are there already among them.
+        noise: probability that an answer is the other way round.
+        choose: "random" pairs, or the most "uncertain" ones.
+        part: of the checkpoint, which model answers; None: the start that tuning begins from.
+        question: what is asked; kept with the first comparison.
+        inputs: how many training inputs are answered.
+        seed: of the draws and the errors.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+
+    Returns:
+        How many of each answer there are.
+
+    Raises:
+        InputError: a system whose answers are no pictures, no such judge, comparisons of another run or version.
+    """
+    store, asked = preferences(folder, part, question, inputs, seed, device)
+    return collect_by_script(store, asked, picture_score(judge), judge, comparisons, choose=choose, flip=noise)
+
+
+def preferences(
+    folder: Path | str, part: str | None, question: str | None, inputs: int, seed: int, device: str
+) -> tuple[Comparisons, Asked]:
+    """Where the comparisons of a run's answers are kept, and what answers; as `prefer` says."""
+    run = Run.open(Path(folder), device)
+    module = system_module(run.system)
+    if not hasattr(module, "posed"):
+        raise InputError(f"{folder}: the answers of {run.system} are not compared; name a run of colorization")
+    if inputs < 1:
+        raise InputError(f"inputs: found {inputs}, expected at least 1")
+    config = config_from(run.system, run.config, f"{folder}/run.json")
+    policy: Any = _restored(module, config, run, part or next(iter(module.ROWS.values())))
+    posed, shown = module.posed(config, run, inputs)
+    return opened(Path(folder), question, make=True), Asked(policy, posed, shown, seed)
 
 
 def compare(folders: Sequence[Path | str], out: Path | str) -> Path:

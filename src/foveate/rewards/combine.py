@@ -19,6 +19,9 @@ from foveate.types import InputError, RewardOutput, split
 
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
 
+# prefix → the function that makes a reward of what follows it; by name, as what reads runs stands above this floor
+MAKERS = {"preference": "foveate.preferring:preference_reward"}
+
 
 def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Reward:
     """Σ weight · total.
@@ -121,10 +124,15 @@ def _one_by_one(reward: Reward, predictions: Any, targets: Any) -> tuple[RewardO
 def load_reward(name: str) -> Reward:
     """The function that `package.module:function` names; it is imported, so its module's code runs.
 
+    `preference:RUN` is what a run of reward-model learned from comparisons (`foveate.preferring.preference_reward`).
+
     Raises:
-        InputError: no such module, or nothing in it of this name that can be called.
+        InputError: no such module, or nothing in it of this name that can be called; no such run.
     """
     module, _, function = name.partition(":")
+    if module in MAKERS and function:
+        made: Reward = load_reward(MAKERS[module])(function)  # type: ignore[call-arg, assignment]
+        return made
     if not (module and function):
         raise InputError(f"reward: found {name!r}, expected package.module:function")
     try:

@@ -130,6 +130,12 @@ class Run:
         run._set_up(folder, record["system"], record["config"], record["seed"], device, quiet=True)
         return run
 
+    @property
+    def source(self) -> str | None:
+        """Folder of the run that the first weights were taken from."""
+        found: str | None = self._record.get("source")
+        return found
+
     def track(self, **parts: Any) -> tuple[Any, ...]:
         """Make parts belong to the run: modules move to its device, all are saved in checkpoints and restored.
 

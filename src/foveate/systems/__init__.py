@@ -18,4 +18,5 @@ SYSTEMS = {
     "tune-segmenter": "tune any segmenter on the Dice or IoU of its masks, each pixel by its own effect",
     "tune-detector": "tune any detector on the score of its sets of boxes, each box by what the set gains from it",
     "tune-captioner": "tune any image captioner of Hugging Face, or your own, on CIDEr-D",
+    "reward-model": "score pictures by what people, or a script, preferred of two (Christiano et al. 2017)",
 }

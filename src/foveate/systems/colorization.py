@@ -19,6 +19,7 @@ here and why, and the numbers: docs/systems/colorization.md and docs/results.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,10 +40,10 @@ from foveate.learn.baselines import MovingAverage
 from foveate.models.backbones import convolutions
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
-from foveate.rewards.colors import colorfulness, vivid_and_varied
+from foveate.rewards.colors import colorfulness, picture_score, vivid_and_varied
 from foveate.run import Run
 from foveate.two_steps import held_out_scores, learn_code, learn_likelihood, restored, tracked, tune_on_reward
-from foveate.types import Evaluation, InputError, RewardOutput
+from foveate.types import Evaluation, InputError
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Config:
     minutes: float | None = None
     """wall-clock budget of all phases together"""
     code_share: float = 0.25
-    """part of the budget that learns the code of chroma"""
+    """part of the budget that learns the code of chroma; 0: take it from the run given by --from"""
     likelihood_share: float = 0.35
-    """part for maximum likelihood; the rest is shared evenly by the reward and the control"""
+    """part for maximum likelihood, 0 as above; the rest is shared evenly by the reward and the control"""
     code_patch: int = 8
     """side in pixels of the square that a word is about"""
     levels: tuple[int, ...] = (8, 6, 5)
@@ -85,6 +86,8 @@ class Config:
     """pictures in an update of code and likelihood"""
     learning_rate: float = 1e-3
     """peak of the one-cycle schedule of likelihood"""
+    reward: str = "vivid"
+    """vivid (and varied, the paper's), colorfulness, preference:RUN, or package.module:function of pictures"""
     tuning_batch: int = 8
     """pictures in an update on the reward"""
     samples: int = 8
@@ -110,11 +113,12 @@ def resolve(config: Config) -> Config:
         InputError: a field is out of its range, or the data cannot be read.
     """
     for name in ("code_share", "likelihood_share"):
-        if not 0 < getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected more than 0 and less than 1")
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 0 and less than 1")
     if config.code_share + config.likelihood_share >= 1:
         raise InputError("code_share, likelihood_share: together they leave nothing for the reward; lower one")
     _tuning(config)
+    _reward(config)
     splits = "train", "val", held_out_split(config.data, config.root)
     train, *_ = (_load(config.data, config.root, split, config.image_size) for split in splits)  # now, not after hours
     shape = train.shape
@@ -155,13 +159,16 @@ def _tuning(config: Config) -> Tuning:
     return Tuning(config.samples, anchor=config.anchor, learning_rate=config.tuning_rate, precision=config.precision)
 
 
-def reward(chroma: Float[Tensor, "batch 2 height width"], light: Float[Tensor, "batch 1 height width"]) -> RewardOutput:
-    """How vivid and varied the pictures are as coloured."""
-    return vivid_and_varied(coloured(light, chroma))
+def _reward(config: Config) -> Reward:
+    """Of chroma, given the light: the score of the pictures as coloured."""
+    score = picture_score(config.reward)
+    return lambda chroma, light: score(coloured(light, chroma), None)
 
 
 def train(config: Config, run: Run) -> None:
     """Code, likelihood, reward, then the control from the start of the reward; each ends with its best on val."""
+    if not (config.code_share and config.likelihood_share) and run.source is None:
+        raise InputError("code_share, likelihood_share: 0, but no run to take it from; add --from RUN")
     data, val = _data(config, "train", run.device), _data(config, "val", run.device)
     torch.manual_seed(config.seed)
     code, code_optimizer, code_keeper = tracked(run, "code", _code(config), by="held_out_explained")
@@ -171,6 +178,7 @@ def train(config: Config, run: Run) -> None:
         parts[name] = tracked(run, name, build(config), torch.optim.Adafactor if name == PART else torch.optim.Adam)
     (average,) = run.track(average=MovingAverage())
     light, chroma = light_and_chroma(val.float() / 255)
+    reward = _reward(config)
     held_out = [(some, some) for some in light[:HELD_OUT].split(50)]
 
     def maps(step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +201,8 @@ def train(config: Config, run: Run) -> None:
     def compare(drawn: Tensor, chroma: Tensor) -> dict[str, Tensor]:
         return {"chroma_loss": F.mse_loss(drawn, chroma)}
 
-    learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
+    if config.code_share:
+        learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
         for coded in (policy, keeper.best):
             coded.base.load_state_dict(code.base.state_dict())
@@ -205,7 +214,8 @@ def train(config: Config, run: Run) -> None:
 
     share, start = (1 - config.code_share - config.likelihood_share) / 2, parts["likelihood"][0]
     how: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
-    learn_likelihood(run, "likelihood", config.likelihood_share, batches=answers, **arguments("likelihood"), **how)
+    if config.likelihood_share:
+        learn_likelihood(run, "likelihood", config.likelihood_share, batches=answers, **arguments("likelihood"), **how)
     tuned = {"reward": reward, "batches": inputs, "tuning": _tuning(config), "average": average, "reference": start}
     tune_on_reward(run, "reward", share, **tuned, **arguments(PART), every=25)
     learn_likelihood(run, "control", share, batches=answers, start=start, **arguments("control"), **how)
@@ -222,10 +232,11 @@ def _batch(config: Config, data: Tensor, run: Run, phase: str, step: int, batch:
 def evaluate(config: Config, policy: Coded, run: Run, elsewhere: bool = False) -> Evaluation:
     """Colours of held-out pictures, the most likely words of each; `elsewhere`: of other data than it trained on.
 
-    `colorfulness` is Hasler's and Süsstrunk's, `reward` what was tuned on, with its parts `vividness` and `diversity`;
-    `sampled_colorfulness` that of words drawn once. `color_error` is the mean distance in Lab to the true colours,
-    `luminance_error` the largest difference in L of any pixel, of 100. Beside the tuned policy: its start (`mle`), the
-    start with as much more likelihood as the tuning took (`control`), the start's chroma doubled, the true colours.
+    `colorfulness` is Hasler's and Süsstrunk's, `reward` what was tuned on, `vividness` and `diversity` the
+    paper's; `sampled_colorfulness` that of words drawn once. `color_error` is the mean distance in Lab to the true
+    colours, `luminance_error` the largest difference in L of any pixel, of 100. Beside the tuned policy: its start
+    (`mle`), the start with as much more likelihood as the tuning took (`control`), the start's chroma doubled, the
+    true colours.
     """
     split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
     images = _data(config, split, run.device).float() / 255
@@ -235,8 +246,8 @@ def evaluate(config: Config, policy: Coded, run: Run, elsewhere: bool = False) -
     for name, other in restored(run, ROWS, partial(build, config)).items():
         baselines[name] = _scores(config, other, light, true)
         if name == "mle":
-            baselines["chroma x 2"] = _score(light, 2 * _paint(config, other, light, True), true)
-    baselines["truth"] = _score(light, true, true)
+            baselines["chroma x 2"] = _measured(config, light, 2 * _paint(config, other, light, True), true)
+    baselines["truth"] = _measured(config, light, true, true)
     return Evaluation(metrics, baselines)
 
 
@@ -244,11 +255,18 @@ def compared(config: Config, policy: Coded, run: Run, images: int) -> tuple[Rewa
     """The reward, and the light of the first held-out pictures: for `foveate analyse`."""
     shown = _data(config, held_out_split(config.data, config.root), run.device)[:images]
     light, _ = light_and_chroma(shown.float() / 255)
-    return reward, light, light
+    return _reward(config), light, light
+
+
+def posed(config: Config, run: Run, images: int) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """The light of pictures of the train split, and chroma and light as a picture: for `foveate prefer`."""
+    data = _data(config, "train", run.device)
+    light, _ = light_and_chroma(data[noise.permutation(noise.key("posed"), len(data))[:images]].float() / 255)
+    return light, lambda chroma, light: coloured(light, chroma)
 
 
 def _scores(config: Config, policy: Coded, light: Tensor, true: Tensor) -> dict[str, float]:
-    found = _score(light, _paint(config, policy, light, True), true)
+    found = _measured(config, light, _paint(config, policy, light, True), true)
     drawn = coloured(light, _paint(config, policy, light, False))
     return found | {"sampled_colorfulness": float(colorfulness(drawn).total.mean())}
 
@@ -263,14 +281,13 @@ def _paint(config: Config, policy: Coded, light: Tensor, greedy: bool) -> Tensor
     return torch.cat(chroma)
 
 
-def _score(light: Tensor, chroma: Tensor, true: Tensor) -> dict[str, float]:
+def _measured(config: Config, light: Tensor, chroma: Tensor, true: Tensor) -> dict[str, float]:
     images = coloured(light, chroma)
     again, shown = light_and_chroma(images)
-    found = vivid_and_varied(images)
     scores = {
         "colorfulness": colorfulness(images).total,
-        "reward": found.total,
-        **found.parts,
+        "reward": picture_score(config.reward)(images, None).total,
+        **vivid_and_varied(images).parts,
         "color_error": CHROMA * (shown - true).norm(dim=1),
     }
     return {name: float(value.mean()) for name, value in scores.items()} | {

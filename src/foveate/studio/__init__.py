@@ -1,0 +1,1 @@
+"""Pages in the browser. Gradio is imported where it is used: it takes seconds."""
