@@ -23,10 +23,10 @@ from foveate.geometry import Boxes, overlaps
 from foveate.learn.replay import Replay
 from foveate.models.association import Asked, Rules, best_rules, follow, moving, rules_of, rules_tensor, still
 from foveate.models.tracker import TrackingNetwork, offsets_to, shifted
+from foveate.parts import tracked
 from foveate.rewards.tracking import tracking_metrics
 from foveate.run import Run
 from foveate.systems import tracking
-from foveate.two_steps import tracked
 from foveate.types import InputError, map_tree
 from foveate.value_learning import Acting, learn_by_acting, walk
 

@@ -7,9 +7,9 @@ how much better it was than the others (`foveate.learn.answers`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -36,36 +36,10 @@ from foveate.models.codes import MapCode, kept_words
 from foveate.run import Run
 from foveate.types import Decisions, InputError, Sampler, Tree, rows_of, split
 
-M = TypeVar("M", bound=nn.Module)
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
 Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
 SUMS = ("entropy", "kl", "value_loss")  # divided by the answers of the whole batch, of which a chunk has its part
 LONG = (*SUMS, "length")  # sums over decisions, of which a piece has its part
-
-
-def tracked(
-    run: Run,
-    name: str,
-    model: M,
-    kind: Callable[..., Optimizer] = torch.optim.Adam,
-    by: str = "held_out_reward",
-) -> tuple[M, Optimizer, Keeper]:
-    """A model, the optimizer of what it learns, and the keeper of its best weights by this score, as parts of the run.
-
-    The phases below set the optimizer's learning rate themselves.
-    """
-    model = model.to(run.device)
-    optimizer, keeper = kind([each for each in model.parameters() if each.requires_grad]), Keeper(model, by)
-    model, optimizer, keeper = run.track(**{name: model, f"{name}_optimizer": optimizer, f"{name}_keeper": keeper})
-    return model, optimizer, keeper
-
-
-def learning(run: Run, name: str, model: M, kind: Callable[..., Optimizer] = torch.optim.Adam) -> tuple[M, Optimizer]:
-    """A model and the optimizer of what it learns, as parts of the run: as `tracked`, for one that ends as it ends."""
-    model = model.to(run.device)
-    optimizer = kind([each for each in model.parameters() if each.requires_grad])
-    model, optimizer = run.track(**{name: model, f"{name}_optimizer": optimizer})
-    return model, optimizer
 
 
 def held_out_scores(
@@ -265,16 +239,6 @@ def tune_on_reward(
             keeper.offer(policy, validate()[keeper.by])
         policy.load_state_dict(keeper.best.state_dict())
         run.save()
-
-
-def restored(run: Run, parts: Mapping[str, str], build: Callable[[], M]) -> dict[str, M]:
-    """The models of those parts, name → tracked part, that the run's checkpoint holds: what an evaluation compares."""
-    found = {}
-    for name, part in parts.items():
-        model = build().to(run.device).eval()
-        if run.restore(part, model):
-            found[name] = model
-    return found
 
 
 def _offer(run: Run, policy: nn.Module, keeper: Keeper | None, validate: Callable[[], dict[str, Any]] | None) -> None:

@@ -40,9 +40,10 @@ from foveate.learn.baselines import MovingAverage
 from foveate.models.backbones import convolutions
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
+from foveate.parts import restored, tracked
 from foveate.rewards.colors import colorfulness, picture_score, vivid_and_varied
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_code, learn_likelihood, restored, tracked, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_code, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
 
 

@@ -53,9 +53,9 @@ from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.cutting import Cutting, Executor, Placer, mask_loss, recolored
 from foveate.models.regions import Place, changes, cut, jittered
+from foveate.parts import restored
 from foveate.rewards.videos import davis_scores, overlap
 from foveate.run import Run
-from foveate.two_steps import restored
 from foveate.types import Evaluation, InputError
 from foveate.value_learning import Acting, learn_by_acting
 

@@ -39,9 +39,10 @@ from foveate.learn.baselines import MovingAverage
 from foveate.models.backbones import stem
 from foveate.models.box_tokens import BoxTokens, BoxWriter, by_token
 from foveate.models.encoder_decoder import Tokens
+from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, restored, tracked, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, Tree, map_tree, split
 
 Control = Literal["likelihood", "confidence"]

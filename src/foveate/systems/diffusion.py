@@ -39,10 +39,11 @@ from foveate.learn.baselines import MovingAverage
 from foveate.models.diffusion import Denoiser
 from foveate.models.low_rank import Unadapted, take_start
 from foveate.models.named_denoisers import SMALL, named_denoiser, read_prompts
+from foveate.parts import learning, restored, tracked
 from foveate.pictures import denoising
 from foveate.rewards.named_images import image_reward
 from foveate.run import Run
-from foveate.two_steps import learn_likelihood, learning, restored, tracked, tune_on_reward
+from foveate.two_steps import learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
 
 
@@ -147,7 +148,8 @@ def resolve(config: Config) -> Config:
     for name in ("batch", "inputs", "every", "looks", "images"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
-    if not (config.judge_share >= 0 <= config.likelihood_share and config.judge_share + config.likelihood_share < 1):
+    spent = config.judge_share + config.likelihood_share
+    if min(config.judge_share, config.likelihood_share) < 0 or spent >= 1:
         raise InputError("judge_share, likelihood_share: one is below 0, or nothing is left for the reward; change one")
     if config.temperature <= 0:
         raise InputError(f"temperature: found {config.temperature:g}, expected more than 0")

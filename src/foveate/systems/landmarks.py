@@ -38,9 +38,9 @@ from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.atlas import most_usual, registered
 from foveate.models.cube_q import CubeQ, VolumeRegressor, stretched
+from foveate.parts import restored, tracked
 from foveate.pictures.volumes import walk_frames, walk_grid, walk_slices
 from foveate.run import Run
-from foveate.two_steps import restored, tracked
 from foveate.types import Evaluation, InputError, Tree, map_tree
 from foveate.value_learning import Acting, learn_by_acting
 

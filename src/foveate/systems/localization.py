@@ -47,11 +47,11 @@ from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.box_slots import BoxSlots, slot_loss
 from foveate.models.region_q import RegionQ, seen_maps
+from foveate.parts import restored, tracked
 from foveate.pictures.searches import search_frames, search_grid
 from foveate.rewards import regions as judged
 from foveate.rewards.regions import Searched, ap50
 from foveate.run import Run
-from foveate.two_steps import restored, tracked
 from foveate.types import Evaluation, InputError, concatenate, map_tree
 from foveate.value_learning import Acting, learn_by_acting, walk
 

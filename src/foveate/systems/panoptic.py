@@ -42,9 +42,10 @@ from foveate.models.backbones import convolutions
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.models.panoptic import Maps, PanopticChannels
+from foveate.parts import restored, tracked
 from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
 from foveate.run import Run
-from foveate.two_steps import learn_code, learn_likelihood, restored, tracked, tune_on_reward
+from foveate.two_steps import learn_code, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
 
 

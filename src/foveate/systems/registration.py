@@ -39,10 +39,10 @@ from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.mutual_information import registered, simple_itk
 from foveate.models.registration import Core, Recall, RegistrationPolicy, Regressor
+from foveate.parts import restored, tracked
 from foveate.pictures.registration import frames, overlays
 from foveate.rewards.registration import NEAR, registration_scores
 from foveate.run import Run
-from foveate.two_steps import restored, tracked
 from foveate.types import Evaluation, InputError, map_tree
 
 

@@ -38,10 +38,10 @@ from foveate.learn.answers import answering
 from foveate.learn.preferences import TIE, accuracy, bootstrap_counts, bradley_terry_loss, calibration_error, chances
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.picture_judges import PictureJudges, colour_statistics
+from foveate.parts import tracked
 from foveate.preferring import chosen, comparison_loss, judges_of, opened, recoloured
 from foveate.rewards.colors import colorfulness
 from foveate.run import Run
-from foveate.two_steps import tracked
 from foveate.types import Evaluation, InputError
 
 

@@ -41,9 +41,9 @@ from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.backbones import EMBEDDED, Pretrained
 from foveate.models.grab_cut import grab_cut, has_opencv
 from foveate.models.seed_q import FROZEN_SIDE, SeedMask, SeedQ, frozen_features
+from foveate.parts import tracked
 from foveate.pictures.seeds import seed_frames, seed_grid
 from foveate.run import Run
-from foveate.two_steps import tracked
 from foveate.types import Evaluation, InputError, State, Tree
 from foveate.value_learning import Acting, learn_by_acting
 

@@ -36,10 +36,11 @@ from foveate.learn.answers import Scored, Tuning, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.returns import reward_to_go
 from foveate.models.sequential import SequentialDetector, Walk, candidate_losses, near_objects, raster
+from foveate.parts import tracked
 from foveate.rewards.boxes import THRESHOLDS, corpus_average_precision
 from foveate.rewards.sets import precision_so_far, set_scores
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, tracked, tune_on_reward
+from foveate.two_steps import held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, RewardOutput, Tree, concatenate, map_tree, split
 
 Pictures: TypeAlias = Float[Tensor, "batch channels height width"]

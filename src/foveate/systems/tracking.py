@@ -38,9 +38,9 @@ from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.association import CHOICES, Propose, Rules, best_rules, follow, moving, rules_tensor, still
 from foveate.models.tracker import Follower, TrackingNetwork, offsets_to
+from foveate.parts import restored, tracked
 from foveate.rewards.tracking import tracking_metrics
 from foveate.run import Run
-from foveate.two_steps import restored, tracked
 from foveate.types import Evaluation, InputError, map_tree
 from foveate.value_learning import Acting, Walk, learn_by_acting, walk
 

@@ -39,9 +39,10 @@ from foveate.learn.baselines import MovingAverage
 from foveate.models.encoder_decoder import Tokens
 from foveate.models.hf_captioner import TextCaptioner
 from foveate.models.named_captioners import SMALL, named_captioner
+from foveate.parts import restored, tracked
 from foveate.rewards.captions import Cider, Words, document_frequency
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, restored, tracked, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput, map_tree, split
 
 

@@ -41,11 +41,12 @@ from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.adapters import load_weights, named, take_coco
 from foveate.models.candidates import Candidates
+from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, average_precision, class_weights, corpus_average_precision
 from foveate.rewards.combine import load_reward
 from foveate.rewards.sets import above, best_level, placing_loss, set_scores, without_each
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, restored, tracked, tune_on_reward
+from foveate.two_steps import held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, concatenate, map_tree
 
 

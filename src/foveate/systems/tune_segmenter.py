@@ -41,10 +41,11 @@ from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.models.dense import dense_network
 from foveate.models.segmenter import Labels, Segmenter, tiled_logits
+from foveate.parts import restored
 from foveate.rewards.combine import check_output, load_reward
 from foveate.rewards.masks import credited, dice_reward, iou_reward
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, restored, tune_on_reward
+from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput, split
 
 PIXELS = 2**19  # of images that are scored in one pass

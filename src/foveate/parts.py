@@ -1,0 +1,50 @@
+"""Models as parts of a run: with their optimizer and the keeper of their best weights, and read back to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from foveate.learn.keeper import Keeper
+from foveate.run import Run
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def tracked(
+    run: Run,
+    name: str,
+    model: M,
+    kind: Callable[..., Optimizer] = torch.optim.Adam,
+    by: str = "held_out_reward",
+) -> tuple[M, Optimizer, Keeper]:
+    """A model, the optimizer of what it learns, and the keeper of its best weights by this score, as parts of the run.
+
+    Phases of a run set the optimizer's learning rate themselves.
+    """
+    model = model.to(run.device)
+    optimizer, keeper = kind([each for each in model.parameters() if each.requires_grad]), Keeper(model, by)
+    model, optimizer, keeper = run.track(**{name: model, f"{name}_optimizer": optimizer, f"{name}_keeper": keeper})
+    return model, optimizer, keeper
+
+
+def learning(run: Run, name: str, model: M, kind: Callable[..., Optimizer] = torch.optim.Adam) -> tuple[M, Optimizer]:
+    """A model and the optimizer of what it learns, as parts of the run: as `tracked`, for one that ends as it ends."""
+    model = model.to(run.device)
+    optimizer = kind([each for each in model.parameters() if each.requires_grad])
+    model, optimizer = run.track(**{name: model, f"{name}_optimizer": optimizer})
+    return model, optimizer
+
+
+def restored(run: Run, parts: Mapping[str, str], build: Callable[[], M]) -> dict[str, M]:
+    """The models of those parts, name → tracked part, that the run's checkpoint holds: what an evaluation compares."""
+    found = {}
+    for name, part in parts.items():
+        model = build().to(run.device).eval()
+        if run.restore(part, model):
+            found[name] = model
+    return found
