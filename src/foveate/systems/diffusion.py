@@ -148,8 +148,7 @@ def resolve(config: Config) -> Config:
     for name in ("batch", "inputs", "every", "looks", "images"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
-    spent = config.judge_share + config.likelihood_share
-    if min(config.judge_share, config.likelihood_share) < 0 or spent >= 1:
+    if min(config.judge_share, config.likelihood_share) < 0 or config.judge_share + config.likelihood_share >= 1:
         raise InputError("judge_share, likelihood_share: one is below 0, or nothing is left for the reward; change one")
     if config.temperature <= 0:
         raise InputError(f"temperature: found {config.temperature:g}, expected more than 0")
@@ -201,9 +200,7 @@ def _reward(config: Config, classifier: Any, device: torch.device) -> Reward:
 
 
 def _judge(config: Config) -> Judge:
-    assert config.channels is not None
-    assert config.classes is not None
-    return Judge(config.channels, len(config.classes))
+    return Judge(config.channels or 1, len(config.classes or ()))
 
 
 def _pixels(config: Config, split: Any, device: torch.device) -> tuple[Tensor, Tensor]:
