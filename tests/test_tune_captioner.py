@@ -447,6 +447,13 @@ def test_settings_that_cannot_work_are_named(settings: dict[str, Any], said: str
         tune_captioner.resolve(Config(**({"scenes": 20, "image_size": 16} | settings)))
 
 
+def test_a_reward_needs_a_start_that_knows_something(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="likelihood_share: 0, but model small knows nothing yet"):
+        foveate.train(
+            "tune-captioner", steps=4, out=tmp_path / "run", scenes=40, likelihood_share=0.0, image_size=16, **TINY
+        )
+
+
 def test_the_captioner_of_the_page_is_one() -> None:
     """Another captioner, wrapped as docs/systems/tune-captioner.md shows: cached and parallel scores agree."""
     source = next(block for block in blocks(ROOT / "docs/systems/tune-captioner.md", "python") if "class " in block)

@@ -241,6 +241,10 @@ def train(config: Config, run: Run) -> None:
 
     if config.likelihood_share:
         learn("likelihood", config.likelihood_share)
+    elif config.model in ("small", "small-blip") and run.source is None:
+        raise InputError(
+            f"likelihood_share: 0, but model {config.model} knows nothing yet; give it some, or --from RUN"
+        )
     share, (policy, optimizer, keeper) = (1 - config.likelihood_share) / 2, parts[PART]
     scored = partial(some, batch=config.tuning_batch, tree=references)
     learner = policy, reward, scored, _tuning(config), optimizer, average, start
