@@ -121,7 +121,7 @@ class Config:
     """where the KL stands: in the loss, or in the reward too (then the gradient is that of whole chains)"""
     anchors: tuple[float, ...] = (0.0, 1.0)
     """other weights of the anchor that are tried beside, each as long"""
-    strict: float = 1.0
+    strict: float = 0.4
     """how much weighs, in choosing weights, what is lost in scores that are not optimised"""
     every: int = 10
     """updates between looks at held-out scores"""
