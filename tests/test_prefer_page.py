@@ -1,7 +1,6 @@
 """The page of `foveate prefer`: its windows, what it refuses, and a browser that clicks and types."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,27 @@ def test_a_port_that_is_taken_is_named(served: tuple[prefer.Page, str], tmp_path
         prefer.launch(page_of(tmp_path), port=port)
 
 
+@contextmanager
+def serving(run: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`foveate prefer` as a process that Ctrl-C reaches, also where the tests run in the background; its address."""
+    words = ["prefer", str(run), "--port", "0", "--device", "cpu", "--inputs", "20"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "foveate", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    try:
+        found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+        assert found
+        yield process, found.group() + "/"
+    finally:
+        process.kill()
+        process.wait(60)
+        process.stdout.close()
+
+
 @pytest.fixture
 def driven() -> Iterator[Any]:
     """A page of a headless browser."""
@@ -162,14 +183,6 @@ def test_a_browser_compares_by_keys_and_clicks_and_nothing_is_lost_on_a_kill(dri
     quick = ["--image-size", "8", "--width", "16", "--depth", "1", "--code-width", "8", "--batch", "4"]
     assert main(["train", "colorization", "--steps", "4", "--out", str(run), "--device", "cpu", *quick]) == 0
 
-    def start() -> tuple[subprocess.Popen[str], str]:
-        words = ["prefer", str(run), "--port", "0", "--device", "cpu", "--inputs", "20"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "foveate", *words], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
-        )
-        assert process.stdout is not None
-        return process, re.search(r"http://[\d.:]+", process.stdout.readline()).group()  # type: ignore[union-attr]
-
     def opened(address: str) -> Any:
         tab = driven.new_page()
         tab.goto(address)
@@ -181,19 +194,19 @@ def test_a_browser_compares_by_keys_and_clicks_and_nothing_is_lost_on_a_kill(dri
         act()
         tab.wait_for_selector(f'#pictures .pair:not([data-pair="{before}"])')
 
-    process, address = start()
-    tab, other = opened(address), opened(address)
-    pairs = [each.locator("#pictures .pair").get_attribute("data-pair") for each in (tab, other)]
-    assert pairs[0] != pairs[1]
-    tab.locator("textarea, input[type=text]").locator("visible=true").first.fill("Ann")
-    tab.locator("#pictures h2").click()
-    for key in ("ArrowLeft", "ArrowRight", " ", "s"):
-        after(tab, lambda key=key: tab.keyboard.press(key))
-    after(other, lambda: other.locator("#answer-left").click())
-    after(other, lambda: other.keyboard.press(" "))  # the button has the focus: a tie, not another left
-    after(other, lambda: other.locator('#pictures img[data-side="right"]').click())
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
+    with serving(run) as (process, address):
+        tab, other = opened(address), opened(address)
+        pairs = [each.locator("#pictures .pair").get_attribute("data-pair") for each in (tab, other)]
+        assert pairs[0] != pairs[1]
+        tab.locator("textarea, input[type=text]").locator("visible=true").first.fill("Ann")
+        tab.locator("#pictures h2").click()
+        for key in ("ArrowLeft", "ArrowRight", " ", "s"):
+            after(tab, lambda key=key: tab.keyboard.press(key))
+        after(other, lambda: other.locator("#answer-left").click())
+        after(other, lambda: other.keyboard.press(" "))  # the button has the focus: a tie, not another left
+        after(other, lambda: other.locator('#pictures img[data-side="right"]').click())
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
     with sqlite3.connect(run / "preferences" / FILE) as database:
         found = database.execute("SELECT answer, judge FROM answers ORDER BY id").fetchall()
     expected = [
@@ -206,25 +219,23 @@ def test_a_browser_compares_by_keys_and_clicks_and_nothing_is_lost_on_a_kill(dri
         ("right", ""),
     ]
     assert found == expected
-    process, address = start()
-    tab = opened(address)
-    assert "7 of 300" in tab.locator("#told").inner_text()
-    after(tab, lambda: tab.keyboard.press("ArrowLeft"))
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
+    with serving(run) as (process, address):
+        tab = opened(address)
+        assert "7 of 300" in tab.locator("#told").inner_text()
+        after(tab, lambda: tab.keyboard.press("ArrowLeft"))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
 
 
 def test_the_command_serves_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     run = tmp_path / "run"
     quick = ["--image-size", "8", "--width", "16", "--depth", "1", "--code-width", "8", "--batch", "4"]
     assert main(["train", "colorization", "--steps", "4", "--out", str(run), "--device", "cpu", *quick]) == 0
-    words = ["prefer", str(run), "--port", "0", "--device", "cpu", "--inputs", "20"]
-    with subprocess.Popen([sys.executable, "-m", "foveate", *words], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline()).group() + "/"  # type: ignore[union-attr]
+    with serving(run) as (process, address):
         number = ask(address, LOAD, [], "w")[1]
         ask(address, LEFT, [number, ""], "w")
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
+        assert process.stdout is not None
         assert "1 left" in process.stdout.read()
