@@ -177,9 +177,8 @@ def _reward(config: Config, data: Detections) -> Reward:
 def train(config: Config, run: Run) -> None:
     """Learn by likelihood, then by the reward; then every control from the same start, for as long as the reward."""
     data, val = _data(config, "train"), _data(config, "val")
-    names = ["likelihood", PART, *(PARTS[control] for control in config.controls)]
     parts: dict[str, Any] = {}
-    for name in names:
+    for name in ("likelihood", PART, *(PARTS[control] for control in config.controls)):
         torch.manual_seed(config.seed)
         kind = torch.optim.Adafactor if name == PART else torch.optim.Adam
         parts[name] = tracked(run, name, build(config), kind, "held_out_map")

@@ -183,8 +183,7 @@ def train(config: Config, run: Run) -> None:
     torch.manual_seed(config.seed)
     start = build(config, config.pretrained)
     learners = {"likelihood": start, PART: copy.deepcopy(start), "control": copy.deepcopy(start)}
-    keepers = {"keeper": Keeper(start), "control_keeper": Keeper(start)}
-    run.track(**learners, **keepers)
+    run.track(**learners, **(keepers := {"keeper": Keeper(start), "control_keeper": Keeper(start)}))
     optimizers = {name: torch.optim.Adam(learner.parameters()) for name, learner in learners.items()}
     average, reward = MovingAverage(), _reward(config)
     held_out = _windows(config, val, config.looks)
