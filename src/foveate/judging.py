@@ -77,15 +77,24 @@ def learn_to_judge(
             own = torch.arange(place, len(images), len(judges))
             rows = own[noise.examples(run.seed, step, batch, len(own))[run.rows(batch)]].to(images.device)
             keys = noise.key(run.seed, "judges", step, rows)
-            seen = images[rows]
-            shifts = noise.integers(keys, 3, 2) - 1  # a pixel to any side: they are to judge what is drawn, not real
-            seen = torch.stack(
-                [torch.roll(one, tuple(by), (1, 2)) for one, by in zip(seen, shifts.tolist(), strict=True)]
-            )
+            # a pixel to any side: they are to judge what is drawn, not what is real
+            seen = _rolled(images[rows], noise.integers(keys, 3, 2) - 1)
             loss = F.cross_entropy(judge(seen), labels[rows])
             set_learning_rate(optimizer, one_cycle(run.progress, learning_rate))
             run.optimise(loss, optimizer)
             run.log(**{f"{name}_loss": loss.detach()})
+
+
+def _rolled(
+    images: Float[Tensor, "batch channels height width"], shifts: Int[Tensor, "batch 2"]
+) -> Float[Tensor, "batch channels height width"]:
+    """Each image moved down and to the right by pixels of its own; what leaves comes in at the other side."""
+    down, right = (
+        (torch.arange(side, device=images.device) - shifts[:, axis, None]) % side
+        for axis, side in enumerate(images.shape[2:])
+    )
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[batch, down[:, :, None], right[:, None]].permute(0, 3, 1, 2)
 
 
 def drawn_images(

@@ -219,8 +219,8 @@ def tune_on_reward(
         rate = tuning.learning_rate * min(1.0, (step + 1) / max(1, tuning.warmup))
         rate *= 1 - run.progress if tuning.anneal else 1.0
         set_learning_rate(optimizer, rate * (1.0 if keeper is None else float(keeper.rate)))
+        some = _subset(run, phase, step, tuning.subset)
         for epoch in range(tuning.epochs):
-            some = _subset(run, phase, step, tuning.subset)
             now, behaviour = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside, some)
             if epoch == 0:
                 told = now | _told(scored, tuning.samples)

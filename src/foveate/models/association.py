@@ -157,10 +157,8 @@ def follow(
             usable = there[frame] & (found[1][frame] >= rule.score / 2)
             corners, scores = found[0][frame][usable], found[1][frame][usable]
             matched = _matched(boxes, corners, rule.match)
-            ahead[run] += sum(
-                _iou(foretold[part][row], corners[column]) - _iou(plain[part][row], corners[column])
-                for row, column in matched.items()
-            )
+            pairs = list(matched), list(matched.values())
+            ahead[run] += _fit(foretold[part], corners, *pairs) - _fit(plain[part], corners, *pairs)
             kept = []
             for place_here, track in enumerate(mine):
                 _go_on(
@@ -221,10 +219,10 @@ def _matched(boxes: np.ndarray, others: np.ndarray, least: float) -> dict[int, i
     return {int(row): int(column) for row, column in zip(rows, columns, strict=True) if alike[row, column] >= least}
 
 
-def _iou(one: np.ndarray, other: np.ndarray) -> float:
-    low, high = np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])
-    shared = np.prod(np.maximum(high - low, 0))
-    return float(shared / max(np.prod(one[2:] - one[:2]) + np.prod(other[2:] - other[:2]) - shared, 1e-9))
+def _fit(boxes: np.ndarray, others: np.ndarray, rows: list[int], columns: list[int]) -> float:
+    """Sum of the IoU of boxes and their detections."""
+    ours, theirs = (torch.from_numpy(each).float()[:, None] for each in (boxes[rows], others[columns]))
+    return float(overlaps(ours, theirs).sum())
 
 
 def _go_on(track: _Track, box: np.ndarray, detection: np.ndarray | None, frame: int, rule: Rules) -> None:
