@@ -113,7 +113,7 @@ def filled(text: str, table: str) -> str | None:
 
 def _settings(system: str, config: Row) -> str:
     """The fields that differ from their default; those without one are always told."""
-    from foveate.commands import system_module
+    from foveate.agents import system_module
 
     default = json.loads(json.dumps(vars(system_module(system).Config()), default=str))
     changed = {name: value for name, value in config.items() if name not in OWN_COLUMNS and value != default.get(name)}

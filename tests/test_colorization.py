@@ -10,8 +10,8 @@ from skimage import color
 
 import foveate
 from foveate import noise
+from foveate.agents import Agent
 from foveate.colors import coloured, light_and_chroma, to_lab, to_rgb
-from foveate.commands import Agent
 from foveate.data.photographs import load_photographs
 from foveate.run import Run
 from foveate.systems import colorization

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate import commands, noise
+from foveate import agents, commands, noise
 from foveate.cli import main
 from foveate.geometry import Boxes
 from foveate.learn.answers import Tuning, frozen, likelihood_loss
@@ -27,7 +27,7 @@ SMALL = {"image_size": 24, "patch": 4, "objects": 1, "scenes": 300, "width": 32,
 
 
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> commands.Agent:
+def agent(tmp_path_factory: pytest.TempPathFactory) -> agents.Agent:
     """Scenes of one object, for some seconds."""
     folder = tmp_path_factory.mktemp("detection") / "run"
     return foveate.train(
@@ -39,7 +39,7 @@ def rows(folder: Path, phase: str) -> list[dict[str, float]]:
     return [row for row in map(json.loads, (folder / "metrics.jsonl").open()) if row["phase"] == phase]
 
 
-def test_likelihood_and_confidence_are_learned(agent: commands.Agent) -> None:
+def test_likelihood_and_confidence_are_learned(agent: agents.Agent) -> None:
     learned, tuned = rows(agent.folder, "likelihood"), rows(agent.folder, "reward")
     assert learned[-1]["negative_log_likelihood"] < learned[0]["negative_log_likelihood"] - 0.3
     assert all(row["ratio"] == pytest.approx(1, abs=1e-5) for row in tuned)
@@ -83,7 +83,7 @@ def test_the_reward_lifts_what_likelihood_left(tmp_path: Path) -> None:
     assert 0.05 < before < 0.5, "something was learned, and something was left"
 
 
-def test_boxes_are_in_pixels_of_the_users_images(agent: commands.Agent) -> None:
+def test_boxes_are_in_pixels_of_the_users_images(agent: agents.Agent) -> None:
     images = noise.uniform(noise.key(0, torch.arange(2)), 3, 30, 60)
     found = agent(images)
     assert found["boxes"].shape[:2] == found["labels"].shape == found["scores"].shape == found["mask"].shape
@@ -96,7 +96,7 @@ def test_boxes_are_in_pixels_of_the_users_images(agent: commands.Agent) -> None:
         agent(images[:, :1])
 
 
-def test_the_command_analyses_the_run(agent: commands.Agent, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_analyses_the_run(agent: agents.Agent, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["analyse", str(agent.folder), "--samples", "100", "--images", "2"]) == 0
     shown = capsys.readouterr().out
     assert "best of 100" in shown.replace("\n", " ") or "best of" in shown

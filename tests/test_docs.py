@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import foveate
-from foveate import cli, commands
+from foveate import agents, cli, commands
 from foveate.systems import SYSTEMS
 from foveate.types import Evaluation
 
@@ -71,7 +71,6 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "check_data": [],
         "analyse": ({}, []),
         "bench": [],
-        "processes_of": 1,
         "prefer": {},
     }
 
@@ -81,8 +80,9 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in answers:
         monkeypatch.setattr(commands, name, answer(name))
     monkeypatch.setattr("foveate.studio.prefer.serve", lambda *_, **settings: asked.append(settings))
-    monkeypatch.setattr(cli, "_launch", lambda *_: (asked.append({"steps": 1}), 0)[1])
-    monkeypatch.setattr(commands, "config_from_file", lambda system, path: commands.system_module(system).Config())
+    monkeypatch.setattr(cli, "launch", lambda *_: (asked.append({"steps": 1}), 0)[1])
+    monkeypatch.setattr(agents, "processes_of", lambda _: 1)
+    monkeypatch.setattr(agents, "config_from_file", lambda system, path: agents.system_module(system).Config())
     makefile = (ROOT / "Makefile").read_text()
     for words in typed(page):
         line = shlex.join(words)
@@ -126,7 +126,7 @@ def test_links_lead_somewhere_and_no_path_is_of_one_machine(page: Path) -> None:
 def test_the_names_of_a_system_are_all_told() -> None:
     told = re.findall(r"^\| `(\w+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     for system in SYSTEMS:
-        module = commands.system_module(system)
+        module = agents.system_module(system)
         assert [name for name in told if not hasattr(module, name)] == []
 
 

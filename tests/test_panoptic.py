@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import foveate
 from foveate import noise, pictures
-from foveate.commands import Agent
+from foveate.agents import Agent
 from foveate.data.panoptic import PanopticMaps, chosen, load_panoptic, mirrored
 from foveate.geometry import Segments
 from foveate.models.codes import MapCode, kept_words

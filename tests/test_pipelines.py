@@ -22,8 +22,8 @@ from diffusers import (
 
 import foveate
 from foveate import noise
+from foveate.agents import Agent
 from foveate.cli import main
-from foveate.commands import Agent
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.models.named_denoisers import read_prompts
 from foveate.models.pipelines import TextDenoiser, read_pipeline

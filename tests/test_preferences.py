@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import foveate
-from foveate import commands, noise
+from foveate import agents, noise
 from foveate.cli import main
 from foveate.data.comparisons import ANSWERS, FILE, Comparisons, Proposal
 from foveate.learn.preferences import (
@@ -623,4 +623,4 @@ def test_the_hidden_score_of_the_demonstration_is_colourfulness() -> None:
     torch.testing.assert_close(colorfulness(shown).total[compared.left], compared.hidden[:, 0])
     wrong = (compared.hidden[:, 0] > compared.hidden[:, 1]) != (compared.preferences == 1)
     assert 0 < int(wrong.sum()) < 15
-    assert commands.system_module("reward-model").resolve(commands.system_module("reward-model").Config()).picture_size
+    assert agents.system_module("reward-model").resolve(agents.system_module("reward-model").Config()).picture_size

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from foveate import commands
+from foveate import agents, commands
 from foveate.systems import ram
 from foveate.types import InputError
 
@@ -56,7 +56,7 @@ def write_pictures(root: Path, classes: tuple[str, ...] = ("dark", "light"), mod
             Image.new(mode, (12, 12), shade).save(root / name / f"{number}.png")
 
 
-def train_on(root: Path, out: Path, **settings: Any) -> commands.Agent:
+def train_on(root: Path, out: Path, **settings: Any) -> agents.Agent:
     small = {"data": "folder", "batch": 8, "hidden": 8, "glimpses": 2, "patch": 4, "steps": 2, "controls": ()}
     return commands.train("ram", root=root, out=out, device="cpu", **small | settings)
 
@@ -103,7 +103,7 @@ def test_settings_of_another_run_take_classes_and_channels_from_the_data(tmp_pat
     write_pictures(tmp_path / "three", ("dark", "light", "middle"), mode="RGB")
     first = train_on(tmp_path / "grey", tmp_path / "run")
     file = first.folder / "run.json"
-    settings = vars(commands.config_from_file("ram", file)) | {"root": tmp_path / "three", "out": tmp_path / "other"}
+    settings = vars(agents.config_from_file("ram", file)) | {"root": tmp_path / "three", "out": tmp_path / "other"}
     second = commands.train("ram", device="cpu", **settings)
     assert (second.config.classes, second.config.channels) == (("dark", "light", "middle"), 3)
 

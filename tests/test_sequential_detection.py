@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate import commands, noise
+from foveate import agents, noise
 from foveate.cli import main
 from foveate.data.detection import load_detections
 from foveate.geometry import Boxes
@@ -265,13 +265,13 @@ QUICK = {"image_size": 32, "scenes": 40, "patch": 6, "hidden": 16, "batch": 4, "
 
 
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> commands.Agent:
+def agent(tmp_path_factory: pytest.TempPathFactory) -> agents.Agent:
     return foveate.train(
         "sequential-detection", steps=8, out=tmp_path_factory.mktemp("walks") / "run", device="cpu", **QUICK
     )
 
 
-def test_the_run_has_its_controls_curves_and_pictures(agent: commands.Agent) -> None:
+def test_the_run_has_its_controls_curves_and_pictures(agent: agents.Agent) -> None:
     found = json.loads((agent.folder / "evaluation.json").read_text())
     assert set(found["baselines"]) == {"start", "all", "random", "raster"}
     assert found["baselines"]["raster"]["glimpses"] == 3
@@ -285,7 +285,7 @@ def test_the_run_has_its_controls_curves_and_pictures(agent: commands.Agent) -> 
     assert all(row["ratio"] == pytest.approx(1, abs=1e-5) for row in rows if row["phase"] != "start")
 
 
-def test_boxes_are_in_pixels_of_the_users_images(agent: commands.Agent) -> None:
+def test_boxes_are_in_pixels_of_the_users_images(agent: agents.Agent) -> None:
     found = agent(noise.uniform(noise.key(0, torch.arange(2)), 3, 30, 60))
     assert found["boxes"].shape == (2, 3, 4)
     assert found["taken"][:, 0].all()
@@ -297,12 +297,12 @@ def test_boxes_are_in_pixels_of_the_users_images(agent: commands.Agent) -> None:
         agent(torch.rand(2, 1, 30, 30))
 
 
-def test_the_command_analyses_the_run(agent: commands.Agent, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_analyses_the_run(agent: agents.Agent, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["analyse", str(agent.folder), "--samples", "100", "--images", "2"]) == 0
     assert "best of" in capsys.readouterr().out
 
 
-def test_pictures_of_a_user_are_walked_over(agent: commands.Agent, tmp_path: Path) -> None:
+def test_pictures_of_a_user_are_walked_over(agent: agents.Agent, tmp_path: Path) -> None:
     from torchvision.utils import save_image
 
     save_image(noise.uniform(noise.key(0, torch.arange(1)), 3, 30, 60), tmp_path / "wide.png")

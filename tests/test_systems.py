@@ -12,7 +12,7 @@ import torch
 import tyro
 
 import foveate
-from foveate import commands, report
+from foveate import agents, commands, report
 from foveate.cli import main
 from foveate.run import Run
 from foveate.systems import SYSTEMS
@@ -96,14 +96,14 @@ NAMES = ("Config", "PART", "resolve", "build", "train", "evaluate", "predict", "
 
 
 @pytest.fixture(scope="module", params=sorted(SYSTEMS))
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> commands.Agent:
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> agents.Agent:
     folder = tmp_path_factory.mktemp(request.param) / "run"
     return foveate.train(request.param, steps=3, out=folder, device="cpu", **QUICK[request.param])
 
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_the_file_opens_with_the_decision_process_and_has_the_names(system: str) -> None:
-    module = commands.system_module(system)
+    module = agents.system_module(system)
     for name in NAMES:
         assert hasattr(module, name), name
     for row in ("state", "action", "reward", "horizon", "learner", "corner"):
@@ -114,7 +114,7 @@ def test_the_file_opens_with_the_decision_process_and_has_the_names(system: str)
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_every_field_has_a_default_and_a_line_of_help(system: str) -> None:
-    config = commands.system_module(system).Config
+    config = agents.system_module(system).Config
     assert config.__dataclass_params__.frozen
     config()
     body = ast.parse(inspect.getsource(config)).body[0].body[1:]
@@ -124,7 +124,7 @@ def test_every_field_has_a_default_and_a_line_of_help(system: str) -> None:
     assert {"data", "root", "seed", "steps", "minutes"} <= {entry.name for entry in dataclasses.fields(config)}
 
 
-def test_scores_stand_beside_baselines_and_are_finite(trained: commands.Agent) -> None:
+def test_scores_stand_beside_baselines_and_are_finite(trained: agents.Agent) -> None:
     found = json.loads((trained.folder / "evaluation.json").read_text())
     assert found["metrics"]
     assert found["baselines"]
@@ -135,8 +135,8 @@ def test_scores_stand_beside_baselines_and_are_finite(trained: commands.Agent) -
             assert report.direction(name), f"{name}: add its word to report.LOWER_IS_BETTER or HIGHER_IS_BETTER"
 
 
-def test_what_is_tuned_from_a_start_is_analysed(trained: commands.Agent) -> None:
-    module = commands.system_module(Run.open(trained.folder).system)
+def test_what_is_tuned_from_a_start_is_analysed(trained: agents.Agent) -> None:
+    module = agents.system_module(Run.open(trained.folder).system)
     assert hasattr(module, "compared") == hasattr(module, "ROWS")
     if hasattr(module, "compared"):
         numbers, files = commands.analyse(trained.folder, samples=100, images=1)
@@ -144,14 +144,14 @@ def test_what_is_tuned_from_a_start_is_analysed(trained: commands.Agent) -> None
         assert {"rewards-of-answers.png", "best-of-N.png"} <= {path.name for path in files}
 
 
-def test_the_report_shows_pictures_and_curves(trained: commands.Agent) -> None:
+def test_the_report_shows_pictures_and_curves(trained: agents.Agent) -> None:
     page = (trained.folder / "report.html").read_text()
     assert page.count("data:image/") >= 2
     assert any(path.suffix == ".png" for path in (trained.folder / "pictures").iterdir())
 
 
-def test_the_policy_is_rebuilt_from_its_run(trained: commands.Agent) -> None:
-    module = commands.system_module(trained.system)
+def test_the_policy_is_rebuilt_from_its_run(trained: agents.Agent) -> None:
+    module = agents.system_module(trained.system)
     torch.manual_seed(1)
     fresh = module.build(trained.config).state_dict()
     there = foveate.load(trained.folder, "cpu").policy.state_dict()
@@ -159,7 +159,7 @@ def test_the_policy_is_rebuilt_from_its_run(trained: commands.Agent) -> None:
     assert any(not torch.equal(fresh[name], there[name]) for name in fresh)
 
 
-def test_the_same_seed_gives_the_same_agent_and_another_seed_another(trained: commands.Agent, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_agent_and_another_seed_another(trained: agents.Agent, tmp_path: Path) -> None:
     settings = {"steps": 3, "device": "cpu", **QUICK[trained.system]}
     again = foveate.train(trained.system, out=tmp_path / "again", **settings)
     other = foveate.train(trained.system, out=tmp_path / "other", seed=1, **settings)
@@ -168,7 +168,7 @@ def test_the_same_seed_gives_the_same_agent_and_another_seed_another(trained: co
     assert any(not torch.equal(state[name], value) for name, value in other.policy.state_dict().items())
 
 
-def test_the_commands_take_its_run(trained: commands.Agent, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_take_its_run(trained: agents.Agent, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(trained.folder), "--json"]) == 0
     found = json.loads((trained.folder / "evaluation.json").read_text())
     assert json.loads(capsys.readouterr().out) == {"metrics": found["metrics"], "baselines": found["baselines"]}
@@ -180,7 +180,7 @@ def test_the_commands_take_its_run(trained: commands.Agent, tmp_path: Path, caps
 
 def test_the_command_of_a_run_makes_its_config_again() -> None:
     """What the report prints can be typed."""
-    module = commands.system_module("tune-segmenter")
+    module = agents.system_module("tune-segmenter")
     config = module.Config(skip_bad=True, flip=False, classes=("disk", "ring"), root=Path("a/b"), minutes=2.5)
     words = commands.command("tune-segmenter", config)
     assert {"--skip-bad", "--no-flip", "--classes", "disk", "ring"} <= set(words.split())

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import foveate
-from foveate import commands, noise, pictures
+from foveate import agents, noise, pictures
 from foveate.data.mot import Clip, mot_clips, read_boxes, read_sequence
 from foveate.data.videos import Videos, crops, given, load_videos, pairs, stacked, with_mirrored
 from foveate.envs.box_tracking import ACTIONS, STOP, BoxTrackingEnv, places
@@ -449,13 +449,13 @@ def test_offsets_lead_to_their_targets() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> commands.Agent:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> agents.Agent:
     folder = tmp_path_factory.mktemp("tracking") / "run"
     quick = {"scenes": 1, "image_size": 32, "patch": 12, "hidden": 16, "batch": 8, "copies": 8, "horizon": 2}
     return foveate.train("tracking", steps=4, out=folder, device="cpu", **quick)
 
 
-def test_a_users_video_is_tracked_in_its_own_pixels(trained: commands.Agent, tmp_path: Path) -> None:
+def test_a_users_video_is_tracked_in_its_own_pixels(trained: agents.Agent, tmp_path: Path) -> None:
     truth, found = walked()
     frames = videos(truth.boxes.tolist())
     shown = torch.stack([frames.frame(number) for number in range(12)]).float() / 255

@@ -12,14 +12,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.commands import Agent, evaluate, load, resume, train
+    from foveate.agents import Agent, load
+    from foveate.commands import evaluate, resume, train
     from foveate.tuning import tune
 
 __all__ = ["Agent", "evaluate", "load", "resume", "train", "tune"]
+_ROOMS = {"Agent": "agents", "load": "agents", "tune": "tuning"}  # the others stand in commands
 
 
 def __getattr__(name: str) -> Any:
     # PyTorch takes seconds to import; `foveate --help` has no need of it.
     if name in __all__:
-        return getattr(import_module("foveate.tuning" if name == "tune" else "foveate.commands"), name)
+        return getattr(import_module(f"foveate.{_ROOMS.get(name, 'commands')}"), name)
     raise AttributeError(f"module 'foveate' has no attribute {name!r}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
@@ -17,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from foveate.launch import launch
 from foveate.systems import SYSTEMS
 
 C = TypeVar("C")
@@ -97,20 +96,20 @@ def train(words: list[str]) -> int:
     system, *rest = words
     if system not in SYSTEMS:
         return _complain(f"system: no {system!r}; did you mean {_nearest(system, SYSTEMS)!r}? `foveate list` names all")
-    from foveate import commands
+    from foveate import agents, commands
 
-    kind = commands.system_module(system).Config
+    kind = agents.system_module(system).Config
     default = kind()
     file = _parse_known(Options, rest).config_file
     if file is not None:
-        default = commands.config_from_file(system, file)
+        default = agents.config_from_file(system, file)
     both: Any = make_dataclass("Train", [("options", Options, Options()), ("config", kind, default)], frozen=True)
-    parsed = _parse(both, f"train {system}", rest, commands.system_module(system).__doc__)
+    parsed = _parse(both, f"train {system}", rest, agents.system_module(system).__doc__)
     options = parsed.options
     if options.processes < 1:
         return _complain(f"processes: found {options.processes}, expected at least 1")
     if options.processes > 1 and "WORLD_SIZE" not in os.environ:
-        return _launch(options.processes, ["train", *words])
+        return launch(options.processes, ["train", *words])
     commands.train(
         system,
         out=options.out,
@@ -136,11 +135,11 @@ class Resume:
 def resume(words: list[str]) -> int:
     """Go on with a run that was stopped."""
     asked = _parse(Resume, "resume", words)
-    from foveate import commands
+    from foveate import agents, commands
 
-    processes = commands.processes_of(asked.run)
+    processes = agents.processes_of(asked.run)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
-        return _launch(processes, ["resume", *words])
+        return launch(processes, ["resume", *words])
     commands.resume(asked.run, asked.device)
     return 0
 
@@ -296,9 +295,9 @@ def data(words: list[str]) -> int:
     system = rest.pop(0) if rest and not rest[0].startswith("-") else "ram"
     if system not in SYSTEMS:
         return _complain(f"system: no {system!r}; did you mean {_nearest(system, SYSTEMS)!r}? `foveate list` names all")
-    from foveate import commands
+    from foveate import agents, commands
 
-    kind = commands.system_module(system).Config
+    kind = agents.system_module(system).Config
     both: Any = make_dataclass("Check", [("out", Path, Path("data-check")), ("config", kind, kind())], frozen=True)
     parsed = _parse(both, f"data check {system}", rest, "Draw the first inputs of a system's data with their targets.")
     for path in commands.check_data(parsed.config, system, parsed.out):
@@ -356,46 +355,6 @@ def _parse_known(kind: type[C], words: list[str]) -> C:
     """Read some options before all of them are known; a plea for help is left for later."""
     words = [word for word in words if word not in ("-h", "--help")]
     return tyro.cli(kind, args=words, return_unknown_args=True)[0]
-
-
-def _launch(processes: int, words: list[str]) -> int:
-    """Run the same command once a process, with the variables that torch.distributed reads."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    shared.setdefault("OMP_NUM_THREADS", str(threads))
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "foveate", *words], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(processes)
-    ]
-    try:
-        codes = _wait(children)
-    except KeyboardInterrupt:  # the terminal has told the children too; they save and leave
-        codes = [child.wait() for child in children]
-    return next((abs(code) for code in codes if code), 0)
-
-
-def _wait(children: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for all; when one fails, end the others, which would wait for it for ever."""
-    while any(child.poll() is None for child in children):
-        for child in children:
-            if _code(child, 0.2):
-                for other in children:
-                    if _code(other, 3) is None:  # it may fail for the same reason; the first says why
-                        other.terminate()
-    return [child.wait() for child in children]
-
-
-def _code(child: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit code, if it has one by then."""
-    try:
-        return child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> None:

@@ -1,8 +1,6 @@
-"""What the commands do, callable from Python: train, load, evaluate, show, compare, check.
+"""What the commands do, callable from Python: train, resume, evaluate, show, analyse, prefer, compare, check, bench.
 
 agent = foveate.train("ram", variant="plain", minutes=3)
-agent = foveate.load("runs/demo")
-agent(images)["classes"]
 """
 
 from __future__ import annotations
@@ -12,113 +10,21 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from beartype import BeartypeConf
-from beartype.door import is_bearable
-from torch import nn
-
-from foveate import pictures, plots, report
+from foveate import agents, pictures, plots, report
 from foveate.analysis import along_training, compare_models
 from foveate.data.comparisons import Comparisons
 from foveate.preferring import Asked, Choose, collect_by_script, opened
 from foveate.rewards.colors import picture_score
 from foveate.run import Run
-from foveate.run import folder as run_folder
 from foveate.run.checkpoints import write_atomically
 from foveate.systems import SYSTEMS
-from foveate.types import Evaluation, InputError, Tree, map_tree
-
-
-@dataclass(frozen=True)
-class Agent:
-    """A trained system.
-
-    Attributes:
-        system: its name.
-        config: its resolved settings.
-        policy: its weights.
-        folder: the run it comes from.
-    """
-
-    system: str
-    config: Any
-    policy: nn.Module
-    folder: Path
-
-    def __call__(self, images: Tree) -> dict[str, Any]:
-        """Run on images, float32 [batch, channels, height, width] in [0, 1], or what the system's `predict` takes."""
-        return system_module(self.system).predict(self.config, self.policy, images)
-
-
-def system_module(name: str) -> ModuleType:
-    """The file of a system.
-
-    Raises:
-        InputError: there is no such system.
-    """
-    if name not in SYSTEMS:
-        nearest = difflib.get_close_matches(name, SYSTEMS, 1, cutoff=0.0)[0]
-        raise InputError(f"system: no {name!r}; did you mean {nearest!r}? (`foveate list` shows all)")
-    return importlib.import_module(f"foveate.systems.{name.replace('-', '_')}")
-
-
-def config_from(system: str, settings: dict[str, Any], where: str) -> Any:
-    """A system's config from plain settings, as they stand in a JSON file.
-
-    Raises:
-        InputError: there is no such field, or its value is of another kind; `where` names the file in the message.
-    """
-    kind = system_module(system).Config
-    known = get_type_hints(kind)
-    for name in settings:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]
-            raise InputError(f"{where}: {system} has no field {name!r}; did you mean {nearest!r}?")
-    ready = {}
-    for name, value in settings.items():
-        if isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(value, str) and Path in get_args(known[name]):
-            value = Path(value)
-        if not is_bearable(value, known[name], conf=BeartypeConf(is_pep484_tower=True)):  # an int may be a float
-            raise InputError(f"{where}: {name} is {value!r}, expected {_kind(known[name])}")
-        ready[name] = value
-    return kind(**ready)
-
-
-def _kind(hint: Any) -> str:
-    """A type as a user reads it: the choices, or its name."""
-    parts = [part for part in get_args(hint) if part is not type(None) and part is not ...]
-    if not parts:
-        return str(getattr(hint, "__name__", hint))
-    return ", ".join(part if isinstance(part, str) else _kind(part) for part in parts)
-
-
-def config_from_file(system: str, path: Path) -> Any:
-    """A system's config from a JSON file of fields, or from a run's run.json.
-
-    Raises:
-        InputError: the file is missing or is not such a file.
-    """
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"config: {path} is not a readable JSON file ({error})") from error
-    if isinstance(settings, dict) and isinstance(settings.get("config"), dict):
-        settings = settings["config"]
-    if not isinstance(settings, dict):
-        raise InputError(f"config: {path} holds {type(settings).__name__}, expected an object of fields")
-    return config_from(system, settings, str(path))
-
-
-def processes_of(folder: Path) -> int:
-    """How many processes a run was begun with."""
-    return int(run_folder.read(folder).get("processes", 1))
+from foveate.types import Evaluation, InputError, map_tree
 
 
 def train(
@@ -130,7 +36,7 @@ def train(
     device: str = "auto",
     checkpoint_steps: int | None = None,
     **settings: Any,
-) -> Agent:
+) -> agents.Agent:
     """Train a system, score it, and write its pictures and report.
 
     Args:
@@ -142,8 +48,8 @@ def train(
         checkpoint_steps: save every so many steps; by default every 30 seconds.
         **settings: fields of the system's `Config`, e.g. `minutes=3`.
     """
-    module = system_module(system)
-    config = module.resolve(config_from(system, settings, "train"))
+    module = agents.system_module(system)
+    config = module.resolve(agents.config_from(system, settings, "train"))
     folder = Path(out) if out else Path("runs") / f"{system}-{datetime.now():%Y%m%d-%H%M%S}"
     run = Run(
         folder,
@@ -157,45 +63,31 @@ def train(
         overwrite=overwrite,
         source=None if source is None else Path(source),
     )
-    given = config_from(system, settings, "train")
+    given = agents.config_from(system, settings, "train")
     for entry in fields(config):
         if getattr(given, entry.name) is None and getattr(config, entry.name) is not None:
             run.say(f"{entry.name} = {_plain(getattr(config, entry.name))} (chosen by the data)")
     return _train(module, config, run)
 
 
-def resume(folder: Path | str, device: str = "auto") -> Agent:
+def resume(folder: Path | str, device: str = "auto") -> agents.Agent:
     """Go on with a run from its last good checkpoint, to the end of the budget it was begun with."""
-    record = Run.open(Path(folder))
-    module = system_module(record.system)
-    config = config_from(record.system, record.config, f"{folder}/run.json")
+    record, module, config = agents.opened(folder, "cpu")
     run = Run(Path(folder), system=record.system, config=asdict(config), seed=config.seed, device=device, resume=True)
     return _train(module, config, run)
 
 
-def _train(module: ModuleType, config: Any, run: Run) -> Agent:
+def _train(module: ModuleType, config: Any, run: Run) -> agents.Agent:
     module.train(config, run)
     if run.is_main:
-        policy = _restored(module, config, run)
+        policy = agents.policy_of(module, config, run)
         run.say("scoring")
         evaluation = module.evaluate(config, policy, run)
         _save_evaluation(run.folder, evaluation)
         drawn = _save_pictures(run.folder / "pictures", module.picture(config, policy, run))
         path = _write_report(config, run, evaluation, drawn)
         run.say(f"report: {path}")
-    return load(run.folder, str(run.device))
-
-
-def load(folder: Path | str, device: str = "auto") -> Agent:
-    """The trained agent of a run; call it on images.
-
-    Raises:
-        InputError: the folder holds no run, or no checkpoint.
-    """
-    run = Run.open(Path(folder), device)
-    module = system_module(run.system)
-    config = config_from(run.system, run.config, f"{folder}/run.json")
-    return Agent(run.system, config, _restored(module, config, run), run.folder)
+    return agents.load(run.folder, str(run.device))
 
 
 def evaluate(
@@ -206,10 +98,8 @@ def evaluate(
     With `data` or `root` the agent is scored on data it was not trained on: the split test if there is one, else val,
     else all.
     """
-    run = Run.open(Path(folder), device)
-    module = system_module(run.system)
-    config = config_from(run.system, run.config, f"{folder}/run.json")
-    policy = _restored(module, config, run)
+    run, module, config = agents.opened(folder, device)
+    policy = agents.policy_of(module, config, run)
     there = replace(config, data=data or config.data, root=Path(root) if root else config.root)
     if (there.data, _absolute(there.root)) == (config.data, _absolute(config.root)):
         evaluation = module.evaluate(config, policy, run)
@@ -220,10 +110,8 @@ def evaluate(
 
 def show(folder: Path | str, images: Path | str | None = None, device: str = "auto") -> list[Path]:
     """Draw what a run's agent does, on test pictures or on the user's own; returns the files written."""
-    run = Run.open(Path(folder), device)
-    module = system_module(run.system)
-    config = config_from(run.system, run.config, f"{folder}/run.json")
-    policy = _restored(module, config, run)
+    run, module, config = agents.opened(folder, device)
+    policy = agents.policy_of(module, config, run)
     if images is None:
         return list(_save_pictures(run.folder / "pictures", module.picture(config, policy, run)).values())
     shown = map_tree(lambda leaf: leaf.to(run.device), module.read(config, Path(images)))
@@ -246,18 +134,16 @@ def analyse(
     Raises:
         InputError: a system that tunes nothing, or fewer than 100 samples.
     """
-    run = Run.open(Path(folder), device)
-    module = system_module(run.system)
+    run, module, config = agents.opened(folder, device)
     if not hasattr(module, "compared"):
         raise InputError(
             f"{folder}: {run.system} is not tuned from a start; analyse runs of detection, captioning, ..."
         )
     if samples < 100:
         raise InputError(f"samples: found {samples}, expected at least 100, as the best hundredth is looked at")
-    config = config_from(run.system, run.config, f"{folder}/run.json")
     first, *_ = module.ROWS.items()  # its start
     models: dict[str, Any] = {
-        name: _restored(module, config, run, part) for name, part in (first, ("tuned", module.PART))
+        name: agents.policy_of(module, config, run, part) for name, part in (first, ("tuned", module.PART))
     }
     reward, inputs, targets = module.compared(config, models["tuned"], run, images)
     numbers, values, curves = compare_models(models, reward, inputs, targets, samples, run.seed)
@@ -311,14 +197,12 @@ def preferences(
     folder: Path | str, part: str | None, question: str | None, inputs: int, seed: int, device: str
 ) -> tuple[Comparisons, Asked]:
     """Where the comparisons of a run's answers are kept, and what answers; as `prefer` says."""
-    run = Run.open(Path(folder), device)
-    module = system_module(run.system)
+    run, module, config = agents.opened(folder, device)
     if not hasattr(module, "posed"):
         raise InputError(f"{folder}: the answers of {run.system} are not compared; name a run of colorization")
     if inputs < 1:
         raise InputError(f"inputs: found {inputs}, expected at least 1")
-    config = config_from(run.system, run.config, f"{folder}/run.json")
-    policy: Any = _restored(module, config, run, part or next(iter(module.ROWS.values())))
+    policy: Any = agents.policy_of(module, config, run, part or next(iter(module.ROWS.values())))
     posed, shown = module.posed(config, run, inputs)
     return opened(Path(folder), question, make=True), Asked(policy, posed, shown, seed)
 
@@ -342,7 +226,7 @@ def compare(folders: Sequence[Path | str], out: Path | str) -> Path:
 
 def check_data(config: Any, system: str, out: Path | str) -> list[Path]:
     """Draw the first inputs of a system's data with their targets."""
-    module = system_module(system)
+    module = agents.system_module(system)
     return list(_save_pictures(Path(out), module.check(module.resolve(config))).values())
 
 
@@ -369,13 +253,6 @@ def bench(names: Sequence[str]) -> list[dict[str, Any]]:
         ours, peer, unit = found[name]()
         rows.append({"name": name, "ours": ours, "peer": peer, "ratio": ours / peer, "unit": unit})
     return rows
-
-
-def _restored(module: ModuleType, config: Any, run: Run, part: str | None = None) -> nn.Module:
-    policy, part = module.build(config).to(run.device), part or module.PART
-    if not run.restore(part, policy):
-        raise InputError(f"{run.folder}: its checkpoint holds no {part!r} part; train it anew")
-    return policy.eval()
 
 
 def _absolute(root: Path | None) -> Path | None:
