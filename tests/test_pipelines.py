@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from diffusers import (
 )
 
 import foveate
-from foveate import noise
+from foveate import commands, noise
 from foveate.agents import Agent
 from foveate.cli import main
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.models.named_denoisers import read_prompts
 from foveate.models.pipelines import TextDenoiser, read_pipeline
+from foveate.parts import restored
 from foveate.run import Run
 from foveate.systems import diffusion
 from foveate.types import InputError
@@ -268,7 +270,6 @@ def test_clip_rewards_read_the_prompts(text: Path, prompts: Path, tmp_path: Path
         ({"anchor": 0.0}, r"^anchors: found .* expected different ones"),
         ({"inputs": 0}, r"^inputs: found 0"),
         ({"likelihood_share": 0.99}, r"^judge_share, likelihood_share: "),
-        ({"likelihood_share": 0.0}, r"^likelihood_share, judge_share: one is 0"),
         ({"temperature": 0.0}, r"^temperature: found 0"),
         ({"samples": 1}, r"^samples: found 1, but normalised"),
         ({"eta": 0.0}, r"^eta: found 0, with which no step is random"),
@@ -286,6 +287,26 @@ def test_settings_that_teach_nothing_are_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         foveate.train("diffusion", out=tmp_path / "run", **{**TINY, **settings})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_of_another_run_is_tuned_without_learning_it_again(tmp_path: Path) -> None:
+    """And its answers are compared, and what was learned of them is the reward."""
+    other = tmp_path / "other"
+    foveate.train("diffusion", out=other, **{**SMALL, "steps": 20})
+    found = commands.prefer(other, judge="sharpness", comparisons=60, noise=0.0, inputs=100, device="cpu")
+    assert found["left"] + found["right"] + found["tie"] == 60
+    assert min(found["left"], found["right"]) > 0
+    foveate.train("reward-model", data="comparisons", root=other, steps=4, out=tmp_path / "taste", device="cpu")
+    own = {**SMALL, "likelihood_share": 0.0, "judge_share": 0.0, "reward": (f"preference:{tmp_path / 'taste'}",)}
+    agent = foveate.train("diffusion", source=other, out=tmp_path / "run", **own)
+    mine, theirs = (
+        restored(Run.open(folder), {"start": "likelihood"}, partial(diffusion.build, agent.config, False))["start"]
+        for folder in (agent.folder, other)
+    )
+    for here, there in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(here, there)
+    with pytest.raises(InputError, match=r"^likelihood_share, judge_share: 0, but model small knows nothing yet"):
+        foveate.train("diffusion", out=tmp_path / "nothing", **own)
 
 
 def dark_fails(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

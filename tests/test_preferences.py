@@ -562,9 +562,9 @@ def test_what_was_learned_is_a_reward_of_pictures(judged: Path) -> None:
     torch.testing.assert_close(found.total, foveate.load(judged, "cpu")(images)["rewards"])
     with pytest.raises(InputError, match="pictures of 8x8, found 6x8"):
         reward(images[..., :6], None)
-    with pytest.raises(InputError, match="judges RGB pictures"):
+    with pytest.raises(InputError, match="judges images"):
         reward(images[:, :1] > 0.5, None)
-    with pytest.raises(InputError, match="judges RGB pictures"):
+    with pytest.raises(InputError, match="judges images"):
         reward(["a caption"], None)
     with pytest.raises(InputError, match="8x8 were compared"):
         foveate.load(judged, "cpu")(images[..., :6])

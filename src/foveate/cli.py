@@ -228,7 +228,8 @@ class Prefer:
     run: Positional[Path]
     """folder of the run; comparisons are kept in its folder preferences"""
     judge: str | None = None
-    """a script answers in place of people: colorfulness, vivid, or package.module:function of pictures"""
+    """a script answers in place of people: colorfulness, vivid, sharpness, compressibility, incompressibility, or
+    package.module:function of pictures"""
     comparisons: int = 300
     """how many there are to be at the end"""
     noise: float = 0.1

@@ -20,7 +20,7 @@ from foveate import agents, pictures, plots, report
 from foveate.analysis import along_training, compare_models
 from foveate.data.comparisons import Comparisons
 from foveate.preferring import Asked, Choose, collect_by_script, opened
-from foveate.rewards.colors import picture_score
+from foveate.rewards.named_images import picture_score
 from foveate.run import Run
 from foveate.run.checkpoints import write_atomically
 from foveate.systems import SYSTEMS
@@ -173,7 +173,8 @@ def prefer(
 
     Args:
         folder: of the run.
-        judge: the hidden score: "colorfulness", "vivid", or package.module:function of pictures.
+        judge: the hidden score: "colorfulness", "vivid", "sharpness", "compressibility", "incompressibility", or
+            package.module:function of pictures.
         comparisons: how many there are to be at the end, those that are there already among them.
         noise: probability that an answer is the other way round.
         choose: "random" pairs, or the most "uncertain" ones.
@@ -199,7 +200,9 @@ def preferences(
     """Where the comparisons of a run's answers are kept, and what answers; as `prefer` says."""
     run, module, config = agents.opened(folder, device)
     if not hasattr(module, "posed"):
-        raise InputError(f"{folder}: the answers of {run.system} are not compared; name a run of colorization")
+        raise InputError(
+            f"{folder}: the answers of {run.system} are not compared; name a run of colorization or diffusion"
+        )
     if inputs < 1:
         raise InputError(f"inputs: found {inputs}, expected at least 1")
     policy: Any = agents.policy_of(module, config, run, part or next(iter(module.ROWS.values())))

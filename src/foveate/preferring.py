@@ -168,7 +168,7 @@ def fit(
     judges.begin(*(compared.pictures[side].float() / 255 for side in (compared.left, compared.right)))
     with torch.no_grad():
         features = torch.cat([judges.features(some.float() / 255) for some in compared.pictures.split(250)])
-    learned = [*judges.read.parameters(), *judges.judge.parameters()]
+    learned = [*judges.read.parameters(), *judges.judge.parameters(), *judges.direct.parameters()]
     optimizer = torch.optim.AdamW(learned, rate, weight_decay=0.1)
     counts = bootstrap_counts(key, members, len(compared))
     for step in range(STEPS):
@@ -297,10 +297,10 @@ def preference_reward(run: str) -> Reward:
     @torch.no_grad()
     def reward(predictions: Any, targets: Any = None) -> RewardOutput:
         shape = tuple(getattr(predictions, "shape", ()))
-        if len(shape) != 4 or shape[1] != 3 or not predictions.is_floating_point():
+        if len(shape) != 4 or shape[1] not in (1, 3) or not predictions.is_floating_point():
             found = f"{list(shape)}" if shape else type(predictions).__name__
             raise InputError(
-                f"reward preference:{run}: judges RGB pictures [batch, 3, {height}, {width}] in [0, 1], found {found}; "
+                f"reward preference:{run}: judges images [batch, 1 or 3, {height}, {width}] in [0, 1], found {found}: "
                 "tune a system whose answers are pictures"
             )
         if shape[2:] != (height, width):
@@ -309,7 +309,7 @@ def preference_reward(run: str) -> Reward:
                 "pictures of that size, and train a reward model on them"
             )
         judges.to(predictions.device)
-        scores = judges.rewards(predictions.float())
+        scores = judges.rewards(predictions.float().expand(-1, 3, -1, -1))  # grey as it was shown
         doubt = -caution * scores.std(0, correction=0)
         preferred = scores.mean(0)
         return RewardOutput(preferred + doubt, {"preferred": preferred, "doubt": doubt})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,26 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.colors import to_lab
-from foveate.rewards.combine import load_reward
 from foveate.types import RewardOutput
 
 VIVID = 10.0  # a pixel is vivid if a² + b² is above this
 HUES = 7  # bins of the hue
-
-
-def picture_score(name: str) -> Callable[[Any, Any], RewardOutput]:
-    """A score of RGB pictures by its name: "vivid", "colorfulness", or what `load_reward` takes. Targets are not used.
-
-    Raises:
-        InputError: there is none of this name.
-    """
-    score: Any = {"vivid": vivid_and_varied, "colorfulness": colorfulness}.get(name) or load_reward(name)
-
-    def scored(predictions: Any, targets: Any) -> RewardOutput:
-        output = score(predictions, targets)
-        return output if isinstance(output, RewardOutput) else RewardOutput(output)
-
-    return scored
 
 
 def vivid_and_varied(predictions: Float[Tensor, "batch 3 height width"], targets: Any = None) -> RewardOutput:

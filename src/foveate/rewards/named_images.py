@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.rewards.colors import colorfulness
+from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.rewards.combine import Reward, guarded, load_reward, weighted_sum
 from foveate.rewards.images import Aesthetic, ClassMatch, ClipMatch, compressibility, incompressibility, sharpness
 from foveate.types import InputError, RewardOutput
@@ -20,7 +20,23 @@ PLAIN: Mapping[str, Reward] = {
     "incompressibility": incompressibility,
     "sharpness": sharpness,
 }
-NAMES = (*PLAIN, "colorfulness", "class", "clip", "aesthetic")
+COLOURED: Mapping[str, Reward] = {"colorfulness": colorfulness, "vivid": vivid_and_varied}  # of RGB
+NAMES = (*PLAIN, *COLOURED, "class", "clip", "aesthetic")
+
+
+def picture_score(name: str) -> Reward:
+    """A score of RGB pictures by its name: of `PLAIN` or `COLOURED`, or what `load_reward` takes. No targets are used.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    score: Any = ({**PLAIN, **COLOURED}).get(name) or load_reward(name)
+
+    def scored(predictions: Any, targets: Any) -> RewardOutput:
+        output = score(predictions, targets)
+        return output if isinstance(output, RewardOutput) else RewardOutput(output)
+
+    return scored
 
 
 def image_reward(
@@ -60,8 +76,8 @@ def image_reward(
     def one(name: str) -> Reward:
         if name in PLAIN:
             return PLAIN[name]
-        if name == "colorfulness":
-            return _colorful
+        if name in COLOURED:
+            return lambda predictions, targets: COLOURED[name](predictions.expand(-1, 3, -1, -1), targets)
         if name == "class":
             return ClassMatch(classifier or _unknown)
         if name == "clip" and seeing is not None:
@@ -77,10 +93,6 @@ def image_reward(
     if len(found) == 1:
         return next(iter(found.values()))
     return weighted_sum(found, dict(zip(names, weights or [1.0] * len(names), strict=True)))
-
-
-def _colorful(predictions: Tensor, targets: Any = None) -> RewardOutput:
-    return colorfulness(predictions.expand(-1, 3, -1, -1), targets)
 
 
 def _unknown(images: Tensor) -> Tensor:

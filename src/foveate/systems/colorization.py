@@ -41,7 +41,8 @@ from foveate.models.backbones import convolutions
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.parts import restored, tracked
-from foveate.rewards.colors import colorfulness, picture_score, vivid_and_varied
+from foveate.rewards.colors import colorfulness, vivid_and_varied
+from foveate.rewards.named_images import picture_score
 from foveate.run import Run
 from foveate.two_steps import held_out_scores, learn_code, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError

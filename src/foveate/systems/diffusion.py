@@ -20,6 +20,7 @@ differs here and why, and the numbers: docs/systems/diffusion.md and docs/result
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -64,9 +65,9 @@ class Config:
     minutes: float | None = None
     """wall-clock budget of all phases together"""
     judge_share: float = 0.05
-    """part of the budget in which the classifiers learn that watch and reward"""
+    """part of the budget in which the classifiers learn that watch and reward, 0 if they come by --from"""
     likelihood_share: float = 0.4
-    """part for the denoising loss, 0 for a model that has it; the rest is shared by the anchors and the control"""
+    """part for the denoising loss, 0 for a model that has it; the anchors and the control share the rest"""
     model: str = SMALL
     """small, hf:FOLDER, or hf:REPOSITORY (is downloaded): a pipeline of diffusers"""
     prompts: Path | None = None
@@ -88,7 +89,7 @@ class Config:
     learning_rate: float = 2e-3
     """peak of its one-cycle schedule"""
     reward: tuple[str, ...] = ("compressibility",)
-    """compressibility, incompressibility, colorfulness, sharpness, class, clip, aesthetic, package.module:function"""
+    """compressibility, colorfulness, sharpness, class, clip, ..., preference:RUN, or package.module:function"""
     weights: tuple[float, ...] = ()
     """of several rewards, which are added; 1 each if not given"""
     clip: Path | None = None
@@ -158,8 +159,6 @@ def resolve(config: Config) -> Config:
     if config.model == SMALL:
         if config.prompts is not None:
             raise InputError("prompts: given, but model small is told classes; give a pipeline: --model hf:FOLDER")
-        if not (config.likelihood_share and config.judge_share):
-            raise InputError("likelihood_share, judge_share: one is 0, but model small knows nothing yet; give it some")
         config = replace(config, image_size=config.image_size or (16 if config.data == "digits" else 32))
     if config.prompts is not None:
         config = replace(config, classes=read_prompts(config.prompts), judge_share=0.0, likelihood_share=0.0)
@@ -188,8 +187,7 @@ def build(config: Config, tuned: bool = True) -> Denoiser:
 
 def _tuning(config: Config, anchor: float) -> Tuning:
     how: dict[str, Any] = {"learning_rate": config.tuning_rate, "precision": config.precision, "subset": config.subset}
-    if config.estimator == "clipped":
-        how |= {"epochs": config.epochs, "clip": config.ratio_clip}
+    how |= {"epochs": config.epochs, "clip": config.ratio_clip} if config.estimator == "clipped" else {}
     return Tuning(config.samples, "normalised", anchor, anchored=config.anchored, warmup=5, anneal=True, **how)
 
 
@@ -227,8 +225,10 @@ def _contest(
 
 def train(config: Config, run: Run) -> None:
     """Judges, denoising loss, the reward with each anchor, then the control; the agent ends with its best weights."""
+    if config.model == SMALL and not (run.source or (config.likelihood_share and config.judge_share)):
+        raise InputError("likelihood_share, judge_share: 0, but model small knows nothing yet; raise it, or --from RUN")
     weights = {PART: config.anchor} | {f"anchor {weight:g}": weight for weight in config.anchors}
-    taught = ("likelihood", "control") if config.likelihood_share else ()
+    taught = ("likelihood", "control") if config.likelihood_share or config.model == SMALL else ()
     parts: dict[str, tuple[Any, ...]] = {}
     for name in (*taught, *weights):
         torch.manual_seed(config.seed)
@@ -246,7 +246,7 @@ def train(config: Config, run: Run) -> None:
             learn_to_judge(run, config.judge_share, both, *seen, config.batch)
         how: Any = {"train": seen, "val": val, "batch": config.batch, "learning_rate": config.learning_rate}
         how |= {"none": start.none(len(config.classes or ())), "precision": config.precision}
-    if taught:
+    if config.likelihood_share:
         learn_to_denoise(run, "likelihood", config.likelihood_share, *parts["likelihood"], **how)
     contest = _contest(config, judges, start, "val", config.looks, run.device)
     share = (1 - config.judge_share - config.likelihood_share) / (len(weights) + bool(taught))
@@ -273,14 +273,13 @@ def evaluate(config: Config, policy: Denoiser, run: Run, elsewhere: bool = False
     """Images drawn with the same noise by every model: the reward, and what is not optimised.
 
     `judge_accuracy`: of a classifier that the reward never saw. `frechet_distance`: to test images in its features;
-    `diversity`: distance of two images of a class there, 1 is that of test images (with prompts: colours of regions,
-    and images of the start). `kl`: to the start, nats an image. Rows: the start, other anchors at their end, more
-    denoising loss (`control`), real validation images (`data`). The curve shows each look along the training.
+    `diversity`: distance of two images of a class there, 1 is theirs (with prompts: colours of regions, the start's
+    images). `kl`: to the start, nats an image. Rows: the start, other anchors at their end, more denoising loss
+    (`control`), real validation images (`data`). The curve shows each look along the training.
     """
     split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
     known = restored(run, ROWS, partial(build, config, False))
-    judges: dict[str, Any] = {} if config.prompts else _judges(config, run)
-    contest = _contest(config, judges, known["start"], split, config.images, run.device)
+    contest = _contest(config, _judges(config, run), known["start"], split, config.images, run.device)
     anchored = {name: name for name in (f"anchor {weight:g}" for weight in config.anchors)}
     known |= restored(run, anchored, partial(build, config))
     metrics, baselines = contest.model(policy), {name: contest.model(other) for name, other in known.items()}
@@ -291,14 +290,20 @@ def evaluate(config: Config, policy: Denoiser, run: Run, elsewhere: bool = False
 
 
 def _judges(config: Config, run: Run) -> dict[str, Any]:
-    return restored(run, {"judge": "judge", "rewarder": "rewarder"}, partial(_judge, config))
+    both = {} if config.prompts else {"judge": "judge", "rewarder": "rewarder"}
+    return restored(run, both, partial(_judge, config))
 
 
 def compared(config: Config, policy: Denoiser, run: Run, images: int) -> tuple[Reward, Tensor, Tensor]:
     """The reward, and the first classes or prompts: for `foveate analyse`."""
-    judges: dict[str, Any] = {} if config.prompts else _judges(config, run)
+    kinds, _ = posed(config, run, images)
+    return _reward(config, _judges(config, run).get("rewarder"), run.device), kinds, kinds
+
+
+def posed(config: Config, run: Run, images: int) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """Classes or prompts in turn, and images of them as RGB: for `foveate prefer`."""
     kinds = torch.arange(images, device=run.device) % len(config.classes or ())
-    return _reward(config, judges.get("rewarder"), run.device), kinds, kinds
+    return kinds, lambda drawn, kinds: drawn.expand(-1, 3, -1, -1)
 
 
 def predict(
@@ -306,11 +311,8 @@ def predict(
 ) -> dict[str, Tensor]:
     """Redraw images in [0, 1]: noise of the middle of the chain is put on them and taken off again, no class told."""
     check_images(images, "images")
-    if tuple(images.shape[1:]) != policy.image:
-        found, expected = list(images.shape[1:]), list(policy.image)
-        raise InputError(f"images: {found} (channels, rows, columns), but trained on {expected}: convert and resize")
-    device = next(policy.parameters()).device
-    keys, middle = noise.key(config.seed, "redrawn", torch.arange(len(images))).to(device), config.denoising // 2
+    device, middle = next(policy.parameters()).device, config.denoising // 2
+    keys = noise.key(config.seed, "redrawn", torch.arange(len(images))).to(device)
     with torch.no_grad(), answering(policy, config.precision):
         x = policy.blurred(images.to(device), keys, middle)
         none = torch.full((len(images),), policy.classes or 0, device=device)
@@ -326,8 +328,7 @@ def picture(
         shown = {name: predict(config, model, images)["images"] for name, model in (models | {"tuned": policy}).items()}
         return {"redrawn": denoising.columns({"given": images} | shown)}
     models |= restored(run, {"anchor 0": "anchor 0"}, partial(build, config)) | {"tuned": policy}
-    names = (config.classes or ())[:10]
-    kinds = torch.arange(len(names), device=run.device)
+    kinds, names = posed(config, run, min(10, len(config.classes or ())))[0], (config.classes or ())[:10]
     keys = noise.key(config.seed, "picture", kinds)
     with torch.no_grad(), answering(policy, config.precision):
         chains = {name: model.sample(kinds, 1, False, keys) for name, model in models.items()}
@@ -346,4 +347,4 @@ def check(config: Config) -> dict[str, Any]:
     if config.prompts is not None:
         raise InputError(f"data: {config.prompts} has prompts, and no pictures to draw; leave prompts out")
     images, labels = _pixels(config, "train", torch.device("cpu"))
-    return {"data": denoising.labelled(images[:20], [(config.classes or ())[kind] for kind in labels[:20].tolist()])}
+    return {"data": denoising.labelled(images[:20], [(config.classes or ())[kind] for kind in labels[:20]])}
