@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from foveate import noise
 from foveate.data.salient import Salient, load_salient
 from foveate.data.scenes import describe, draw
-from foveate.envs.seed_play import play
+from foveate.envs.seed_play import play, with_belief
 from foveate.envs.seeds import ACTIONS, BACKGROUND, CELLS, FOREGROUND, SeedsEnv, regions
 from foveate.geometry import mask_boxes
 from foveate.learn.replay import Replay
@@ -145,6 +146,40 @@ def test_rewards_are_those_of_the_paper() -> None:
     assert torch.equal(env.state.seeds, before.seeds)
     assert env.step(cell(2, 8, FOREGROUND))[1] == -1, "on the wrong side"
     assert env.iou(env.state) < 1
+
+
+def test_gains_sum_to_what_was_gained() -> None:
+    env = SeedsEnv(6, scenes=20, reward="gain", autoreset="disabled")
+    env.reset(seed=0)
+    first, total = env.iou(env.state), torch.zeros(6)
+    for step in range(4):
+        actions = noise.integers(noise.key("any", step, torch.arange(6)), ACTIONS)
+        free = env.state.seeds.flatten(1).gather(1, actions[:, None] % AREA)[:, 0] == 0
+        reward = env.step(actions)[1]
+        total = total + torch.where(free, reward, 0.0)
+        assert (reward[~free] == -1).all()
+    torch.testing.assert_close(total, 5 * (env.iou(env.state) - first))
+    assert (total < 0).any(), "a wrong seed is worth what it spoils"
+    with pytest.raises(InputError, match=r"^reward: no 'loss'"):
+        SeedsEnv(1, scenes=20, reward="loss")
+
+
+def test_the_belief_is_of_what_is_right_and_values_do_not_teach_it() -> None:
+    torch.manual_seed(0)
+    env = SeedsEnv(4, scenes=20)
+    env.reset(seed=0)
+    network = SeedQ(width=8, depth=1)
+    values, losses = with_belief(env, network, env.observe(env.state), env.state)
+    torch.testing.assert_close(values, network(env.observe(env.state)))
+    values.sum().backward()
+    assert network.belief.weight.grad is None
+    _, belief = network.both(env.observe(env.state))
+    right = env.right(env.state.image)
+    wanted = -torch.where(right, belief.sigmoid(), 1 - belief.sigmoid()).log().mean()
+    torch.testing.assert_close(losses["belief_loss"], wanted)
+    good = env.rewarded(env.state)
+    assert (right[good]).all()
+    assert int((right & ~good).sum()) == 8, "the user's seeds: right, but not free"
 
 
 def test_the_users_seeds_lie_well_inside_and_differ_from_user_to_user() -> None:
@@ -331,7 +366,7 @@ def test_it_learns_which_side_is_which_and_cuts_better_for_it(tmp_path: Path) ->
     """On the images it learned from; half of all seeds of an untrained network lie on the wrong side or do nothing."""
     torch.manual_seed(0)
     data, ids = load_salient("scenes", None, "train", 20, scenes=8), torch.arange(8)
-    env = SeedsEnv(16, salient=data, horizon=5)
+    env = SeedsEnv(16, salient=data, horizon=5, reward="gain")
     env.reset(seed=0)
     network, target = SeedQ(width=16, depth=2), SeedQ(width=16, depth=2)
     test = SeedsEnv(8, salient=data, horizon=5, autoreset="disabled")
@@ -342,8 +377,8 @@ def test_it_learns_which_side_is_which_and_cuts_better_for_it(tmp_path: Path) ->
         network=network, target=target, optimizer=optimizer, env=env, replay=Replay(env.state, 100, ACTIONS)
     )
     network, target, optimizer, env, replay = parts
-    how = Acting(batch=32, discount=0.7, learning_rate=3e-3)
-    learn_by_acting(run, "agent", 1.0, env, network, target, optimizer, replay, how, good=env.rewarded)
+    how, told = Acting(batch=32, discount=0.5, learning_rate=3e-3), partial(with_belief, env, network)
+    learn_by_acting(run, "agent", 1.0, env, network, target, optimizer, replay, how, good=env.rewarded, beside=told)
     after = play(test, ids, network.eval())
     assert after.right.float().mean() > max(0.85, before.right.float().mean() + 0.1)
     assert after.ious[:, -1].mean() > max(before.ious[:, -1].mean(), after.ious[:, 0].mean()) + 0.15

@@ -10,7 +10,7 @@ environment that looks into images, or features of them that are learned along, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,7 @@ def learn_by_acting(
     *,
     look: Callable[[State], Tree] | None = None,
     good: Callable[[State], Bool[Tensor, "batch actions"]] | None = None,
+    beside: Callable[[Tree, State], tuple[Tensor, Mapping[str, Tensor]]] | None = None,
     keeper: Keeper | None = None,
     validate: Callable[[], dict[str, Any]] | None = None,
     every: int = 500,
@@ -156,6 +157,7 @@ def learn_by_acting(
         how: see `Acting`.
         look: (state) → the network's input; None: `env.observe`.
         good: (state) → the actions that an expert knows to be rewarded: guided exploration.
+        beside: (what `look` made, of these states) → the network's values, and further losses from the same pass.
         keeper: keeps the weights of the best `validate()[keeper.by]` and gives them to the network in the end.
         validate: scores on held-out inputs, logged every `every` steps.
         every: steps between validations.
@@ -188,11 +190,12 @@ def learn_by_acting(
             with torch.no_grad():
                 chosen_by = network(after) if how.double else None
                 wanted = td_target(drawn.returns, drawn.discounts, target(after), chosen_by)
-            values = network(look(drawn.states))
-            loss = q_loss(values, drawn.actions, wanted)
-            run.optimise(loss, optimizer, clip=10.0)
+            seen = look(drawn.states)
+            values, losses = (network(seen), {}) if beside is None else beside(seen, drawn.states)
+            losses = {"loss": q_loss(values, drawn.actions, wanted), **losses}
+            run.optimise(torch.stack(list(losses.values())).sum(), optimizer, clip=10.0)
             follow(target, network, how.follow)
-            run.log(loss=loss.detach(), value=values.detach().amax(1).mean())
+            run.log(value=values.detach().amax(1).mean(), **{name: loss.detach() for name, loss in losses.items()})
         run.log(explores=part)
         if validate is not None and (step + 1) % every == 0:
             _offer(run, network, keeper, validate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,21 @@ def _true_seeds(env: SeedsEnv, keys: Tensor, state: SeedState) -> Tensor:
     return dice[:, :-1] + 2.0 * env.rewarded(state) + side
 
 
+def with_belief(env: SeedsEnv, network: Any, seen: Tree, state: SeedState) -> tuple[Tensor, dict[str, Tensor]]:
+    """The values of the seeds of some states, and the "belief_loss", which the masks teach at every place at once.
+
+    Whether a place is in the object is in every pixel of the mask; a reward tells it of one seed.
+
+    Args:
+        env: of the states.
+        network: its `both` gives values and log-odds [batch, actions] that a seed is right.
+        seen: what the network is shown of the states.
+        state: the states.
+    """
+    values, belief = network.both(seen)
+    return values, {"belief_loss": F.binary_cross_entropy_with_logits(belief, env.right(state.image).float())}
+
+
 def shown_first(env: SeedsEnv, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> SeedState:
     """The user's seeds drawn from the keys, and no mask: what a network is shown that draws the mask at once."""
     return SeedState(ids, env.user_seeds(ids, keys), torch.zeros_like(env.masks[ids], dtype=torch.uint8))
@@ -92,6 +108,17 @@ def draw(
 def iou_scores(ious: Float[Tensor, " batch"]) -> dict[str, float]:
     """Their mean, and how many are a success."""
     return {"iou": float(ious.mean()), "success": float((ious >= GOOD).float().mean())}
+
+
+def seed_scores(played: Played) -> dict[str, float]:
+    """Those of the last masks and of the seeds.
+
+    "seed_precision" is the share of the seeds that are on their own side; "side_diversity" is 1 if as many are of the
+    object as of the background, 0 if all are of one.
+    """
+    balance = 1 - (2 * (played.actions >= AREA).float().mean() - 1).abs()
+    seeds = {"seed_precision": float(played.right.float().mean()), "side_diversity": float(balance)}
+    return iou_scores(played.ious[:, -1]) | seeds
 
 
 @torch.no_grad()

@@ -77,6 +77,9 @@ class _Block(nn.Module):
 class SeedQ(nn.Module):
     """Values of the seeds, those of the background first: Q(s, a) = V(s) + A(s, a) - mean A(s, ·).
 
+    Beside them, from the same features, a belief about each seed: whether it is of the right side, well inside. The
+    values are told it and do not teach it.
+
     Args:
         cells: side of the grid.
         width: features of a cell.
@@ -88,16 +91,22 @@ class SeedQ(nn.Module):
         super().__init__()
         self.trunk = SeedTrunk(3, cells, width, depth, frozen)
         self.worth = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
-        self.gain = nn.Conv2d(width, 2, 1)
+        self.belief = nn.Conv2d(width, 2, 1)
+        self.gain = nn.Conv2d(width + 2, 2, 1)
 
     def forward(self, seen: Tree) -> Float[Tensor, "batch actions"]:
         """Values of what `SeedsEnv.observe` shows, with "frozen" beside it if there are pretrained features."""
+        return self.both(seen)[0]
+
+    def both(self, seen: Tree) -> tuple[Float[Tensor, "batch actions"], Float[Tensor, "batch actions"]]:
+        """Values, and the belief as log-odds."""
         state = self.trunk(seen["image"], [seen["probability"], seen["seeds"]], seen.get("frozen"))
-        gain = self.gain(state).flatten(1)
+        belief = self.belief(state)
+        gain = self.gain(torch.cat((state, 2 * belief.detach().sigmoid() - 1), 1)).flatten(1)
         values = self.worth(state.mean((2, 3))) + gain - gain.mean(1, keepdim=True)
         taken = seen["seeds"].amax(1).flatten(1).repeat(1, 2) > 0
         # A seed on a seed changes nothing: it is the worst, and nothing is learned of it.
-        return torch.where(taken, values.detach().amin(1, keepdim=True) - 1, values)
+        return torch.where(taken, values.detach().amin(1, keepdim=True) - 1, values), belief.flatten(1)
 
 
 class SeedMask(nn.Module):

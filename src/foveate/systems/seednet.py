@@ -4,7 +4,7 @@
 |---|---|
 | state | the image, the seeds so far on a 20×20 grid, and what the random walker makes of them |
 | action | the next seed: of the background or of the object, at one of 400 cells |
-| reward | R = (exp(5 · IoU) - 1) / (exp(5) - 1) of a seed well inside its side; R - 1 near the border, else -1 |
+| reward | 5 times what the seed gains of IoU; or as published |
 | horizon | 10 seeds |
 | learner | double Q-learning with dueling heads, explored where seeds are right |
 | corner | value |
@@ -32,7 +32,7 @@ from foveate import noise, pictures
 from foveate.data.classification import check_images
 from foveate.data.picture_folders import read_pictures
 from foveate.data.salient import Salient, load_salient
-from foveate.envs.seed_play import cut_out, draw, enlarged, given_places, iou_scores, play, shown_first, user_places
+from foveate.envs import seed_play
 from foveate.envs.seeds import ACTIONS, CELLS, SeedsEnv
 from foveate.geometry import mask_boxes
 from foveate.learn.keeper import Keeper
@@ -87,7 +87,9 @@ class Config:
     """steps of all copies in the replay"""
     batch: int = 32
     """transitions, or images of a control, in an update"""
-    discount: float = 0.7
+    reward: Literal["gain", "level"] = "gain"
+    """of a seed: what it gains of IoU; or as published: the IoU that there is, if it is well inside its side"""
+    discount: float = 0.5
     """of what later seeds bring, a seed"""
     guided: bool = True
     """explore with seeds that lie well inside their side; without it with any"""
@@ -144,14 +146,13 @@ def _frozen(config: Config, part: Part) -> Tensor | None:
 
 
 def _large(config: Config, part: Part) -> Tensor:
-    """The images of a split at the size that the pretrained network sees."""
     large = _data(config, part, FROZEN_SIDE * CELLS)  # with --skip-bad it may have more of them
     return large.images[[large.names.index(name) for name in _data(config, part).names]]
 
 
 def _world(config: Config, data: Salient, copies: int, device: Any, **options: Any) -> SeedsEnv:
-    how: dict[str, Any] = {"border": config.border, "beta": config.beta, "horizon": config.seeds}
-    return SeedsEnv(copies, salient=data, device=device, **how, **options)
+    how: dict[str, Any] = {name: getattr(config, name) for name in ("border", "beta", "reward")}
+    return SeedsEnv(copies, salient=data, device=device, horizon=config.seeds, **how, **options)
 
 
 def _look(env: SeedsEnv, frozen: Tensor | None) -> Look:
@@ -194,6 +195,7 @@ def train(config: Config, run: Run) -> None:
         parts[name] = tracked(run, name, _mask_network(config, name), by="held_out_iou")
     look, frozen, good = _look(env, _frozen(config, "train")), _frozen(config, "val"), env.rewarded
     how: dict[str, Any] = {"look": look, "keeper": keeper, "every": EVERY, "good": good if config.guided else None}
+    how["beside"] = partial(seed_play.with_belief, env, policy)
     how["validate"] = partial(_held_out, config, policy, val, frozen, run)
     learn_by_acting(run, "agent", SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
     for name, control in parts.items():
@@ -217,7 +219,7 @@ def _supervise(
         here = run.rows(config.batch)
         rows = noise.examples(config.seed, step, config.batch, env.examples)[here].to(run.device)
         keys = noise.key(config.seed, phase, "user", step, torch.arange(config.batch)[here]).to(run.device)
-        scores = network.train()(look(shown_first(env, rows, keys)))
+        scores = network.train()(look(seed_play.shown_first(env, rows, keys)))
         loss = F.binary_cross_entropy_with_logits(scores, env.masks[rows].float())
         set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
         run.optimise(loss, optimizer, clip=10.0)
@@ -236,26 +238,23 @@ def _score(
     episodes = []
     for part, ids in enumerate(torch.arange(len(data), device=device).repeat(draws).split(AT_ONCE)):
         env = _world(config, data, len(ids), device, autoreset="disabled")
-        episodes.append(play(env, ids, network, _look(env, frozen), config.seed + part))
-    ious, right, kind = (torch.cat([getattr(each, name) for each in episodes]) for name in ("ious", "right", "actions"))
-    curve = [(float(step), float(value)) for step, value in enumerate(ious.mean(0))]
-    balance = 1 - (2 * (kind >= ACTIONS // 2).float().mean() - 1).abs()
-    seeds = {"seed_precision": float(right.float().mean()), "side_diversity": float(balance)}
-    return iou_scores(ious[:, -1]) | seeds, curve
+        episodes.append(seed_play.play(env, ids, network, _look(env, frozen), config.seed + part))
+    played = map_tree(lambda *parts: torch.cat(parts), *episodes)
+    curve = [(float(step), float(value)) for step, value in enumerate(played.ious.mean(0))]
+    return seed_play.seed_scores(played), curve
 
 
 def _drawn(config: Config, data: Salient, draws: int, device: Any, network: SeedMask, frozen: Tensor | None) -> Scores:
     """Metrics of masks that are drawn at once."""
     env, ids = _world(config, data, 1, device), torch.arange(len(data), device=device).repeat(draws)
-    parts = enumerate(ids.split(AT_ONCE))
-    return iou_scores(torch.cat([draw(env, some, network, _look(env, frozen), config.seed + k) for k, some in parts]))
+    how, parts = (network, _look(env, frozen)), enumerate(ids.split(AT_ONCE))
+    return seed_play.iou_scores(torch.cat([seed_play.draw(env, some, *how, config.seed + k) for k, some in parts]))
 
 
 def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -> Evaluation:
     """Mean IoU after the agent's seeds, at the walker's size, on the test split with `draws` users for each image.
 
-    `success` is the share of masks from 0.9 on; `seed_precision` that of the seeds on their own side; `side_diversity`
-    is 1 if as many are of the object as of the background, 0 if all are of one. Baselines: `initial`, the user's seeds
+    The others of its scores: `foveate.envs.seed_play.seed_scores`. Baselines: `initial`, the user's seeds
     alone; `random`, as many seeds with true labels at random places, as many for each side;
     `untrained`; `supervised`, the trunk trained to draw the mask at once, and `supervised_seeds`, which sees the user's
     seeds; `grabcut_box`, OpenCV's GrabCut from the true box, which no other row is told.
@@ -272,7 +271,7 @@ def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -
             baselines[name] = _drawn(config, data, config.draws, run.device, network, frozen)
     if has_opencv():
         cut, truth = grab_cut(data.images, mask_boxes(data.masks)[0]), data.masks
-        baselines["grabcut_box"] = iou_scores((cut & truth).sum((1, 2)) / (cut | truth).sum((1, 2)))
+        baselines["grabcut_box"] = seed_play.iou_scores((cut & truth).sum((1, 2)) / (cut | truth).sum((1, 2)))
     else:
         run.say("grabcut_box is left out: it needs OpenCV, pip install 'foveate[references]'")
     if config.skip_bad:
@@ -300,14 +299,15 @@ def predict(config: Config, policy: SeedQ, images: Tree) -> dict[str, Tensor]:
     shown, (height, width) = shown.to(device), shown.shape[2:]
     middle = torch.tensor([width / 2, height / 2]).expand(len(shown), 2)
     given = images if isinstance(images, dict) else {"background": torch.zeros_like(middle), "foreground": middle}
-    places = {name: place.to(device) for name, place in given_places(given, len(shown), width, height).items()}
+    given = seed_play.given_places(given, len(shown), width, height)
+    places = {name: place.to(device) for name, place in given.items()}
     small = F.interpolate(shown, (config.image_size, config.image_size), mode="bilinear", antialias=True)
     pixels = (small.clamp(0, 1) * 255).round().byte()
     env = _world(config, Salient(pixels, pixels[:, 0] > 127, ("",) * len(pixels)), len(pixels), device)
     plain = config.backbone == "convolutions"
     look = _look(env, None if plain else frozen_features(_backbone().to(device), shown, CELLS))
-    found = cut_out(env, policy.eval(), look, places["background"], places["foreground"], config.seeds)
-    found["probabilities"] = enlarged(found["probabilities"], height, width)
+    found = seed_play.cut_out(env, policy.eval(), look, places["background"], places["foreground"], config.seeds)
+    found["probabilities"] = seed_play.enlarged(found["probabilities"], height, width)
     found["seeds"] = found["seeds"] * shown.new_tensor([width, height])
     return {"masks": found["probabilities"] >= 0.5, **found}
 
@@ -321,17 +321,14 @@ def picture(config: Config, policy: SeedQ, run: Run, images: Tree = None) -> dic
         images, truth = (data.images if plain else _large(config, "test"))[:6], data.masks[:6]
         env = _world(config, data, len(images), "cpu")
         env.reset(seed=0, options={"ids": torch.arange(len(images))})
-        places = {name: place * images.shape[-1] for name, place in user_places(env.state).items()}
+        places = {name: place * images.shape[-1] for name, place in seed_play.user_places(env.state).items()}
         images = {"images": images, **places}
     found = {name: leaf.cpu() for name, leaf in predict(config, policy, images).items()}
     shown = (images["images"] if isinstance(images, dict) else images).cpu()
     steps = sorted({0, min(1, config.seeds), min(3, config.seeds), config.seeds})
     drawn = shown[:8], found["steps"][:8], found["seeds"][:8], found["labels"][:8]
     frames = seed_frames(drawn[0][0], drawn[1][0], drawn[2][0], drawn[3][0])
-    return {
-        "seeds": seed_grid(*drawn, steps, truth),
-        "first picture": frames,
-    }
+    return {"seeds": seed_grid(*drawn, steps, truth), "first picture": frames}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
