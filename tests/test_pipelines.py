@@ -23,7 +23,7 @@ from diffusers import (
 
 import foveate
 from foveate import commands, noise
-from foveate.agents import Agent
+from foveate.agents import Agent, policy_of
 from foveate.cli import main
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.models.named_denoisers import read_prompts
@@ -259,9 +259,11 @@ def trained(folder: Path, **settings: Any) -> tuple[diffusion.Config, Run, list[
 
 def test_clip_rewards_read_the_prompts(text: Path, prompts: Path, tmp_path: Path) -> None:
     how = {"reward": ("clip", "colorfulness"), "weights": (1.0, 0.1), "clip": tiny_clip(tmp_path / "clip")}
-    *_, rows = trained(tmp_path / "run", model=f"hf:{text}", prompts=prompts, anchors=(), **how, **TINY)
+    config, run, rows = trained(tmp_path / "run", model=f"hf:{text}", prompts=prompts, anchors=(), **how, **TINY)
     row = next(row for row in rows if row["phase"] == "reward")
     assert row["part clip"] + row["part colorfulness"] == pytest.approx(row["reward"], abs=1e-3)
+    found = diffusion.evaluate(config, policy_of(diffusion, config, run), run).metrics
+    assert found["clip_reward"] + found["colorfulness_reward"] == pytest.approx(found["reward"], abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ they lie from real ones in that classifier's features. `mix` makes one number of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +172,7 @@ class Contest:
         kinds: the classes or prompts of the images that are drawn.
         keys: of their noise.
         precision: of the models.
+        named: parts of the reward that an evaluation tells apart; those it does not have are passed over.
     """
 
     def __init__(
@@ -182,9 +183,10 @@ class Contest:
         kinds: Int[Tensor, " batch"],
         keys: Int[Tensor, " batch"],
         precision: Precision = "fp32",
+        named: Sequence[str] = (),
     ) -> None:
         self.reward, self.watch, self.start, self.kinds, self.keys = reward, watch, start, kinds, keys
-        self.precision = precision
+        self.precision, self.named = precision, named
         self._first: dict[str, Tensor] = {}
 
     def scores(self, policy: Sampler) -> dict[str, Tensor]:
@@ -204,6 +206,7 @@ class Contest:
         """Of an evaluation: the scores of any images."""
         found, beside = self.reward(images, kinds), self.watch(images, kinds)
         row = {"reward": found.total.mean(), "frechet_distance": beside["distance"], "diversity": beside["diversity"]}
+        row |= {f"{name}_reward": found.parts[name].mean() for name in self.named if name in found.parts}
         row |= {"judge_accuracy": beside["accuracy"]} if "accuracy" in beside else {}
         return {name: float(value) for name, value in row.items()}
 

@@ -220,7 +220,7 @@ def _contest(
         real = drawn_images(start, kinds, noise.fold(keys, "real"), config.precision)
         watch = Watch(Thumbnails(), real, kinds)
     reward = _reward(config, judges.get("rewarder"), device)
-    return Contest(reward, watch, start, kinds, keys, config.precision)
+    return Contest(reward, watch, start, kinds, keys, config.precision, config.reward)
 
 
 def train(config: Config, run: Run) -> None:
