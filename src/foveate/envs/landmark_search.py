@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.data.volumes import Volumes
-from foveate.envs.landmark_walk import AROUND, LandmarkWalkEnv
+from foveate.envs.landmark_walk import AROUND, LandmarkWalkEnv, WalkState
 from foveate.types import Tree, map_tree
 from foveate.value_learning import Walk, walk
 
+SIGHT = 6.0  # steps: about what the wider of the two cubes shows
 FAILED = 10.0  # mm from which on an answer is a failure
 
 
@@ -36,6 +38,24 @@ class Found:
     single: Float[Tensor, "volumes landmarks starts 3"]
     gone: Bool[Tensor, "volumes landmarks starts"]
     walks: Walk
+
+
+def with_belief(env: LandmarkWalkEnv, network: Any, seen: Tree, state: WalkState) -> tuple[Tensor, dict[str, Tensor]]:
+    """The values of steps from some states, and the "belief_loss": Huber loss of where the landmark is believed to be.
+
+    A reward tells of one step; where the landmark lies tells of all six, and how far. Farther than `SIGHT` steps away
+    counts as that; where the landmark is not shown nothing is taught.
+
+    Args:
+        env: of the states.
+        network: its `both` gives values, and steps to the landmark [batch, 3].
+        seen: what the network is shown of the states.
+        state: the states.
+    """
+    values, belief = network.both(seen)
+    loss = F.huber_loss(belief, env.far(state).clamp(-SIGHT, SIGHT), reduction="none").mean(1)
+    shown = (~env.hidden(state)).float()
+    return values, {"belief_loss": (loss * shown).sum() / shown.sum().clamp(min=1)}
 
 
 def every_landmark(

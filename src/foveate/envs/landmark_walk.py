@@ -243,6 +243,10 @@ class LandmarkWalkEnv(TensorEnv):
         """From the place to the landmark, in mm."""
         return (self.voxel(state) - self._target(state)).norm(dim=1) * self.spacing
 
+    def far(self, state: WalkState) -> Float[Tensor, "batch 3"]:
+        """From the place to the landmark along x, y, z, in steps of the scale."""
+        return self._target(state) / (2.0**state.scale)[:, None] - state.place
+
     def hidden(self, state: WalkState) -> Bool[Tensor, " batch"]:
         """Whether the landmark is outside of what is shown."""
         target = self._target(state)
@@ -272,8 +276,7 @@ class LandmarkWalkEnv(TensorEnv):
 
     def _gains(self, state: WalkState) -> Float[Tensor, "batch actions"]:
         """Decrease of the squared distance by each step, in squared steps; spacings cancel."""
-        far = self._target(state) / (2.0**state.scale)[:, None] - state.place
-        return 2 * far @ self.steps.T.float() - 1
+        return 2 * self.far(state) @ self.steps.T.float() - 1
 
     def _outside(self, state: WalkState, places: Tensor) -> Bool[Tensor, "batch count"]:
         step = (2.0**state.scale)[:, None, None]

@@ -18,6 +18,8 @@ from foveate.types import InputError
 class CubeQ(nn.Module):
     """Values of the six steps, by dueling heads (Wang et al. 2016, equation 9).
 
+    Beside them, from the same features, a belief where the landmark lies. The values are told it and do not teach it.
+
     Args:
         cube: voxels on the side of what is seen.
         landmarks: how many.
@@ -50,11 +52,16 @@ class CubeQ(nn.Module):
         self.tell = nn.Linear(2 * width * side**3, hidden)
         self.kind = nn.Linear(landmarks + scales, 2 * hidden, bias=False)
         self.join = nn.Linear(hidden + 6, hidden)
-        self.heads = nn.Linear(hidden, landmarks * scales * (1 + actions))
+        self.belief = nn.Linear(hidden, landmarks * scales * 3)
+        self.heads = nn.Linear(hidden + 3, landmarks * scales * (1 + actions))
         self.register_buffer("mean", torch.full((landmarks, 3), 0.5))
 
     def forward(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch actions"]:
         """Values of what `LandmarkWalkEnv.observe` shows."""
+        return self.both(seen)[0]
+
+    def both(self, seen: dict[str, Tensor]) -> tuple[Float[Tensor, "batch actions"], Float[Tensor, "batch 3"]]:
+        """Values, and how many steps of the scale the landmark is believed to be away along x, y, z."""
         cube = seen["cube"]
         # contrast differs between scanners: what is seen is told by its differences
         mean = cube.mean((2, 3, 4), keepdim=True)
@@ -64,10 +71,16 @@ class CubeQ(nn.Module):
         factor, shift = self.kind(kind).chunk(2, 1)  # what is looked for decides what of it matters
         features = F.relu(self.tell(self.look(cube)) * (1 + factor) + shift)
         features = F.relu(self.join(torch.cat((features, self._off(seen)), 1)))
-        every = self.heads(features).view(-1, self.landmarks, self.scales, 1 + self.actions)
-        mine = torch.einsum("blsa,bl,bs->ba", every, seen["landmark"], seen["scale"])
+        belief = self._mine(self.belief(features), seen)
+        told = (belief.detach() / 2).tanh()  # near the landmark it matters
+        mine = self._mine(self.heads(torch.cat((features, told), 1)), seen)
         worth, gain = mine[:, :1], mine[:, 1:]
-        return worth + gain - gain.mean(1, keepdim=True)
+        return worth + gain - gain.mean(1, keepdim=True), belief
+
+    def _mine(self, every: Float[Tensor, "batch heads"], seen: dict[str, Tensor]) -> Float[Tensor, "batch numbers"]:
+        """What the heads of the landmark that is looked for say at its scale."""
+        every = every.view(len(every), self.landmarks, self.scales, -1)
+        return torch.einsum("blsa,bl,bs->ba", every, seen["landmark"], seen["scale"])
 
     def _off(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch 6"]:
         """How far the place is from the landmark's mean, in eighths of what is shown and in about as many steps."""

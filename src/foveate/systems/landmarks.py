@@ -31,7 +31,7 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data.volumes import WARPS, Part, Volumes, load_volumes, read_volumes, volumes_of
-from foveate.envs.landmark_search import away, every_landmark, scores, search
+from foveate.envs.landmark_search import away, every_landmark, scores, search, with_belief
 from foveate.envs.landmark_walk import LandmarkWalkEnv
 from foveate.learn.keeper import Keeper
 from foveate.learn.replay import Replay
@@ -169,7 +169,7 @@ def train(config: Config, run: Run) -> None:
     env.reset(seed=config.seed + run.rank * config.copies)
     target, env, replay = run.track(target=target, env=env, replay=Replay(env.state, config.rows))
     held_out = _walking(config, val, policy, 1)
-    how: dict[str, Any] = {"good": env.rewarded}
+    how: dict[str, Any] = {"good": env.rewarded, "beside": partial(with_belief, env, policy)}
     how |= {"keeper": keeper, "every": EVERY, "validate": partial(_validated, policy, held_out, val)}
     learn_by_acting(run, PART, 0.5, env, policy, target, optimizer, replay, _acting(config), **how)
     _regress(config, run, *control, data, val)
