@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate import noise
 from foveate.data.salient import Salient, load_salient
 from foveate.data.scenes import describe, draw
-from foveate.envs.seed_play import play, with_belief
+from foveate.envs.seed_play import play
 from foveate.envs.seeds import ACTIONS, BACKGROUND, CELLS, FOREGROUND, SeedsEnv, regions
 from foveate.geometry import mask_boxes
 from foveate.learn.replay import Replay
@@ -26,7 +26,7 @@ from foveate.models.seed_q import SeedMask, SeedQ
 from foveate.run import Run
 from foveate.systems import seednet
 from foveate.types import InputError, map_tree
-from foveate.value_learning import Acting, learn_by_acting
+from foveate.value_learning import Acting, learn_by_acting, with_belief
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 AREA = CELLS * CELLS
@@ -169,7 +169,7 @@ def test_the_belief_is_of_what_is_right_and_values_do_not_teach_it() -> None:
     env = SeedsEnv(4, scenes=20)
     env.reset(seed=0)
     network = SeedQ(width=8, depth=1)
-    values, losses = with_belief(env, network, env.observe(env.state), env.state)
+    values, losses = with_belief(network, lambda state: env.right(state.image), env.observe(env.state), env.state)
     torch.testing.assert_close(values, network(env.observe(env.state)))
     values.sum().backward()
     assert network.belief.weight.grad is None
@@ -377,7 +377,10 @@ def test_it_learns_which_side_is_which_and_cuts_better_for_it(tmp_path: Path) ->
         network=network, target=target, optimizer=optimizer, env=env, replay=Replay(env.state, 100, ACTIONS)
     )
     network, target, optimizer, env, replay = parts
-    how, told = Acting(batch=32, discount=0.5, learning_rate=3e-3), partial(with_belief, env, network)
+    how, told = (
+        Acting(batch=32, discount=0.5, learning_rate=3e-3),
+        partial(with_belief, network, lambda state: env.right(state.image)),
+    )
     learn_by_acting(run, "agent", 1.0, env, network, target, optimizer, replay, how, good=env.rewarded, beside=told)
     after = play(test, ids, network.eval())
     assert after.right.float().mean() > max(0.85, before.right.float().mean() + 0.1)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -119,6 +120,24 @@ def walk(
         rows.append((actions, values, reward, taken))
     stacked = map_tree(lambda *leaves: torch.stack(leaves, 1), *states)
     return Walk(stacked, *(torch.stack(row, 1) for row in zip(*rows, strict=True)))
+
+
+def with_belief(
+    network: Any, good: Callable[[State], Bool[Tensor, "batch actions"]], seen: Tree, state: State
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A network's values, and the "belief_loss" of what it says of each action from the same pass.
+
+    A transition tells what one action is worth. An expert who knows the truth, as guided exploration has it, knows of
+    every action whether it is good: the features learn from all of them. What acts later asks no expert.
+
+    Args:
+        network: its `both` gives values and log-odds [batch, actions] that an action is good.
+        good: (state) → the actions that are.
+        seen: what the network is shown of the states.
+        state: the states.
+    """
+    values, belief = network.both(seen)
+    return values, {"belief_loss": F.binary_cross_entropy_with_logits(belief, good(state).float())}
 
 
 def learn_by_acting(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,21 +68,6 @@ def _true_seeds(env: SeedsEnv, keys: Tensor, state: SeedState) -> Tensor:
     dice = noise.uniform(noise.fold(keys, (state.seeds > 0).flatten(1).sum(1)), 2 * AREA + 1)
     side = (torch.arange(2, device=dice.device) == (dice[:, -1:] < 0.5)).repeat_interleave(AREA, 1)
     return dice[:, :-1] + 2.0 * env.rewarded(state) + side
-
-
-def with_belief(env: SeedsEnv, network: Any, seen: Tree, state: SeedState) -> tuple[Tensor, dict[str, Tensor]]:
-    """The values of the seeds of some states, and the "belief_loss", which the masks teach at every place at once.
-
-    Whether a place is in the object is in every pixel of the mask; a reward tells it of one seed.
-
-    Args:
-        env: of the states.
-        network: its `both` gives values and log-odds [batch, actions] that a seed is right.
-        seen: what the network is shown of the states.
-        state: the states.
-    """
-    values, belief = network.both(seen)
-    return values, {"belief_loss": F.binary_cross_entropy_with_logits(belief, env.right(state.image).float())}
 
 
 def shown_first(env: SeedsEnv, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> SeedState:

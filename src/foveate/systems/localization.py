@@ -53,7 +53,7 @@ from foveate.rewards import regions as judged
 from foveate.rewards.regions import Searched, ap50
 from foveate.run import Run
 from foveate.types import Evaluation, InputError, concatenate, map_tree
-from foveate.value_learning import Acting, learn_by_acting, walk
+from foveate.value_learning import Acting, learn_by_acting, walk, with_belief
 
 Pictures: TypeAlias = Float[Tensor, "batch channels height width"]
 
@@ -184,7 +184,7 @@ def _acting(config: Config) -> Acting:
 
 def build(config: Config) -> RegionQ:
     """The policy of a resolved config, untrained."""
-    values = Dueling(config.hidden, ACTIONS, config.hidden)
+    values = Dueling(config.hidden + ACTIONS, ACTIONS, config.hidden)
     sizes = ACTIONS, config.history, config.bins, config.width, config.hidden
     return RegionQ(values, config.image_size, config.backbone, config.stride or 4, *sizes)
 
@@ -214,6 +214,7 @@ def train(config: Config, run: Run) -> None:
         target=build(config), env=env, replay=Replay(env.state, -(-config.replay // config.copies))
     )
     how: dict[str, Any] = {"look": partial(env.regions, maps=maps), "good": env.rewarded}
+    how["beside"] = partial(with_belief, policy, env.rewarded)
     how |= {"keeper": keeper, "validate": partial(_held_out, config, policy, val)}
     learn_by_acting(run, PART, SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
     policy.eval()
