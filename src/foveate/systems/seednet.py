@@ -44,7 +44,7 @@ from foveate.models.seed_q import FROZEN_SIDE, SeedMask, SeedQ, frozen_features
 from foveate.parts import tracked
 from foveate.pictures.seeds import seed_frames, seed_grid
 from foveate.run import Run
-from foveate.types import Evaluation, InputError, State, Tree
+from foveate.types import Evaluation, InputError, State, Tree, map_tree
 from foveate.value_learning import Acting, learn_by_acting, with_belief
 
 Look: TypeAlias = Callable[[State], Tree]
