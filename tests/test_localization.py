@@ -32,7 +32,7 @@ SIDE = 32
 
 def network(**settings: Any) -> RegionQ:
     torch.manual_seed(0)
-    return RegionQ(Dueling(16 + ACTIONS, ACTIONS, 16), SIDE, width=8, hidden=16, bins=4, **settings).eval()
+    return RegionQ(Dueling(16, ACTIONS, 16), SIDE, width=8, hidden=16, bins=4, **settings).eval()
 
 
 def boxes(seed: int, *shape: int, least: float = 0.5, reach: float = 10.0) -> Tensor:

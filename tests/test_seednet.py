@@ -169,7 +169,7 @@ def test_the_belief_is_of_what_is_right_and_values_do_not_teach_it() -> None:
     env = SeedsEnv(4, scenes=20)
     env.reset(seed=0)
     network = SeedQ(width=8, depth=1)
-    values, losses = with_belief(network, lambda state: env.right(state.image), env.observe(env.state), env.state)
+    values, losses = with_belief(network.both, lambda state: env.right(state.image), env.observe(env.state), env.state)
     torch.testing.assert_close(values, network(env.observe(env.state)))
     values.sum().backward()
     assert network.belief.weight.grad is None
@@ -379,7 +379,7 @@ def test_it_learns_which_side_is_which_and_cuts_better_for_it(tmp_path: Path) ->
     network, target, optimizer, env, replay = parts
     how, told = (
         Acting(batch=32, discount=0.5, learning_rate=3e-3),
-        partial(with_belief, network, lambda state: env.right(state.image)),
+        partial(with_belief, network.both, lambda state: env.right(state.image)),
     )
     learn_by_acting(run, "agent", 1.0, env, network, target, optimizer, replay, how, good=env.rewarded, beside=told)
     after = play(test, ids, network.eval())

@@ -123,7 +123,10 @@ def walk(
 
 
 def with_belief(
-    network: Any, good: Callable[[State], Bool[Tensor, "batch actions"]], seen: Tree, state: State
+    both: Callable[[Tree], tuple[Tensor, Tensor]],
+    good: Callable[[State], Bool[Tensor, "batch actions"]],
+    seen: Tree,
+    state: State,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A network's values, and the "belief_loss" of what it says of each action from the same pass.
 
@@ -131,12 +134,12 @@ def with_belief(
     every action whether it is good: the features learn from all of them. What acts later asks no expert.
 
     Args:
-        network: its `both` gives values and log-odds [batch, actions] that an action is good.
+        both: (what the network is shown) → values, and log-odds [batch, actions] that an action is good.
         good: (state) → the actions that are.
         seen: what the network is shown of the states.
         state: the states.
     """
-    values, belief = network.both(seen)
+    values, belief = both(seen)
     return values, {"belief_loss": F.binary_cross_entropy_with_logits(belief, good(state).float())}
 
 

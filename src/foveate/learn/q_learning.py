@@ -73,6 +73,35 @@ class Dueling(nn.Module):
         return self.worth(features) + gain - gain.mean(-1, keepdim=True)
 
 
+class Believing(nn.Module):
+    """A dueling head with a belief beside it: of each action, whether an expert would call it good.
+
+    The belief is learned by cross-entropy (`foveate.value_learning.with_belief`) from the same features; the values are
+    told it and do not teach it.
+
+    Args:
+        features: of the state.
+        actions: how many.
+        hidden: width of the layers of the values.
+    """
+
+    def __init__(self, features: int, actions: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.belief = nn.Linear(features, actions)
+        self.values = Dueling(features + actions, actions, hidden)
+
+    def forward(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch actions"]:
+        """Values of all actions."""
+        return self.both(features)[0]
+
+    def both(
+        self, features: Float[Tensor, "*batch features"]
+    ) -> tuple[Float[Tensor, "*batch actions"], Float[Tensor, "*batch actions"]]:
+        """Values, and the belief as log-odds."""
+        belief = self.belief(features)
+        return self.values(torch.cat((features, 2 * belief.detach().sigmoid() - 1), -1)), belief
+
+
 @torch.no_grad()
 def follow(target: nn.Module, network: nn.Module, rate: float = 1.0) -> None:
     """Move the target network's weights this part of the way to the network's: all now and then, or a little often."""

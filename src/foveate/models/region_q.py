@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +57,10 @@ class RegionQ(nn.Module):
     """Values of the actions on a box. Learns along, in `eye`, the map it reads; or reads that of a frozen network.
 
     Three views of the map, `bins`² cells each: the region with the paper's context, its surroundings, the whole image.
-    A cell under a mark is zero. Beside them stand the last actions and the box's place and size. From what they come
-    to there is a belief about each action, whether it is rewarded now; the values are told it and do not teach it.
+    A cell under a mark is zero. Beside them stand the last actions and the box's place and size.
 
     Args:
-        values: what turns `hidden + actions` features into the values of the actions.
+        values: what turns `hidden` features into the values of the actions.
         side: of the images in pixels.
         backbone: "convolutions", learned from nothing, or a name that `models.backbones.Pretrained` knows, frozen.
         stride: of the map, in pixels.
@@ -94,7 +94,6 @@ class RegionQ(nn.Module):
         self.eye, self.channels = eye(side, backbone, stride, width)
         self.views = nn.ModuleList(view(self.channels, bins, width, hidden) for _ in range(3))
         self.join = nn.Sequential(nn.Linear(3 * hidden + past * actions + 6, hidden), nn.ReLU())
-        self.belief = nn.Linear(hidden, actions)
         self.values = values
         self.register_buffer("level", torch.tensor(NEVER))  # a search whose best value is lower is given up
 
@@ -104,10 +103,16 @@ class RegionQ(nn.Module):
 
     def forward(self, seen: Regions) -> Float[Tensor, "batch actions"]:
         """Values of all actions on each box."""
-        return self.both(seen)[0]
+        return self.values(self.features(seen))
 
     def both(self, seen: Regions) -> tuple[Float[Tensor, "batch actions"], Float[Tensor, "batch actions"]]:
-        """Values, and the belief as log-odds."""
+        """Values, and the head's belief (`foveate.learn.q_learning.Believing`)."""
+        head: Any = self.values
+        values, belief = head.both(self.features(seen))
+        return values, belief
+
+    def features(self, seen: Regions) -> Float[Tensor, "batch hidden"]:
+        """What is seen of each box."""
         if seen.maps is None:
             assert seen.images is not None
             maps = self.see(seen.images)
@@ -125,9 +130,7 @@ class RegionQ(nn.Module):
         parts = cells.masked_fill(under[:, :, None], 0.0).unbind(1)
         told = [head(part) for head, part in zip(self.views, parts, strict=True)]
         past = F.one_hot(seen.history.long(), self.actions + 1)[..., 1:].flatten(1).float()
-        features = self.join(torch.cat((*told, past, placed(seen.box, self.side)), 1))
-        belief = self.belief(features)
-        return self.values(torch.cat((features, 2 * belief.detach().sigmoid() - 1), 1)), belief
+        return self.join(torch.cat((*told, past, placed(seen.box, self.side)), 1))
 
 
 def eye(side: int, backbone: str, stride: int, width: int) -> tuple[nn.Module | None, int]:

@@ -42,7 +42,7 @@ from foveate.data.detection import (
 from foveate.data.picture_folders import check_memory, read_pictures
 from foveate.envs.box_search import ACTIONS, TRIGGER, BoxSearchEnv
 from foveate.geometry import Boxes
-from foveate.learn.q_learning import Dueling
+from foveate.learn.q_learning import Believing
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.box_slots import BoxSlots, slot_loss
@@ -184,7 +184,7 @@ def _acting(config: Config) -> Acting:
 
 def build(config: Config) -> RegionQ:
     """The policy of a resolved config, untrained."""
-    values = Dueling(config.hidden + ACTIONS, ACTIONS, config.hidden)
+    values = Believing(config.hidden, ACTIONS, config.hidden)
     sizes = ACTIONS, config.history, config.bins, config.width, config.hidden
     return RegionQ(values, config.image_size, config.backbone, config.stride or 4, *sizes)
 
@@ -214,7 +214,7 @@ def train(config: Config, run: Run) -> None:
         target=build(config), env=env, replay=Replay(env.state, -(-config.replay // config.copies))
     )
     how: dict[str, Any] = {"look": partial(env.regions, maps=maps), "good": env.rewarded}
-    how["beside"] = partial(with_belief, policy, env.rewarded)
+    how["beside"] = partial(with_belief, policy.both, env.rewarded)
     how |= {"keeper": keeper, "validate": partial(_held_out, config, policy, val)}
     learn_by_acting(run, PART, SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
     policy.eval()

@@ -195,7 +195,7 @@ def train(config: Config, run: Run) -> None:
         parts[name] = tracked(run, name, _mask_network(config, name), by="held_out_iou")
     look, frozen, good = _look(env, _frozen(config, "train")), _frozen(config, "val"), env.rewarded
     how: dict[str, Any] = {"look": look, "keeper": keeper, "every": EVERY, "good": good if config.guided else None}
-    how["beside"] = partial(with_belief, policy, lambda state: env.right(state.image))
+    how["beside"] = partial(with_belief, policy.both, lambda state: env.right(state.image))
     how["validate"] = partial(_held_out, config, policy, val, frozen, run)
     learn_by_acting(run, "agent", SHARE, env, policy, target, optimizer, replay, _acting(config), **how)
     for name, control in parts.items():
