@@ -36,7 +36,8 @@ from foveate.types import InputError
 Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Credit = Literal["gains", "end"]
 FINER = 2  # the canvas, a side, than what is shown of it
-PENS = (0.08, 0.14)  # widths of the pens, in sides of the picture: of MNIST's digits most strokes are between
+PENS = (0.04, 0.08)  # widths of the pens, in sides of the picture: with these digits of MNIST are traced best
+MARGIN = 0.125
 ENLARGED = 4  # in a picture
 PEN = (255, 160, 0)
 AT_ONCE = 16  # pictures traced together
@@ -74,6 +75,7 @@ class PaintingEnv(TensorEnv):
         split: "train", "val", "test" or "all".
         image_size: side in pixels of what is shown, to which the data are brought.
         grid: cells a side where the pen can go.
+        margin: around the cells, in sides of the picture: digits of MNIST leave a seventh free.
         strokes: of a painting.
         pens: widths in sides of the picture.
         score: (images [batch, 1, side, side] in [0, 1], kinds [batch]) → [batch], higher is better: a discriminator, or
@@ -99,6 +101,7 @@ class PaintingEnv(TensorEnv):
         split: Literal["train", "val", "test", "all"] = "train",
         image_size: int = 16,
         grid: int = 8,
+        margin: float = MARGIN,
         strokes: int = 12,
         pens: tuple[float, ...] = PENS,
         score: Score | None = None,
@@ -113,6 +116,8 @@ class PaintingEnv(TensorEnv):
         for width in pens:
             if not 0 < width <= 1:
                 raise InputError(f"pens: found a width of {width:g}, expected more than 0 and at most 1 side")
+        if not 0 <= margin < 0.5:
+            raise InputError(f"margin: found {margin:g}, expected 0 to less than 0.5 sides")
         if images is None and (score is None or kinds is None):
             images = load_images(data, None if root is None else Path(root), split, image_size)
         self.targets = None if images is None or score is not None else check_grey(images)
@@ -138,7 +143,7 @@ class PaintingEnv(TensorEnv):
             **options,
         )
         self.widths = torch.tensor(pens, device=self.device) * self.side
-        self.places = centres(grid, self.side, self.device)
+        self.places = centres(grid, self.side, margin).to(self.device)
         if self.targets is not None and self.labels is not None:
             self.targets, self.labels = self.targets.to(self.device), self.labels.to(self.device)
 
@@ -170,14 +175,12 @@ class PaintingEnv(TensorEnv):
         }
         return seen if self.targets is None else seen | {"target": self.targets[state.target].float() / 255}
 
-    def paintings(
-        self, ids: Int[Tensor, " batch"], actions: Int[Tensor, "batch time"]
-    ) -> Float[Tensor, "batch states 1 side side"]:
-        """What is shown of the canvas before the first of these strokes and after each."""
+    def played(self, ids: Int[Tensor, " batch"], actions: Int[Tensor, "batch time"]) -> list[PaintingState]:
+        """The states before the first of these strokes and after each, their worth not looked at."""
         states = [self._blank(ids)]
         for action in actions.unbind(1):
             states.append(self.moved(states[-1], action))
-        return torch.stack([shown(state.canvas) for state in states], 1)
+        return states
 
     def moved(self, state: PaintingState, actions: Int[Tensor, " batch"]) -> PaintingState:
         """The state after a stroke, its worth not looked at."""
@@ -247,9 +250,9 @@ def apart(
     return (images - targets).square().flatten(1).sum(1) / ink
 
 
-def centres(grid: int, side: int, device: torch.device | str = "cpu") -> Float[Tensor, "cells 2"]:
-    """(x, y) in pixels of the cells' middles, row after row."""
-    middles = (torch.arange(grid, device=device) + 0.5) * side / grid
+def centres(grid: int, side: int, margin: float) -> Float[Tensor, "cells 2"]:
+    """(x, y) in pixels of the cells' middles, row after row; around the cells is a margin, in sides."""
+    middles = side * (margin + (1 - 2 * margin) * (torch.arange(grid) + 0.5) / grid)
     return torch.stack((middles.repeat(grid), middles.repeat_interleave(grid)), 1)
 
 
@@ -280,7 +283,9 @@ def _traced(env: PaintingEnv, targets: Float[Tensor, "size 1 side side"]) -> Flo
 
 
 def _lacking(env: PaintingEnv, canvas: Tensor, targets: Tensor) -> Int[Tensor, " size"]:
-    return F.adaptive_avg_pool2d((targets - shown(canvas)).clamp(min=0), env.grid).flatten(1).argmax(1)
+    places = (2 * env.places / env.side - 1).expand(len(targets), 1, -1, -1)
+    missing = F.avg_pool2d((targets - shown(canvas)).clamp(min=0), 3, 1, 1)
+    return F.grid_sample(missing, places, align_corners=False).flatten(1).argmax(1)
 
 
 def enlarged(images: Float[Tensor, "batch 1 rows columns"], times: int) -> Float[Tensor, "batch 1 height width"]:

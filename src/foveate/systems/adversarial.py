@@ -1,0 +1,380 @@
+"""Paint digits with strokes, rewarded by a discriminator: a GAN whose generator cannot be differentiated.
+
+| | |
+|---|---|
+| state | the canvas, the cell the pen is at, the strokes left, and what is to be painted: a class |
+| action | a pen and a cell: go there lifted, or down in one of several widths, which leaves a straight stroke |
+| reward | what the stroke adds to the score of a discriminator, which learns to tell paintings from real pictures |
+| horizon | 12 strokes |
+| learner | actor-critic (A2C) for the painter; cross-entropy with a gradient penalty for the discriminator |
+| corner | policy and reward |
+
+After SPIRAL: Ganin et al. 2018, "Synthesizing programs for images using reinforced adversarial learning" (arXiv
+1804.01118), and Mellor et al. 2019, "Unsupervised doodling and painting with improved SPIRAL" (arXiv 1910.01007). Beside
+it a plain GAN of as many weights, against a discriminator of the same kind, for as long. What differs here and why, and
+the numbers: docs/systems/adversarial.md.
+
+    foveate train adversarial --minutes 20
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from foveate import noise
+from foveate.data.classification import Images, check_images, check_kind, evaluation_split, held_out_split, load_images
+from foveate.data.picture_folders import read_pictures
+from foveate.envs.painting import MARGIN, PENS, Credit, PaintingEnv, Score, check_grey, shown, traced
+from foveate.judging import Judge, Watch, learn_to_judge
+from foveate.learn.actor_critic import actor_critic_loss
+from foveate.learn.adversarial import discriminator_loss, generator_loss, gradient_penalty
+from foveate.learn.keeper import Keeper
+from foveate.learn.rollout import rollout
+from foveate.learn.schedule import set_learning_rate
+from foveate.models.adversaries import Adversaries, Discriminator, ImageGenerator
+from foveate.models.painter import Painter, Scribbler
+from foveate.parts import learning, restored
+from foveate.pictures import denoising, painting
+from foveate.run import Run
+from foveate.types import Evaluation, InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `foveate train adversarial`."""
+
+    data: str = "digits"
+    """digits (embedded), mnist, fashion-mnist, or folder, of grey pictures"""
+    root: Path | None = None
+    """folder of the data; not needed for digits"""
+    image_size: int = 16
+    """side in pixels, a multiple of 4"""
+    seed: int = 0
+    """of the weights, the order of the data and every draw"""
+    steps: int | None = None
+    """updates of all phases together"""
+    minutes: float | None = None
+    """wall-clock budget of all phases together; the painter and the GAN share evenly what the judge leaves"""
+    judge_share: float = 0.05
+    """part of the budget in which the classifier learns that watches both and that nothing optimises"""
+    strokes: int = 12
+    """of a painting"""
+    grid: int = 8
+    """cells a side where the pen can go"""
+    margin: float = MARGIN
+    """around them, in sides of the picture"""
+    pens: tuple[float, ...] = PENS
+    """widths in sides of the picture; the lifted pen is there beside"""
+    credit: Credit = "gains"
+    """gains: each stroke is rewarded with what it changes in the score; end: the last with all of it"""
+    batch: int = 64
+    """paintings, and as many real pictures, in an update"""
+    learning_rate: float = 1e-3
+    """of the painter; as all rates it falls evenly to 0 in the second half"""
+    generator_rate: float = 1e-3
+    """of the GAN's generator"""
+    discriminator_rate: float = 5e-4
+    """of both discriminators"""
+    penalty: float = 1.0
+    """weight of the squared norm of the discriminator's gradient at real pictures (R1)"""
+    blur: float = 0.1
+    """standard deviation of noise on the pictures that a discriminator learns from"""
+    lam: float = 0.95
+    """λ of the advantages; nothing is discounted"""
+    entropy: float = 0.01
+    """weight of the entropy of a stroke, in nats"""
+    value_weight: float = 0.5
+    """weight of the critic's error"""
+    every: int = 100
+    """updates between looks at held-out scores"""
+    looks: int = 200
+    """images made for each look"""
+    images: int = 500
+    """images made of each model to evaluate it"""
+    classes: tuple[str, ...] | None = None
+    """taken from the data"""
+
+
+Parts: TypeAlias = tuple[Adversaries, torch.optim.Optimizer, torch.optim.Optimizer, Keeper]
+PART = "painter"  # the tracked part that holds the policy: the painter and its discriminator
+load = lru_cache(maxsize=6)(load_images)
+
+
+def resolve(config: Config) -> Config:
+    """Check the fields and the data, of which it takes the classes; raises `InputError`."""
+    for name in ("image_size", "batch", "every", "looks", "images"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    if not 0 < config.judge_share < 1:
+        raise InputError(f"judge_share: found {config.judge_share:g}, expected more than 0 and less than 1")
+    for name in ("penalty", "blur", "entropy", "value_weight"):
+        if getattr(config, name) < 0:
+            raise InputError(f"{name}: found {getattr(config, name):g}, expected 0 (none) or more")
+    splits = "train", "val", held_out_split(config.data, config.root)
+    train, *_ = [_checked(load(config.data, config.root, split, config.image_size)) for split in splits]
+    config = replace(config, classes=train.classes)
+    _env(config, 1, torch.device("cpu"))  # says what is wrong with strokes, grid and pens
+    build(config)  # and with the image's size
+    return config
+
+
+def _checked(images: Images) -> Images:
+    check_grey(images)
+    return images
+
+
+def _kinds(config: Config) -> int:
+    return len(config.classes or ())
+
+
+def build(config: Config) -> Adversaries:
+    """Painter and discriminator of a resolved config, untrained."""
+    pens = 1 + len(config.pens)
+    discriminator = Discriminator(config.image_size, _kinds(config))
+    return Adversaries(Painter(config.image_size, config.grid, pens, _kinds(config)), discriminator)
+
+
+def _gan(config: Config) -> Adversaries:
+    discriminator = Discriminator(config.image_size, _kinds(config))
+    return Adversaries(ImageGenerator(config.image_size, _kinds(config)), discriminator)
+
+
+def _judge(config: Config) -> Judge:
+    return Judge(1, _kinds(config))
+
+
+def _unscored(images: Tensor, kinds: Tensor) -> Tensor:
+    return images.new_zeros(len(images))
+
+
+def _env(config: Config, copies: int, device: torch.device, score: Score = _unscored) -> PaintingEnv:
+    how: dict[str, Any] = {name: getattr(config, name) for name in ("image_size", "grid", "margin", "strokes", "pens")}
+    how |= {"credit": "end" if score is _unscored else config.credit, "kinds": _kinds(config)}
+    return PaintingEnv(copies, score=score, device=device, autoreset="disabled", **how)
+
+
+def _pixels(config: Config, split: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    found: Images = load(config.data, config.root, split, config.image_size)
+    check_kind(found, config.classes or (), 1)
+    order = noise.permutation(noise.key("shuffled"), len(found))  # data may come sorted by class
+    return found.pixels[order].to(device).float() / 255, found.labels[order].to(device)
+
+
+def train(config: Config, run: Run) -> None:
+    """The judge, then painter and discriminator, then generator and discriminator for as long."""
+    judge = learning(run, "judge", _judge(config))
+    painter, gan = (_adversaries(config, run, name, make) for name, make in ((PART, build), ("gan", _gan)))
+    data, val = (_pixels(config, split, run.device) for split in ("train", "val"))
+    learn_to_judge(run, config.judge_share, {"judge": judge}, *data, config.batch)
+    watch, kinds = Watch(judge[0], *val), torch.arange(config.looks, device=run.device) % _kinds(config)
+    keys = noise.key(config.seed, "look", torch.arange(config.looks)).to(run.device)
+
+    def look(parts: Parts, make: Callable[..., Tensor]) -> None:
+        found = watch(make(config, parts[0].generator, kinds, keys), kinds)
+        parts[3].offer(parts[0], -found["distance"])
+        run.log(**{f"held_out_{name}": value for name, value in found.items()})
+
+    for name, parts, learn, make in ((PART, painter, _paint_better, _paint), ("gan", gan, _draw_better, _draw)):
+        pair, _, _, keeper = parts
+        env = _env(config, run.rows(config.batch).stop - run.rows(config.batch).start, run.device, pair.discriminator.reward)
+        for step in run.steps(name, (1 - config.judge_share) / 2):
+            if step == 0:
+                keeper.begin()
+            real, asked, own = _batch(config, run, data, name, step)
+            made = learn(config, run, parts, env, asked, own)
+            _tell_better(config, run, parts, real, made, asked, own)
+            if (step + 1) % config.every == 0:
+                look(parts, make)
+        look(parts, make)
+        pair.load_state_dict(keeper.best.state_dict())
+        run.save()
+
+
+def _adversaries(config: Config, run: Run, name: str, make: Callable[[Config], Adversaries]) -> Parts:
+    torch.manual_seed(config.seed)
+    pair = make(config).to(run.device)
+    first = torch.optim.Adam(pair.generator.parameters(), betas=(0.9 if name == PART else 0.5, 0.99))
+    second = torch.optim.Adam(pair.discriminator.parameters(), betas=(0.5, 0.99))
+    keeper = Keeper(pair, by="held_out_distance")
+    run.track(
+        **{name: pair, f"{name}_optimizer": first, f"{name}_discriminator": second, f"{name}_keeper": keeper}
+    )
+    return pair, first, second, keeper
+
+
+def _batch(config: Config, run: Run, data: tuple[Tensor, Tensor], name: str, step: int) -> tuple[Tensor, ...]:
+    """Real pictures, their kinds, which are asked for too, and a key of each."""
+    rows = run.rows(config.batch)
+    chosen = noise.examples(config.seed, step, config.batch, len(data[1]))[rows].to(run.device)
+    keys = noise.key(run.seed, name, step, torch.arange(config.batch)[rows]).to(run.device)
+    return data[0][chosen], data[1][chosen], keys
+
+
+def _rate(run: Run, peak: float) -> float:
+    return peak * min(1.0, 2 * (1 - run.progress))
+
+
+def _paint_better(config: Config, run: Run, parts: Parts, env: PaintingEnv, kinds: Tensor, keys: Tensor) -> Tensor:
+    """The painter's update: the policy gradient of the discriminator's score. Returns the paintings."""
+    (pair, optimizer, _, _) = parts
+    trajectory, decisions = rollout(env, pair.generator, keys, ids=kinds, grad=True)
+    assert decisions is not None
+    loss, told = actor_critic_loss(trajectory, decisions, 1.0, config.lam, config.entropy, config.value_weight)
+    set_learning_rate(optimizer, _rate(run, config.learning_rate))
+    run.optimise(loss, optimizer, clip=1.0)
+    run.log(**told)
+    return shown(env.state.canvas)
+
+
+def _draw_better(config: Config, run: Run, parts: Parts, env: PaintingEnv, kinds: Tensor, keys: Tensor) -> Tensor:
+    """The generator's update: the gradient goes through the discriminator. Returns the images."""
+    (pair, optimizer, _, _) = parts
+    images = pair.generator(kinds, keys)
+    loss = generator_loss(pair.discriminator(images, kinds))
+    set_learning_rate(optimizer, _rate(run, config.generator_rate))
+    run.optimise(loss, optimizer)
+    run.log(generator_loss=loss.detach())
+    return images.detach()
+
+
+def _tell_better(
+    config: Config, run: Run, parts: Parts, real: Tensor, made: Tensor, kinds: Tensor, keys: Tensor
+) -> None:
+    """The discriminator's update."""
+    discriminator, optimizer = parts[0].discriminator, parts[2]
+    optimizer.zero_grad(set_to_none=True)  # the generator's loss went through it
+    dust = config.blur * noise.normal(noise.fold(keys, "blur"), 2, *real.shape[1:])
+    real = (real + dust[:, 0]).requires_grad_()
+    scores = discriminator(real, kinds), discriminator(made + dust[:, 1], kinds)
+    loss = discriminator_loss(*scores)
+    penalty = gradient_penalty(scores[0], real) if config.penalty else loss.new_zeros(())
+    set_learning_rate(optimizer, _rate(run, config.discriminator_rate))
+    run.optimise(loss + config.penalty / 2 * penalty, optimizer)
+    both = torch.cat(scores).detach()
+    discriminator.notice(run.mean(both.mean()), run.mean(both.std()))
+    told = {"real": scores[0].mean(), "made": scores[1].mean(), "discriminator_loss": loss, "penalty": penalty}
+    run.log(**{name: value.detach() for name, value in told.items()})
+
+
+def _paint(config: Config, painter: nn.Module, kinds: Tensor, keys: Tensor) -> Float[Tensor, "batch 1 side side"]:
+    env = _env(config, len(kinds), kinds.device)
+    rollout(env, painter, keys, ids=kinds)
+    return shown(env.state.canvas)
+
+
+def _strokes(config: Config, painter: nn.Module, kinds: Tensor, keys: Tensor) -> Int[Tensor, "batch strokes"]:
+    return rollout(_env(config, len(kinds), kinds.device), painter, keys, ids=kinds)[0].actions
+
+
+@torch.no_grad()
+def _draw(config: Config, generator: nn.Module, kinds: Tensor, keys: Tensor) -> Float[Tensor, "batch 1 side side"]:
+    return torch.cat([generator(*some) for some in zip(kinds.split(100), keys.split(100), strict=True)])
+
+
+def evaluate(config: Config, policy: Adversaries, run: Run, elsewhere: bool = False) -> Evaluation:
+    """As many images of each class by every maker, beside test images, by a classifier that nothing optimised.
+
+    `judge_accuracy`: how often it sees the class that was asked for. `frechet_distance`: to test images in its
+    features. `diversity`: distance of two images of a class there, 1 is that of test images. `reward`: what the
+    painter's discriminator says, in deviations of its scores. Rows: the plain `gan`; the `untrained` painter;
+    `random` strokes; `traced`, test images copied greedily with as many strokes, which is what the strokes could
+    show; real validation images (`data`).
+    """
+    split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
+    real, labels = _pixels(config, split, run.device)
+    judge = restored(run, {"judge": "judge"}, partial(_judge, config))["judge"]
+    watch, kinds = Watch(judge, real, labels), torch.arange(config.images, device=run.device) % _kinds(config)
+    keys = noise.key(config.seed, "evaluate", torch.arange(config.images)).to(run.device)
+    env = _env(config, 1, run.device)
+    torch.manual_seed(config.seed)
+    made = {
+        "painter": (_paint(config, policy.generator, kinds, keys), kinds),
+        "untrained": (_paint(config, build(config).to(run.device).generator, kinds, keys), kinds),
+        "random": (_paint(config, Scribbler(env.single_action_space.n), kinds, keys), kinds),
+        "traced": (traced(env, real[: config.images]), labels[: config.images]),
+    }
+    for name, gan in restored(run, {"gan": "gan"}, partial(_gan, config)).items():
+        made[name] = _draw(config, gan.generator, kinds, keys), kinds
+    others, beside = _pixels(config, "val", run.device)
+    made["data"] = others[: config.images], beside[: config.images]
+    rows = {name: _row(policy.discriminator, watch, *images) for name, images in made.items()}
+    return Evaluation(rows.pop("painter"), rows)
+
+
+def _row(discriminator: Discriminator, watch: Watch, images: Tensor, kinds: Tensor) -> dict[str, float]:
+    found = watch(images, kinds)
+    row = {"judge_accuracy": found["accuracy"], "frechet_distance": found["distance"], "diversity": found["diversity"]}
+    row["reward"] = discriminator.reward(images, kinds).mean()
+    return {name: float(value) for name, value in row.items()}
+
+
+def predict(
+    config: Config, policy: Adversaries, images: Float[Tensor, "batch channels height width"]
+) -> dict[str, Tensor]:
+    """What the discriminator thinks of grey pictures in [0, 1], and a painting beside each.
+
+    Returns `scores` [batch, classes]: how real each looks as each class, in deviations of the scores of training;
+    `kinds` [batch], the class as which it looks most real; `paintings` [batch, 1, side, side] of these classes, and
+    `strokes` [batch, strokes], the actions by which they were painted (`foveate.envs.painting`).
+    """
+    check_images(images, "images")
+    side = config.image_size
+    if tuple(images.shape[1:]) != (1, side, side):
+        found, expected = list(images.shape[1:]), [1, side, side]
+        raise InputError(f"images: {found} (channels, rows, columns), but trained on {expected}: convert and resize")
+    device = next(policy.parameters()).device
+    discriminator = policy.discriminator
+    with torch.no_grad():
+        scores = (discriminator.every(images.to(device)) - discriminator.mean) / discriminator.deviation
+    kinds, keys = scores.argmax(1), noise.key(config.seed, "predict", torch.arange(len(images))).to(device)
+    strokes = _strokes(config, policy.generator, kinds, keys)
+    paintings = shown(_env(config, len(kinds), device).played(kinds, strokes)[-1].canvas)
+    return {"scores": scores, "kinds": kinds, "paintings": paintings, "strokes": strokes}
+
+
+def picture(
+    config: Config, policy: Adversaries, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
+) -> dict[str, Any]:
+    """Paintings beside the GAN's images and real ones, and how they come about; or what stands beside the user's."""
+    names = (config.classes or ())[:10]
+    if images is not None:
+        found = predict(config, policy, images)
+        said = [f"{(config.classes or ())[kind]}: {score:.2f}" for kind, score in zip(found["kinds"].tolist(), found["scores"].amax(1).tolist(), strict=True)]
+        captions = [text for each in said for text in (each, "painted")]
+        return {"judged": painting.pairs(images, found["paintings"], captions)}
+    kinds = torch.arange(4 * len(names), device=run.device) % len(names)
+    keys = noise.key(config.seed, "picture", torch.arange(len(kinds))).to(run.device)
+    strokes = _strokes(config, policy.generator, kinds, keys)
+    env = _env(config, len(kinds), run.device)
+    states = env.played(kinds, strokes)
+    steps = [env.draw(state) for state in states]
+    made = {"painter": shown(states[-1].canvas)}
+    for name, gan in restored(run, {"gan": "gan"}, partial(_gan, config)).items():
+        made[name] = _draw(config, gan.generator, kinds, keys)
+    real, labels = _pixels(config, "val", run.device)
+    made["real"] = torch.stack([real[labels == kind % len(names)][kind // len(names)] for kind in range(len(kinds))])
+    first = [step[: len(names)] for step in steps]
+    return {
+        "paintings": painting.beside(made, names, 4),
+        "step by step": painting.step_by_step(first, names),
+        "painting": painting.frames(steps, names),
+    }
+
+
+def read(config: Config, path: Path) -> Float[Tensor, "batch 1 side side"]:
+    """The user's picture, or the pictures of a folder, in grey and of the size of the canvas."""
+    return read_pictures(path, 1, config.image_size)
+
+
+def check(config: Config) -> dict[str, Any]:
+    """The first pictures of the data with their classes."""
+    images, labels = _pixels(config, "train", torch.device("cpu"))
+    return {"data": denoising.labelled(images[:20], [(config.classes or ())[kind] for kind in labels[:20].tolist()])}
