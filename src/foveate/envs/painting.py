@@ -4,15 +4,15 @@
 | | |
 |---|---|
 | state | the canvas, the cell the pen is at, the strokes left, what the picture is to show, what the canvas is worth |
-| observation | `canvas`; `pen`, a map of its cell; `left`, the share of strokes; `kind`, a class; `target`, if it is to copy |
-| action | a pen and a cell: go there with the pen lifted, or down in one of several widths, which leaves a straight stroke |
+| observation | `canvas`; `pen`, a map of its cell; `left`, the share of strokes; `kind`, a class; `target`, to be copied |
+| action | a pen and a cell: go there with the pen lifted, or down in one of several widths, for a straight stroke |
 | reward | what the stroke adds to the canvas's worth: nearness to the picture to copy, or any score of images |
 | horizon | the number of strokes |
 
 Going with the lifted pen to where it is does nothing: a painter that is done waits. The canvas stands in the state, in
-place of the strokes that made it: it is small, and rendering all strokes anew at each look would cost as many times more
-as there are strokes. Ink is white on black and covers: a place holds the most ink of any stroke, so that painting over
-is no way to get darker edges, and an order of strokes is no order of layers.
+place of the strokes that made it: it is small, and rendering all of them anew at each look would cost as many times
+more as there are strokes. Ink is white on black and covers: a place holds the most ink of any stroke, so that painting
+twice makes no edge harder, and the order of strokes is no order of layers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ PENS = (0.04, 0.08)  # widths of the pens, in sides of the picture: with these d
 MARGIN = 0.125
 ENLARGED = 4  # in a picture
 PEN = (255, 160, 0)
-AT_ONCE = 16  # pictures traced together
 
 
 @dataclass(frozen=True)
@@ -123,21 +122,23 @@ class PaintingEnv(TensorEnv):
         self.targets = None if images is None or score is not None else check_grey(images)
         self.labels = None if images is None else images.labels
         self.side = image_size if images is None else images.pixels.shape[-1]
-        self.kinds = kinds if images is None or kinds is not None else len(images.classes)
+        self.kinds: int = kinds or len(images.classes if images else ())
         if grid > self.side:
             raise InputError(f"grid: found {grid} cells a side, expected at most the {self.side} pixels of the picture")
         self.grid, self.strokes, self.pens, self.score, self.credit = grid, strokes, pens, score, credit
+        self.actions = (1 + len(pens)) * grid * grid
         unit, spaces = (1, self.side, self.side), gymnasium.spaces
-        seen = {
+        seen: dict[str, Any] = {
             "canvas": spaces.Box(0.0, 1.0, unit),
             "pen": spaces.Box(0.0, 1.0, (1, grid, grid)),
             "left": spaces.Box(0.0, 1.0, (1,)),
             "kind": spaces.Box(0.0, 1.0, (self.kinds,)),
+            **({} if self.targets is None else {"target": spaces.Box(0.0, 1.0, unit)}),
         }
         super().__init__(
             num_envs,
-            spaces.Dict(seen | ({} if self.targets is None else {"target": spaces.Box(0.0, 1.0, unit)})),
-            spaces.Discrete((1 + len(pens)) * grid * grid),
+            spaces.Dict(seen),
+            spaces.Discrete(self.actions),
             examples=self.kinds if self.targets is None else len(self.targets),
             horizon=strokes,
             **options,
@@ -254,38 +255,6 @@ def centres(grid: int, side: int, margin: float) -> Float[Tensor, "cells 2"]:
     """(x, y) in pixels of the cells' middles, row after row; around the cells is a margin, in sides."""
     middles = side * (margin + (1 - 2 * margin) * (torch.arange(grid) + 0.5) / grid)
     return torch.stack((middles.repeat(grid), middles.repeat_interleave(grid)), 1)
-
-
-def traced(env: PaintingEnv, targets: Float[Tensor, "size 1 side side"]) -> Float[Tensor, "size 1 side side"]:
-    """Pictures copied by the stroke that helps most, again and again: what straight strokes can show of them.
-
-    Where no stroke from where the pen is helps, it is lifted to where most ink is missing.
-    """
-    return torch.cat([_traced(env, some) for some in targets.split(AT_ONCE)])
-
-
-def _traced(env: PaintingEnv, targets: Float[Tensor, "size 1 side side"]) -> Float[Tensor, "size 1 side side"]:
-    size, cells = len(targets), env.grid**2
-    canvas = torch.zeros(size, FINER * env.side, FINER * env.side, device=env.device)
-    pen = _lacking(env, canvas, targets)  # the first stroke: to where it begins
-    each = torch.arange(len(env.pens) * cells, device=env.device)
-    for _ in range(env.strokes - 1):
-        start = env.places[pen].repeat_interleave(len(each), 0)
-        end, width = env.places[each % cells].repeat(size, 1), env.widths[each // cells].repeat(size)
-        tried = torch.maximum(canvas.repeat_interleave(len(each), 0), stroke(start, end, width, env.side))
-        errors = apart(shown(tried), targets.repeat_interleave(len(each), 0)).view(size, -1)
-        least, best = errors.min(1)
-        helps = least < apart(shown(canvas), targets) - 1e-3
-        chosen = tried.view(size, -1, *tried.shape[1:])[torch.arange(size, device=env.device), best]
-        pen = torch.where(helps, best % cells, _lacking(env, canvas, targets))
-        canvas = torch.where(helps[:, None, None], chosen, canvas)
-    return shown(canvas)
-
-
-def _lacking(env: PaintingEnv, canvas: Tensor, targets: Tensor) -> Int[Tensor, " size"]:
-    places = (2 * env.places / env.side - 1).expand(len(targets), 1, -1, -1)
-    missing = F.avg_pool2d((targets - shown(canvas)).clamp(min=0), 3, 1, 1)
-    return F.grid_sample(missing, places, align_corners=False).flatten(1).argmax(1)
 
 
 def enlarged(images: Float[Tensor, "batch 1 rows columns"], times: int) -> Float[Tensor, "batch 1 height width"]:

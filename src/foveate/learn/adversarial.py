@@ -16,9 +16,11 @@ The first needs a derivative of D and of what makes x; the second needs neither,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -36,3 +38,24 @@ def gradient_penalty(scores: Float[Tensor, " batch"], samples: Float[Tensor, "ba
     """R1: mean squared norm of the scores' gradient at the samples, which must require it; carries a graph."""
     (gradient,) = torch.autograd.grad(scores.sum(), samples, create_graph=True)
     return gradient.flatten(1).square().sum(1).mean()
+
+
+def telling_loss(
+    discriminator: Callable[..., Tensor],
+    real: Float[Tensor, "batch ..."],
+    made: Float[Tensor, "others ..."],
+    kinds: Int[Tensor, " batch"],
+    penalty: float,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """`discriminator_loss` and half of `penalty` times `gradient_penalty`, of samples of the same kinds.
+
+    Returns:
+        The loss, and for a log: mean scores of `real` and `made` ones, the loss without penalty, the penalty.
+    """
+    real = real.detach().requires_grad_()
+    scores = discriminator(real, kinds), discriminator(made.detach(), kinds)
+    loss = discriminator_loss(*scores)
+    steep = gradient_penalty(scores[0], real) if penalty else loss.new_zeros(())
+    told = {"real": scores[0].mean(), "made": scores[1].mean(), "discriminator_loss": loss, "gradient_penalty": steep}
+    told |= {"deviation": torch.cat(scores).std()}
+    return loss + penalty / 2 * steep, {name: value.detach() for name, value in told.items()}

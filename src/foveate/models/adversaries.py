@@ -87,10 +87,10 @@ class ImageGenerator(nn.Module):
     Args:
         side: of the images in pixels, a multiple of 4.
         kinds: of images.
-        width: of the features at a quarter of the side; half as many at half of it.
+        width: of the features at a quarter of the side; half as many at half of it, and so on.
     """
 
-    def __init__(self, side: int, kinds: int, width: int = 104) -> None:
+    def __init__(self, side: int, kinds: int, width: int = 128) -> None:
         super().__init__()
         self.kinds, self.shape = kinds, (width, side // 4, side // 4)
         self.begin = nn.Linear(LATENT + kinds, width * (side // 4) ** 2)
@@ -98,18 +98,16 @@ class ImageGenerator(nn.Module):
             nn.GroupNorm(8, width),
             nn.ReLU(),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
+            nn.Conv2d(width, width // 2, 3, padding=1),
+            nn.GroupNorm(8, width // 2),
             nn.ReLU(),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(width, width // 2, 3, padding=1),
+            nn.Conv2d(width // 2, width // 4, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(width // 2, 1, 3, padding=1),
+            nn.Conv2d(width // 4, 1, 3, padding=1),
         )
 
-    def forward(
-        self, kinds: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch 1 side side"]:
+    def forward(self, kinds: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1 side side"]:
         """Images in [0, 1] of these kinds, from the noise of these keys."""
         given = torch.cat((noise.normal(keys, LATENT), F.one_hot(kinds, self.kinds).float()), 1)
         return self.draw(self.begin(given).unflatten(1, self.shape)).sigmoid()

@@ -40,3 +40,13 @@ def frames(steps: Sequence[Drawn], kinds: Sequence[str]) -> list[Image.Image]:
 def as_images(drawn: Drawn) -> Float[Tensor, "batch 3 height width"]:
     """What an environment draws, in [0, 1]."""
     return drawn.permute(0, 3, 1, 2).float().cpu() / 255
+
+
+def pairs(
+    images: Float[Tensor, "batch channels height width"],
+    paintings: Float[Tensor, "batch channels height width"],
+    captions: Sequence[str],
+) -> Image.Image:
+    """Each image with what is said of it, and a painting to its right."""
+    tiles = torch.stack((images.cpu(), paintings.cpu()), 1).flatten(0, 1)
+    return image_grid(tiles, [text for caption in captions for text in (caption, "painted")], 8, 2 * CELL)

@@ -10,9 +10,9 @@
 | corner | policy and reward |
 
 After SPIRAL: Ganin et al. 2018, "Synthesizing programs for images using reinforced adversarial learning" (arXiv
-1804.01118), and Mellor et al. 2019, "Unsupervised doodling and painting with improved SPIRAL" (arXiv 1910.01007). Beside
-it a plain GAN of as many weights, against a discriminator of the same kind, for as long. What differs here and why, and
-the numbers: docs/systems/adversarial.md.
+1804.01118), and Mellor et al. 2019, "Unsupervised doodling and painting with improved SPIRAL" (arXiv 1910.01007).
+Beside it a plain GAN of like size, against a discriminator of the same kind, for as long. What differs here and why,
+and the numbers: docs/systems/adversarial.md.
 
     foveate train adversarial --minutes 20
 """
@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from foveate import noise
 from foveate.data.classification import Images, check_images, check_kind, evaluation_split, held_out_split, load_images
 from foveate.data.picture_folders import read_pictures
-from foveate.envs.painting import MARGIN, PENS, Credit, PaintingEnv, Score, check_grey, shown, traced
+from foveate.envs.painting import MARGIN, PENS, Credit, PaintingEnv, Score, check_grey, shown
+from foveate.envs.painting_play import painted, traced
 from foveate.judging import Judge, Watch, learn_to_judge
 from foveate.learn.actor_critic import actor_critic_loss
-from foveate.learn.adversarial import discriminator_loss, generator_loss, gradient_penalty
+from foveate.learn.adversarial import generator_loss, telling_loss
 from foveate.learn.keeper import Keeper
 from foveate.learn.rollout import rollout
 from foveate.learn.schedule import set_learning_rate
@@ -119,16 +120,12 @@ def resolve(config: Config) -> Config:
         if getattr(config, name) < 0:
             raise InputError(f"{name}: found {getattr(config, name):g}, expected 0 (none) or more")
     splits = "train", "val", held_out_split(config.data, config.root)
-    train, *_ = [_checked(load(config.data, config.root, split, config.image_size)) for split in splits]
-    config = replace(config, classes=train.classes)
+    for split in splits:  # now, not after hours
+        check_grey(images := load(config.data, config.root, split, config.image_size))
+    config = replace(config, classes=images.classes)
     _env(config, 1, torch.device("cpu"))  # says what is wrong with strokes, grid and pens
     build(config)  # and with the image's size
     return config
-
-
-def _checked(images: Images) -> Images:
-    check_grey(images)
-    return images
 
 
 def _kinds(config: Config) -> int:
@@ -184,7 +181,7 @@ def train(config: Config, run: Run) -> None:
 
     for name, parts, learn, make in ((PART, painter, _paint_better, _paint), ("gan", gan, _draw_better, _draw)):
         pair, _, _, keeper = parts
-        env = _env(config, run.rows(config.batch).stop - run.rows(config.batch).start, run.device, pair.discriminator.reward)
+        env = _env(config, config.batch // run.processes, run.device, pair.discriminator.reward)
         for step in run.steps(name, (1 - config.judge_share) / 2):
             if step == 0:
                 keeper.begin()
@@ -204,9 +201,7 @@ def _adversaries(config: Config, run: Run, name: str, make: Callable[[Config], A
     first = torch.optim.Adam(pair.generator.parameters(), betas=(0.9 if name == PART else 0.5, 0.99))
     second = torch.optim.Adam(pair.discriminator.parameters(), betas=(0.5, 0.99))
     keeper = Keeper(pair, by="held_out_distance")
-    run.track(
-        **{name: pair, f"{name}_optimizer": first, f"{name}_discriminator": second, f"{name}_keeper": keeper}
-    )
+    run.track(**{name: pair, f"{name}_optimizer": first, f"{name}_discriminator": second, f"{name}_keeper": keeper})
     return pair, first, second, keeper
 
 
@@ -252,26 +247,15 @@ def _tell_better(
     discriminator, optimizer = parts[0].discriminator, parts[2]
     optimizer.zero_grad(set_to_none=True)  # the generator's loss went through it
     dust = config.blur * noise.normal(noise.fold(keys, "blur"), 2, *real.shape[1:])
-    real = (real + dust[:, 0]).requires_grad_()
-    scores = discriminator(real, kinds), discriminator(made + dust[:, 1], kinds)
-    loss = discriminator_loss(*scores)
-    penalty = gradient_penalty(scores[0], real) if config.penalty else loss.new_zeros(())
+    loss, told = telling_loss(discriminator, real + dust[:, 0], made + dust[:, 1], kinds, config.penalty)
     set_learning_rate(optimizer, _rate(run, config.discriminator_rate))
-    run.optimise(loss + config.penalty / 2 * penalty, optimizer)
-    both = torch.cat(scores).detach()
-    discriminator.notice(run.mean(both.mean()), run.mean(both.std()))
-    told = {"real": scores[0].mean(), "made": scores[1].mean(), "discriminator_loss": loss, "penalty": penalty}
-    run.log(**{name: value.detach() for name, value in told.items()})
+    run.optimise(loss, optimizer)
+    discriminator.notice(run.mean((told["real"] + told["made"]) / 2), run.mean(told["deviation"]))
+    run.log(**told)
 
 
 def _paint(config: Config, painter: nn.Module, kinds: Tensor, keys: Tensor) -> Float[Tensor, "batch 1 side side"]:
-    env = _env(config, len(kinds), kinds.device)
-    rollout(env, painter, keys, ids=kinds)
-    return shown(env.state.canvas)
-
-
-def _strokes(config: Config, painter: nn.Module, kinds: Tensor, keys: Tensor) -> Int[Tensor, "batch strokes"]:
-    return rollout(_env(config, len(kinds), kinds.device), painter, keys, ids=kinds)[0].actions
+    return painted(_env(config, len(kinds), kinds.device), painter, kinds, keys)[0]
 
 
 @torch.no_grad()
@@ -298,7 +282,7 @@ def evaluate(config: Config, policy: Adversaries, run: Run, elsewhere: bool = Fa
     made = {
         "painter": (_paint(config, policy.generator, kinds, keys), kinds),
         "untrained": (_paint(config, build(config).to(run.device).generator, kinds, keys), kinds),
-        "random": (_paint(config, Scribbler(env.single_action_space.n), kinds, keys), kinds),
+        "random": (_paint(config, Scribbler(env.actions), kinds, keys), kinds),
         "traced": (traced(env, real[: config.images]), labels[: config.images]),
     }
     for name, gan in restored(run, {"gan": "gan"}, partial(_gan, config)).items():
@@ -335,8 +319,7 @@ def predict(
     with torch.no_grad():
         scores = (discriminator.every(images.to(device)) - discriminator.mean) / discriminator.deviation
     kinds, keys = scores.argmax(1), noise.key(config.seed, "predict", torch.arange(len(images))).to(device)
-    strokes = _strokes(config, policy.generator, kinds, keys)
-    paintings = shown(_env(config, len(kinds), device).played(kinds, strokes)[-1].canvas)
+    paintings, strokes = painted(_env(config, len(kinds), device), policy.generator, kinds, keys)
     return {"scores": scores, "kinds": kinds, "paintings": paintings, "strokes": strokes}
 
 
@@ -347,16 +330,15 @@ def picture(
     names = (config.classes or ())[:10]
     if images is not None:
         found = predict(config, policy, images)
-        said = [f"{(config.classes or ())[kind]}: {score:.2f}" for kind, score in zip(found["kinds"].tolist(), found["scores"].amax(1).tolist(), strict=True)]
-        captions = [text for each in said for text in (each, "painted")]
-        return {"judged": painting.pairs(images, found["paintings"], captions)}
+        known, sure = found["kinds"].tolist(), found["scores"].amax(1).tolist()
+        said = [f"{(config.classes or ())[kind]}: {score:.2f}" for kind, score in zip(known, sure, strict=True)]
+        return {"judged": painting.pairs(images, found["paintings"], said)}
     kinds = torch.arange(4 * len(names), device=run.device) % len(names)
     keys = noise.key(config.seed, "picture", torch.arange(len(kinds))).to(run.device)
-    strokes = _strokes(config, policy.generator, kinds, keys)
     env = _env(config, len(kinds), run.device)
-    states = env.played(kinds, strokes)
-    steps = [env.draw(state) for state in states]
-    made = {"painter": shown(states[-1].canvas)}
+    paintings, strokes = painted(env, policy.generator, kinds, keys)
+    steps = [env.draw(state) for state in env.played(kinds, strokes)]
+    made = {"painter": paintings}
     for name, gan in restored(run, {"gan": "gan"}, partial(_gan, config)).items():
         made[name] = _draw(config, gan.generator, kinds, keys)
     real, labels = _pixels(config, "val", run.device)
