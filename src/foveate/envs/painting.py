@@ -4,7 +4,7 @@
 | | |
 |---|---|
 | state | the canvas, the cell the pen is at, the strokes left, what the picture is to show, what the canvas is worth |
-| observation | `canvas`; `pen`, a map of its cell; `left`, the share of strokes; `kind`, a class; `target`, to be copied |
+| observation | `canvas`; `pen`, a map of its cell; `left`, the share of strokes; `kind`; `target`, to be copied |
 | action | a pen and a cell: go there with the pen lifted, or down in one of several widths, for a straight stroke |
 | reward | what the stroke adds to the canvas's worth: nearness to the picture to copy, or any score of images |
 | horizon | the number of strokes |

@@ -24,7 +24,8 @@ def painted(
 def traced(env: PaintingEnv, targets: Float[Tensor, "size 1 side side"]) -> Float[Tensor, "size 1 side side"]:
     """Pictures copied by the stroke that helps most, again and again: what straight strokes can show of them.
 
-    Greedy, so not the best that they can. Where no stroke from where the pen is helps, it is lifted to where most ink is missing.
+    Greedy, so not the best that they can. Where no stroke from where the pen is helps, it is lifted to where most ink
+    is missing.
     """
     return torch.cat([_traced(env, some) for some in targets.split(AT_ONCE)])
 
