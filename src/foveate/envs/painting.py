@@ -130,9 +130,9 @@ class PaintingEnv(TensorEnv):
         unit, spaces = (1, self.side, self.side), gymnasium.spaces
         seen: dict[str, Any] = {
             "canvas": spaces.Box(0.0, 1.0, unit),
-            "pen": spaces.Box(0.0, 1.0, (1, grid, grid)),
-            "left": spaces.Box(0.0, 1.0, (1,)),
             "kind": spaces.Box(0.0, 1.0, (self.kinds,)),
+            "left": spaces.Box(0.0, 1.0, (1,)),
+            "pen": spaces.Box(0.0, 1.0, (1, grid, grid)),
             **({} if self.targets is None else {"target": spaces.Box(0.0, 1.0, unit)}),
         }
         super().__init__(
@@ -170,9 +170,9 @@ class PaintingEnv(TensorEnv):
         """The canvas as it is shown, and what the painter knows beside it."""
         seen = {
             "canvas": shown(state.canvas),
-            "pen": F.one_hot(state.pen, self.grid**2).float().view(-1, 1, self.grid, self.grid),
-            "left": state.left[:, None] / self.strokes,
             "kind": F.one_hot(state.kind, self.kinds).float(),
+            "left": state.left[:, None] / self.strokes,
+            "pen": F.one_hot(state.pen, self.grid**2).float().view(-1, 1, self.grid, self.grid),
         }
         return seen if self.targets is None else seen | {"target": self.targets[state.target].float() / 255}
 

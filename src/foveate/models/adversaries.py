@@ -16,6 +16,7 @@ from foveate import noise
 from foveate.types import InputError
 
 LATENT = 64  # numbers of noise that an image is made from
+AT_ONCE = 100  # images drawn together
 REMEMBERED = 0.98  # of the scores' mean and deviation, at each update
 
 
@@ -111,6 +112,11 @@ class ImageGenerator(nn.Module):
         """Images in [0, 1] of these kinds, from the noise of these keys."""
         given = torch.cat((noise.normal(keys, LATENT), F.one_hot(kinds, self.kinds).float()), 1)
         return self.draw(self.begin(given).unflatten(1, self.shape)).sigmoid()
+
+    @torch.no_grad()
+    def drawn(self, kinds: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1 side side"]:
+        """Any number of images, without a graph."""
+        return torch.cat([self(*some) for some in zip(kinds.split(AT_ONCE), keys.split(AT_ONCE), strict=True)])
 
 
 class Adversaries(nn.Module):

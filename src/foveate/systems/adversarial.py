@@ -39,7 +39,7 @@ from foveate.learn.actor_critic import actor_critic_loss
 from foveate.learn.adversarial import generator_loss, telling_loss
 from foveate.learn.keeper import Keeper
 from foveate.learn.rollout import rollout
-from foveate.learn.schedule import set_learning_rate
+from foveate.learn.schedule import level, set_learning_rate
 from foveate.models.adversaries import Adversaries, Discriminator, ImageGenerator
 from foveate.models.painter import Painter, Scribbler
 from foveate.parts import learning, restored
@@ -119,8 +119,7 @@ def resolve(config: Config) -> Config:
     for name in ("penalty", "blur", "entropy", "value_weight"):
         if getattr(config, name) < 0:
             raise InputError(f"{name}: found {getattr(config, name):g}, expected 0 (none) or more")
-    splits = "train", "val", held_out_split(config.data, config.root)
-    for split in splits:  # now, not after hours
+    for split in ("train", "val", held_out_split(config.data, config.root)):  # now, not after hours
         check_grey(images := load(config.data, config.root, split, config.image_size))
     config = replace(config, classes=images.classes)
     _env(config, 1, torch.device("cpu"))  # says what is wrong with strokes, grid and pens
@@ -134,18 +133,13 @@ def _kinds(config: Config) -> int:
 
 def build(config: Config) -> Adversaries:
     """Painter and discriminator of a resolved config, untrained."""
-    pens = 1 + len(config.pens)
-    discriminator = Discriminator(config.image_size, _kinds(config))
-    return Adversaries(Painter(config.image_size, config.grid, pens, _kinds(config)), discriminator)
+    side, kinds = config.image_size, _kinds(config)
+    return Adversaries(Painter(side, config.grid, 1 + len(config.pens), kinds), Discriminator(side, kinds))
 
 
 def _gan(config: Config) -> Adversaries:
-    discriminator = Discriminator(config.image_size, _kinds(config))
-    return Adversaries(ImageGenerator(config.image_size, _kinds(config)), discriminator)
-
-
-def _judge(config: Config) -> Judge:
-    return Judge(1, _kinds(config))
+    given = config.image_size, _kinds(config)
+    return Adversaries(ImageGenerator(*given), Discriminator(*given))
 
 
 def _unscored(images: Tensor, kinds: Tensor) -> Tensor:
@@ -165,14 +159,19 @@ def _pixels(config: Config, split: Any, device: torch.device) -> tuple[Tensor, T
     return found.pixels[order].to(device).float() / 255, found.labels[order].to(device)
 
 
+def _asked(config: Config, name: str, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every kind as often, and a key of each image."""
+    places = torch.arange(count)
+    return (places % _kinds(config)).to(device), noise.key(config.seed, name, places).to(device)
+
+
 def train(config: Config, run: Run) -> None:
     """The judge, then painter and discriminator, then generator and discriminator for as long."""
-    judge = learning(run, "judge", _judge(config))
+    judge = learning(run, "judge", Judge(1, _kinds(config)))
     painter, gan = (_adversaries(config, run, name, make) for name, make in ((PART, build), ("gan", _gan)))
     data, val = (_pixels(config, split, run.device) for split in ("train", "val"))
     learn_to_judge(run, config.judge_share, {"judge": judge}, *data, config.batch)
-    watch, kinds = Watch(judge[0], *val), torch.arange(config.looks, device=run.device) % _kinds(config)
-    keys = noise.key(config.seed, "look", torch.arange(config.looks)).to(run.device)
+    watch, (kinds, keys) = Watch(judge[0], *val), _asked(config, "look", config.looks, run.device)
 
     def look(parts: Parts, make: Callable[..., Tensor]) -> None:
         found = watch(make(config, parts[0].generator, kinds, keys), kinds)
@@ -213,17 +212,13 @@ def _batch(config: Config, run: Run, data: tuple[Tensor, Tensor], name: str, ste
     return data[0][chosen], data[1][chosen], keys
 
 
-def _rate(run: Run, peak: float) -> float:
-    return peak * min(1.0, 2 * (1 - run.progress))
-
-
 def _paint_better(config: Config, run: Run, parts: Parts, env: PaintingEnv, kinds: Tensor, keys: Tensor) -> Tensor:
     """The painter's update: the policy gradient of the discriminator's score. Returns the paintings."""
-    (pair, optimizer, _, _) = parts
+    pair, optimizer, *_ = parts
     trajectory, decisions = rollout(env, pair.generator, keys, ids=kinds, grad=True)
     assert decisions is not None
     loss, told = actor_critic_loss(trajectory, decisions, 1.0, config.lam, config.entropy, config.value_weight)
-    set_learning_rate(optimizer, _rate(run, config.learning_rate))
+    set_learning_rate(optimizer, level(run.progress, config.learning_rate))
     run.optimise(loss, optimizer, clip=1.0)
     run.log(**told)
     return shown(env.state.canvas)
@@ -231,10 +226,10 @@ def _paint_better(config: Config, run: Run, parts: Parts, env: PaintingEnv, kind
 
 def _draw_better(config: Config, run: Run, parts: Parts, env: PaintingEnv, kinds: Tensor, keys: Tensor) -> Tensor:
     """The generator's update: the gradient goes through the discriminator. Returns the images."""
-    (pair, optimizer, _, _) = parts
+    pair, optimizer, *_ = parts
     images = pair.generator(kinds, keys)
     loss = generator_loss(pair.discriminator(images, kinds))
-    set_learning_rate(optimizer, _rate(run, config.generator_rate))
+    set_learning_rate(optimizer, level(run.progress, config.generator_rate))
     run.optimise(loss, optimizer)
     run.log(generator_loss=loss.detach())
     return images.detach()
@@ -248,7 +243,7 @@ def _tell_better(
     optimizer.zero_grad(set_to_none=True)  # the generator's loss went through it
     dust = config.blur * noise.normal(noise.fold(keys, "blur"), 2, *real.shape[1:])
     loss, told = telling_loss(discriminator, real + dust[:, 0], made + dust[:, 1], kinds, config.penalty)
-    set_learning_rate(optimizer, _rate(run, config.discriminator_rate))
+    set_learning_rate(optimizer, level(run.progress, config.discriminator_rate))
     run.optimise(loss, optimizer)
     discriminator.notice(run.mean((told["real"] + told["made"]) / 2), run.mean(told["deviation"]))
     run.log(**told)
@@ -258,9 +253,8 @@ def _paint(config: Config, painter: nn.Module, kinds: Tensor, keys: Tensor) -> F
     return painted(_env(config, len(kinds), kinds.device), painter, kinds, keys)[0]
 
 
-@torch.no_grad()
-def _draw(config: Config, generator: nn.Module, kinds: Tensor, keys: Tensor) -> Float[Tensor, "batch 1 side side"]:
-    return torch.cat([generator(*some) for some in zip(kinds.split(100), keys.split(100), strict=True)])
+def _draw(config: Config, generator: Any, kinds: Tensor, keys: Tensor) -> Float[Tensor, "batch 1 side side"]:
+    return generator.drawn(kinds, keys)
 
 
 def evaluate(config: Config, policy: Adversaries, run: Run, elsewhere: bool = False) -> Evaluation:
@@ -273,22 +267,21 @@ def evaluate(config: Config, policy: Adversaries, run: Run, elsewhere: bool = Fa
     show; real validation images (`data`).
     """
     split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
-    real, labels = _pixels(config, split, run.device)
-    judge = restored(run, {"judge": "judge"}, partial(_judge, config))["judge"]
-    watch, kinds = Watch(judge, real, labels), torch.arange(config.images, device=run.device) % _kinds(config)
-    keys = noise.key(config.seed, "evaluate", torch.arange(config.images)).to(run.device)
+    test = _pixels(config, split, run.device)
+    judge = restored(run, {"judge": "judge"}, partial(Judge, 1, _kinds(config)))["judge"]
+    watch, (kinds, keys) = Watch(judge, *test), _asked(config, "evaluate", config.images, run.device)
     env = _env(config, 1, run.device)
     torch.manual_seed(config.seed)
     made = {
         "painter": (_paint(config, policy.generator, kinds, keys), kinds),
         "untrained": (_paint(config, build(config).to(run.device).generator, kinds, keys), kinds),
         "random": (_paint(config, Scribbler(env.actions), kinds, keys), kinds),
-        "traced": (traced(env, real[: config.images]), labels[: config.images]),
+        "traced": (traced(env, test[0][: config.images]), test[1][: config.images]),
     }
     for name, gan in restored(run, {"gan": "gan"}, partial(_gan, config)).items():
         made[name] = _draw(config, gan.generator, kinds, keys), kinds
-    others, beside = _pixels(config, "val", run.device)
-    made["data"] = others[: config.images], beside[: config.images]
+    real, labels = _pixels(config, "val", run.device)
+    made["data"] = real[: config.images], labels[: config.images]
     rows = {name: _row(policy.discriminator, watch, *images) for name, images in made.items()}
     return Evaluation(rows.pop("painter"), rows)
 
@@ -333,8 +326,7 @@ def picture(
         known, sure = found["kinds"].tolist(), found["scores"].amax(1).tolist()
         said = [f"{(config.classes or ())[kind]}: {score:.2f}" for kind, score in zip(known, sure, strict=True)]
         return {"judged": painting.pairs(images, found["paintings"], said)}
-    kinds = torch.arange(4 * len(names), device=run.device) % len(names)
-    keys = noise.key(config.seed, "picture", torch.arange(len(kinds))).to(run.device)
+    kinds, keys = _asked(replace(config, classes=names), "picture", 4 * len(names), run.device)
     env = _env(config, len(kinds), run.device)
     paintings, strokes = painted(env, policy.generator, kinds, keys)
     steps = [env.draw(state) for state in env.played(kinds, strokes)]
