@@ -76,6 +76,11 @@ class Discriminator(nn.Module):
         """Scores in deviations of those it gave of late, so that a learning rate goes with any discriminator."""
         return (self(images, kinds) - self.mean) / self.deviation
 
+    @torch.no_grad()
+    def rewards(self, images: Float[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch kinds"]:
+        """The same as each kind."""
+        return (self.every(images) - self.mean) / self.deviation
+
     def notice(self, mean: Float[Tensor, ""], deviation: Float[Tensor, ""]) -> None:
         """Take in those of the scores of an update."""
         self.mean.lerp_(mean, 1 - REMEMBERED)

@@ -179,18 +179,17 @@ def train(config: Config, run: Run) -> None:
         run.log(**{f"held_out_{name}": value for name, value in found.items()})
 
     for name, parts, learn, make in ((PART, painter, _paint_better, _paint), ("gan", gan, _draw_better, _draw)):
-        pair, _, _, keeper = parts
-        env = _env(config, config.batch // run.processes, run.device, pair.discriminator.reward)
+        env = _env(config, config.batch // run.processes, run.device, parts[0].discriminator.reward)
         for step in run.steps(name, (1 - config.judge_share) / 2):
             if step == 0:
-                keeper.begin()
+                parts[3].begin()
             real, asked, own = _batch(config, run, data, name, step)
             made = learn(config, run, parts, env, asked, own)
             _tell_better(config, run, parts, real, made, asked, own)
             if (step + 1) % config.every == 0:
                 look(parts, make)
         look(parts, make)
-        pair.load_state_dict(keeper.best.state_dict())
+        parts[0].load_state_dict(parts[3].best.state_dict())
         run.save()
 
 
@@ -213,7 +212,7 @@ def _batch(config: Config, run: Run, data: tuple[Tensor, Tensor], name: str, ste
 
 
 def _paint_better(config: Config, run: Run, parts: Parts, env: PaintingEnv, kinds: Tensor, keys: Tensor) -> Tensor:
-    """The painter's update: the policy gradient of the discriminator's score. Returns the paintings."""
+    """The painter's update, by the policy gradient of the discriminator's score. Returns the paintings."""
     pair, optimizer, *_ = parts
     trajectory, decisions = rollout(env, pair.generator, keys, ids=kinds, grad=True)
     assert decisions is not None
@@ -262,12 +261,10 @@ def evaluate(config: Config, policy: Adversaries, run: Run, elsewhere: bool = Fa
 
     `judge_accuracy`: how often it sees the class that was asked for. `frechet_distance`: to test images in its
     features. `diversity`: distance of two images of a class there, 1 is that of test images. `reward`: what the
-    painter's discriminator says, in deviations of its scores. Rows: the plain `gan`; the `untrained` painter;
-    `random` strokes; `traced`, test images copied greedily with as many strokes, which is what the strokes could
-    show; real validation images (`data`).
+    painter's discriminator says, in deviations of its scores. Rows: the plain `gan`; the `untrained` painter; `random`
+    strokes; test images `traced` greedily with as many; real validation images (`data`).
     """
-    split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
-    test = _pixels(config, split, run.device)
+    test = _pixels(config, (evaluation_split if elsewhere else held_out_split)(config.data, config.root), run.device)
     judge = restored(run, {"judge": "judge"}, partial(Judge, 1, _kinds(config)))["judge"]
     watch, (kinds, keys) = Watch(judge, *test), _asked(config, "evaluate", config.images, run.device)
     env = _env(config, 1, run.device)
@@ -308,9 +305,7 @@ def predict(
         found, expected = list(images.shape[1:]), [1, side, side]
         raise InputError(f"images: {found} (channels, rows, columns), but trained on {expected}: convert and resize")
     device = next(policy.parameters()).device
-    discriminator = policy.discriminator
-    with torch.no_grad():
-        scores = (discriminator.every(images.to(device)) - discriminator.mean) / discriminator.deviation
+    scores = policy.discriminator.rewards(images.to(device))
     kinds, keys = scores.argmax(1), noise.key(config.seed, "predict", torch.arange(len(images))).to(device)
     paintings, strokes = painted(_env(config, len(kinds), device), policy.generator, kinds, keys)
     return {"scores": scores, "kinds": kinds, "paintings": paintings, "strokes": strokes}
@@ -333,12 +328,12 @@ def picture(
     made = {"painter": paintings}
     for name, gan in restored(run, {"gan": "gan"}, partial(_gan, config)).items():
         made[name] = _draw(config, gan.generator, kinds, keys)
-    real, labels = _pixels(config, "val", run.device)
-    made["real"] = torch.stack([real[labels == kind % len(names)][kind // len(names)] for kind in range(len(kinds))])
-    first = [step[: len(names)] for step in steps]
+    real, labels = _pixels(config, "train", run.device)
+    each = [real[labels == kind] for kind in range(len(names))]
+    made["real"] = torch.stack([some[place % len(some)] for place in range(4) for some in each])
     return {
         "paintings": painting.beside(made, names, 4),
-        "step by step": painting.step_by_step(first, names),
+        "step by step": painting.step_by_step([step[: len(names)] for step in steps], names),
         "painting": painting.frames(steps, names),
     }
 
