@@ -78,7 +78,7 @@ class Config:
     """gains: each stroke is rewarded with what it changes in the score; end: the last with all of it"""
     batch: int = 64
     """paintings, and as many real pictures, in an update"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """of the painter; as all rates it falls evenly to 0 in the second half"""
     generator_rate: float = 1e-3
     """of the GAN's generator"""
