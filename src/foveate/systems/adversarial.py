@@ -80,20 +80,20 @@ class Config:
     """paintings, and as many real pictures, in an update"""
     learning_rate: float = 3e-3
     """of the painter; as all rates it falls evenly to 0 in the second half"""
-    generator_rate: float = 1e-3
+    generator_rate: float = 5e-4
     """of the GAN's generator"""
     discriminator_rate: float = 5e-4
     """of both discriminators"""
     penalty: float = 1.0
-    """weight of the squared norm of the discriminator's gradient at real pictures (R1)"""
+    """weight of the squared norm of the painter's discriminator's gradient at real pictures (R1)"""
+    gan_penalty: float = 0.1
+    """the same of the GAN's"""
     blur: float = 0.1
     """standard deviation of noise on the pictures that a discriminator learns from"""
     lam: float = 0.95
     """λ of the advantages; nothing is discounted"""
     entropy: float = 0.01
     """weight of the entropy of a stroke, in nats"""
-    value_weight: float = 0.5
-    """weight of the critic's error"""
     every: int = 100
     """updates between looks at held-out scores"""
     looks: int = 200
@@ -116,7 +116,7 @@ def resolve(config: Config) -> Config:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
     if not 0 < config.judge_share < 1:
         raise InputError(f"judge_share: found {config.judge_share:g}, expected more than 0 and less than 1")
-    for name in ("penalty", "blur", "entropy", "value_weight"):
+    for name in ("penalty", "gan_penalty", "blur", "entropy"):
         if getattr(config, name) < 0:
             raise InputError(f"{name}: found {getattr(config, name):g}, expected 0 (none) or more")
     for split in ("train", "val", held_out_split(config.data, config.root)):  # now, not after hours
@@ -216,7 +216,7 @@ def _paint_better(config: Config, run: Run, parts: Parts, env: PaintingEnv, kind
     pair, optimizer, *_ = parts
     trajectory, decisions = rollout(env, pair.generator, keys, ids=kinds, grad=True)
     assert decisions is not None
-    loss, told = actor_critic_loss(trajectory, decisions, 1.0, config.lam, config.entropy, config.value_weight)
+    loss, told = actor_critic_loss(trajectory, decisions, 1.0, config.lam, config.entropy)
     set_learning_rate(optimizer, level(run.progress, config.learning_rate))
     run.optimise(loss, optimizer, clip=1.0)
     run.log(**told)
@@ -241,7 +241,8 @@ def _tell_better(
     discriminator, optimizer = parts[0].discriminator, parts[2]
     optimizer.zero_grad(set_to_none=True)  # the generator's loss went through it
     dust = config.blur * noise.normal(noise.fold(keys, "blur"), 2, *real.shape[1:])
-    loss, told = telling_loss(discriminator, real + dust[:, 0], made + dust[:, 1], kinds, config.penalty)
+    penalty = config.penalty if isinstance(parts[0].generator, Painter) else config.gan_penalty
+    loss, told = telling_loss(discriminator, real + dust[:, 0], made + dust[:, 1], kinds, penalty)
     set_learning_rate(optimizer, level(run.progress, config.discriminator_rate))
     run.optimise(loss, optimizer)
     discriminator.notice(run.mean((told["real"] + told["made"]) / 2), run.mean(told["deviation"]))
