@@ -315,6 +315,12 @@ def test_coloured_pictures_are_refused_with_a_remedy(tmp_path: Path) -> None:
         PaintingEnv(2, images=pictures(3, channels=3))
 
 
+def test_a_score_of_another_shape_is_refused() -> None:
+    env = PaintingEnv(2, score=lambda images, kinds: images.mean((2, 3)), kinds=3)
+    with pytest.raises(InputError, match=r"score: found \[2, 1\] of 2 images, expected a number each: \[2\]"):
+        env.reset(seed=0)
+
+
 def test_pictures_of_another_size_are_refused() -> None:
     config = adversarial.Config(classes=("a", "b"))
     policy = adversarial.build(config)

@@ -84,7 +84,8 @@ class PaintingEnv(TensorEnv):
         **options: of `TensorEnv`, without `horizon`.
 
     Raises:
-        InputError: as `load_images`; a number out of its range; pictures with colour, or that are not square.
+        InputError: as `load_images`; a number out of its range; pictures with colour, or that are not square; when it
+            scores, a score that does not give a number an image.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012
@@ -122,7 +123,7 @@ class PaintingEnv(TensorEnv):
         self.targets = None if images is None or score is not None else check_grey(images)
         self.labels = None if images is None else images.labels
         self.side = image_size if images is None else images.pixels.shape[-1]
-        self.kinds: int = kinds or len(images.classes if images else ())
+        self.kinds = (kinds or 1) if images is None else len(images.classes)
         if grid > self.side:
             raise InputError(f"grid: found {grid} cells a side, expected at most the {self.side} pixels of the picture")
         self.grid, self.strokes, self.pens, self.score, self.credit = grid, strokes, pens, score, credit
@@ -212,7 +213,13 @@ class PaintingEnv(TensorEnv):
     def _valued(self, state: PaintingState) -> PaintingState:
         images = shown(state.canvas)
         if self.score is not None:
-            return replace(state, worth=self.score(images, state.kind))
+            worth = self.score(images, state.kind)
+            if worth.shape != state.worth.shape:
+                found = list(worth.shape)
+                raise InputError(
+                    f"score: found {found} of {len(images)} images, expected a number each: [{len(images)}]"
+                )
+            return replace(state, worth=worth.detach())
         assert self.targets is not None
         return replace(state, worth=-apart(images, self.targets[state.target].float() / 255))
 
