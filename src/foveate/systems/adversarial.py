@@ -93,7 +93,7 @@ class Config:
     lam: float = 0.95
     """λ of the advantages; nothing is discounted"""
     entropy: float = 0.01
-    """weight of the entropy of a stroke, in nats"""
+    """weight of the entropy of a stroke, in nats; it falls as the rates do"""
     every: int = 100
     """updates between looks at held-out scores"""
     looks: int = 200
@@ -216,7 +216,7 @@ def _paint_better(config: Config, run: Run, parts: Parts, env: PaintingEnv, kind
     pair, optimizer, *_ = parts
     trajectory, decisions = rollout(env, pair.generator, keys, ids=kinds, grad=True)
     assert decisions is not None
-    loss, told = actor_critic_loss(trajectory, decisions, 1.0, config.lam, config.entropy)
+    loss, told = actor_critic_loss(trajectory, decisions, 1.0, config.lam, level(run.progress, config.entropy))
     set_learning_rate(optimizer, level(run.progress, config.learning_rate))
     run.optimise(loss, optimizer, clip=1.0)
     run.log(**told)
