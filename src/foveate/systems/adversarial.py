@@ -173,10 +173,10 @@ def train(config: Config, run: Run) -> None:
     learn_to_judge(run, config.judge_share, {"judge": judge}, *data, config.batch)
     watch, (kinds, keys) = Watch(judge[0], *val), _asked(config, "look", config.looks, run.device)
 
-    def look(parts: Parts, make: Callable[..., Tensor]) -> None:
+    def look(parts: Parts, make: Callable[..., Tensor]) -> dict[str, Tensor]:
         found = watch(make(config, parts[0].generator, kinds, keys), kinds)
         parts[3].offer(parts[0], -found["distance"])
-        run.log(**{f"held_out_{name}": value for name, value in found.items()})
+        return {f"held_out_{name}": value for name, value in found.items()}
 
     for name, parts, learn, make in ((PART, painter, _paint_better, _paint), ("gan", gan, _draw_better, _draw)):
         env = _env(config, config.batch // run.processes, run.device, parts[0].discriminator.reward)
@@ -187,7 +187,7 @@ def train(config: Config, run: Run) -> None:
             made = learn(config, run, parts, env, asked, own)
             _tell_better(config, run, parts, real, made, asked, own)
             if (step + 1) % config.every == 0:
-                look(parts, make)
+                run.log(**look(parts, make))
         look(parts, make)
         parts[0].load_state_dict(parts[3].best.state_dict())
         run.save()
