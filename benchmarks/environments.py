@@ -22,6 +22,7 @@ from foveate.envs.box_tracking import BoxTrackingEnv, SingleBoxTrackingEnv
 from foveate.envs.cutting import CuttingEnv, SingleCuttingEnv
 from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
 from foveate.envs.landmark_walk import LandmarkWalkEnv, SingleLandmarkWalkEnv
+from foveate.envs.painting import PaintingEnv, SinglePaintingEnv
 from foveate.envs.registration import RegistrationEnv, SingleRegistrationEnv
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
@@ -92,6 +93,14 @@ def tracks() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarr
     actions = np.random.default_rng(0).integers(0, box_tracking.STOP, (STEPS, COPIES))
     actions[-2] = box_tracking.STOP
     return BoxTrackingEnv, SingleBoxTrackingEnv, {}, actions
+
+
+def paintings() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Pictures of 16 pixels to be copied, and strokes drawn once."""
+    pixels = noise.integers(noise.key(0, torch.arange(256)), 256, 1, 16, 16).to(torch.uint8)
+    images = Images(pixels, torch.arange(256) % CLASSES, tuple("0123456789"), "synthetic", "train")
+    actions = np.random.default_rng(0).integers(0, 3 * 64, (STEPS, COPIES))
+    return PaintingEnv, SinglePaintingEnv, {"images": images, "strokes": STEPS - 1}, actions
 
 
 def lockstep(task: Task, copies: int) -> Callable[[], None]:
@@ -170,5 +179,7 @@ ROWS: dict[str, Callable[[], Rates]] = {
     "cutting-env": partial(compare, cuttings, one_by_one),
     "registration-env": partial(compare, pairs, one_by_one),
     "box-tracking-env": partial(compare, tracks, one_by_one),
+    "painting-env": partial(compare, paintings, one_by_one),
+    "painting-env-sync": partial(compare, paintings, sync_vector),
     "noise": compare_noise,
 }

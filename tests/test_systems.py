@@ -86,6 +86,7 @@ QUICK = {
         "images": 20,
         "anchors": (0.0,),
     },
+    "adversarial": {"batch": 4, "strokes": 2, "looks": 20, "images": 20},
     "foveating-grid": {"batch": 16, "episodes": 200},
     "tune-captioner": {"scenes": 64, "image_size": 16, "width": 16, "depth": 1, "batch": 4, "tuning_batch": 4},
     "tracking": {"scenes": 1, "image_size": 32, "patch": 12, "hidden": 16, "batch": 8, "copies": 8, "horizon": 2},

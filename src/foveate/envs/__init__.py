@@ -13,6 +13,7 @@ ENVIRONMENTS = {
     "foveate/Cutting-v0": "cutting:{}CuttingEnv",
     "foveate/Seeds-v0": "seeds:{}SeedsEnv",
     "foveate/Registration-v0": "registration:{}RegistrationEnv",
+    "foveate/Painting-v0": "painting:{}PaintingEnv",
     "foveate/BoxTracking-v0": "box_tracking:{}BoxTrackingEnv",
 }
 

@@ -17,6 +17,11 @@ def one_cycle(progress: float, peak: float, warmup: float = 0.1, start: float = 
     return peak * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1.0))) / 2
 
 
+def level(progress: float, peak: float) -> float:
+    """Learning rate at `progress` in [0, 1]: `peak` in the first half, then evenly down to zero."""
+    return peak * min(1.0, 2 * (1 - progress))
+
+
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Give every parameter group the same learning rate."""
     for group in optimizer.param_groups:

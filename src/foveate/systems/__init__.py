@@ -15,6 +15,7 @@ SYSTEMS = {
     "registration": "lay a picture over another that looks different, step by step (Sun et al. 2018)",
     "tracking": "follow objects through a video, an agent each that hears its neighbours (Jiang et al. 2019)",
     "diffusion": "tune a diffusion model on any score of its images, anchored to its start (Black et al. 2023)",
+    "adversarial": "paint digits with strokes, rewarded by a discriminator, beside a plain GAN (Ganin et al. 2018)",
     "tune-segmenter": "tune any segmenter on the Dice or IoU of its masks, each pixel by its own effect",
     "tune-detector": "tune any detector on the score of its sets of boxes, each box by what the set gains from it",
     "tune-captioner": "tune any image captioner of Hugging Face, or your own, on CIDEr-D",
