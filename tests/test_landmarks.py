@@ -18,8 +18,8 @@ from foveate.data.nifti import in_voxels, isotropic, read_csv, read_fcsv, read_v
 from foveate.data.pyramid import halved
 from foveate.data.volumes import Volumes, held_out, load_volumes, read_volumes, volumes_of
 from foveate.data.warps import moved, random_warps, sources, warped
-from foveate.envs.landmark_search import away, every_landmark, search
-from foveate.envs.landmark_walk import MOVES, LandmarkWalkEnv, WalkState
+from foveate.envs.landmark_search import away, every_landmark, search, with_belief
+from foveate.envs.landmark_walk import MOVES, STEPS, LandmarkWalkEnv, WalkState
 from foveate.learn.replay import Replay
 from foveate.models.atlas import most_usual, registered
 from foveate.models.cube_q import CubeQ, VolumeRegressor, stretched
@@ -472,11 +472,29 @@ def test_each_landmark_has_its_own_head_at_each_scale() -> None:
     network = CubeQ(7, 2, 3, width=4, hidden=16)
     seen = env.observe(env.state)
     network(seen)[(env.state.landmark == 0) & (env.state.scale == 2)].sum().backward()
-    heads = network.heads.weight.grad.view(2, 3, 7, 16).abs().sum((2, 3))
+    heads = network.heads.weight.grad.view(2, 3, 7, 19).abs().sum((2, 3))
     assert heads[0, 2] > 0
     assert heads.sum() == heads[0, 2]
     with pytest.raises(InputError, match=r"^cube: found 5"):
         CubeQ(5, 1, 1)
+
+
+def test_the_belief_is_where_the_landmark_lies_and_values_do_not_teach_it() -> None:
+    torch.manual_seed(0)
+    env = walking(64, cube=7)
+    network = CubeQ(7, 2, 3, width=4, hidden=16)
+    seen = env.observe(env.state)
+    values, losses = with_belief(env, network, seen, env.state)
+    torch.testing.assert_close(values, network(seen))
+    values.sum().backward()
+    assert network.belief.weight.grad is None
+    far, hidden = env.far(env.state), env.hidden(env.state)
+    step = torch.tensor(STEPS).float()
+    nearer = (2 * far @ step.T - 1) > 0
+    assert torch.equal(env.rewarded(env.state)[~hidden], nearer[~hidden]) or hidden.any()
+    off = network.both(seen)[1] - far.clamp(-6, 6)
+    loss = torch.where(off.abs() < 1, 0.5 * off.square(), off.abs() - 0.5).mean(1)
+    torch.testing.assert_close(losses["belief_loss"], loss[~hidden].mean())
 
 
 def test_a_stretched_volume_is_seen_whole_whatever_its_padding() -> None:

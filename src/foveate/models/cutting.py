@@ -7,7 +7,6 @@ only its colours: every pixel also has what `foveate.models.appearance` says of 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +115,7 @@ class Placer(nn.Module):
         actions: how many there are.
         contexts: sizes of the context box.
         hidden: width of the layer that joins all.
-        head: from that layer to what is asked for, e.g. `foveate.learn.q_learning.Believing`.
+        head: from that layer to what is asked for, e.g. `foveate.learn.q_learning.Dueling`.
     """
 
     def __init__(
@@ -139,18 +138,8 @@ class Placer(nn.Module):
 
     def forward(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch outputs"]:
         """What the environment shows → numbers."""
-        return self.head(self.features(seen))
-
-    def both(self, seen: dict[str, Tensor]) -> tuple[Float[Tensor, "batch actions"], Float[Tensor, "batch actions"]]:
-        """Values, and the head's belief (`foveate.learn.q_learning.Believing`)."""
-        head: Any = self.head
-        values, belief = head.both(self.features(seen))
-        return values, belief
-
-    def features(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch hidden"]:
-        """What the head is told."""
         view = self.see(seen["view"] * 2 - 1)
-        return self.join(torch.cat((view, seen["history"].flatten(1), seen["context"], seen["place"]), 1))
+        return self.head(self.join(torch.cat((view, seen["history"].flatten(1), seen["context"], seen["place"]), 1)))
 
 
 class Cutting(nn.Module):

@@ -48,7 +48,7 @@ from foveate.envs.following import (
 )
 from foveate.geometry import enlarged
 from foveate.learn.keeper import Keeper
-from foveate.learn.q_learning import Believing
+from foveate.learn.q_learning import Dueling
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.cutting import Cutting, Executor, Placer, mask_loss, recolored
@@ -57,7 +57,7 @@ from foveate.parts import restored
 from foveate.rewards.videos import davis_scores, overlap
 from foveate.run import Run
 from foveate.types import Evaluation, InputError
-from foveate.value_learning import Acting, learn_by_acting, with_belief
+from foveate.value_learning import Acting, learn_by_acting
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _clips(config: Config, part: str, device: torch.device) -> Clips:
 def build(config: Config) -> Cutting:
     """Both networks of a resolved config, untrained."""
     executor = Executor(PLANES[config.likeness], config.factors, config.crop, config.width)
-    return Cutting(executor, _placer(config, Believing(config.hidden, ACTIONS, config.hidden)))
+    return Cutting(executor, _placer(config, Dueling(config.hidden, ACTIONS, config.hidden)))
 
 
 def _placer(config: Config, head: nn.Module) -> Placer:
@@ -196,7 +196,6 @@ def train(config: Config, run: Run) -> None:
     how = Acting(config.batch, discount=config.discount, learning_rate=config.learning_rate)
     (adam, keeper), acts = of["agent"], partial(score, acting(held_out, policy.placer, config.horizon))
     looks: dict[str, Any] = {"keeper": keeper, "validate": acts, "every": config.every}
-    looks["beside"] = partial(with_belief, policy.placer.both, env.rewarded)
     learn_by_acting(run, "agent", share, env, policy.placer, target, adam, replay, how, good=env.rewarded, **looks)
     found = best_margin(held_out, policy.placer, config.horizon, lambda *way: score(*way)["held_out_j"])
     for buffer, number in zip((policy.margin, policy.context), found, strict=True):
