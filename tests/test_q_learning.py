@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.envs.tensor_env import TensorEnv
-from foveate.learn.q_learning import Dueling, epsilon, explore, follow, q_loss, td_target
+from foveate.learn.q_learning import Believing, Dueling, epsilon, explore, follow, q_loss, td_target
 from foveate.learn.replay import Replay
 from foveate.run import Run
 from foveate.types import InputError
-from foveate.value_learning import Acting, learn_by_acting, walk
+from foveate.value_learning import Acting, learn_by_acting, walk, with_belief
 
 LENGTH, RIGHT = 6, 1
 
@@ -134,6 +135,42 @@ def test_the_gains_of_actions_leave_the_worth_of_a_state() -> None:
     head = Dueling(4, 3)
     features = torch.randn(5, 2, 4)
     torch.testing.assert_close(head(features).mean(-1, keepdim=True), head.worth(features))
+
+
+def test_a_belief_is_told_to_the_values_and_not_taught_by_them() -> None:
+    torch.manual_seed(0)
+    head, features = Believing(5, 3, 8), torch.randn(16, 5, requires_grad=True)
+    good = torch.rand(16, 3) < 0.5
+    values, losses = with_belief(head.both, lambda state: state, features, good)
+    torch.testing.assert_close(values, head(features))
+    belief = head.belief(features).sigmoid()
+    wanted = -torch.where(good, belief, 1 - belief).log().mean()
+    torch.testing.assert_close(losses["belief_loss"], wanted)
+    values.sum().backward()
+    assert head.belief.weight.grad is None
+    with torch.no_grad():
+        head.belief.bias += 3.0
+    assert not torch.allclose(head(features), values), "the values depend on it"
+
+
+def test_what_an_expert_knows_of_every_action_is_learned_beside_the_values(tmp_path: Path) -> None:
+    """Going right is good everywhere but at the left end; never told by reward alone in an episode of three steps."""
+    run = Run(tmp_path / "run", system="test", config={}, steps=150, device="cpu", quiet=True)
+    torch.manual_seed(0)
+    env = Chain(16, 3)
+    env.reset(seed=1)
+    head = Believing(LENGTH, 2, 16)
+    parts = {"network": head, "target": copy.deepcopy(head), "optimizer": torch.optim.Adam(head.parameters())}
+    env, network, target, optimizer, replay = run.track(env=env, **parts, replay=Replay(env.state, 200))
+
+    def good(state: Tensor) -> Tensor:
+        return torch.stack((state == 0, state > 0), 1)
+
+    beside = partial(with_belief, network.both, good)
+    how = Acting(batch=64, learning_rate=3e-2, share=1.0, last=1.0)
+    learn_by_acting(run, "learn", 1.0, env, network, target, optimizer, replay, how, beside=beside)
+    places = torch.arange(3)  # from which a step is taken, of three
+    assert torch.equal(network.both(torch.eye(LENGTH)[:3])[1] > 0, good(places))
 
 
 def test_a_target_follows_little_by_little_or_at_once() -> None:
