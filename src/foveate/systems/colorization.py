@@ -35,7 +35,7 @@ from foveate.colors import CHROMA, coloured, light_and_chroma
 from foveate.data.classification import check_images
 from foveate.data.photographs import evaluation_split, held_out_split, load_photographs
 from foveate.data.picture_folders import Split, read_pictures
-from foveate.learn.answers import Precision, Reward, Tuning, answering
+from foveate.learn.answers import Precision, Reward, Tuning, answering, likelihood_loss
 from foveate.learn.baselines import MovingAverage
 from foveate.models.backbones import convolutions
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
@@ -168,7 +168,7 @@ def _reward(config: Config) -> Reward:
 
 
 def train(config: Config, run: Run) -> None:
-    """Code, likelihood, reward, then the control from the start of the reward; each ends with its best on val."""
+    """Code, likelihood, reward, then the control from the start of the reward; each keeps its best weights on val."""
     if not (config.code_share and config.likelihood_share) and run.source is None:
         raise InputError("code_share, likelihood_share: 0, but no run to take it from; add --from RUN")
     data, val = _data(config, "train", run.device), _data(config, "val", run.device)
@@ -177,7 +177,10 @@ def train(config: Config, run: Run) -> None:
     parts: dict[str, tuple[Any, ...]] = {}
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
-        parts[name] = tracked(run, name, build(config), torch.optim.Adafactor if name == PART else torch.optim.Adam)
+        by = "held_out_likelihood" if name == "likelihood" else "held_out_reward"  # noise is colourful, too
+        parts[name] = tracked(
+            run, name, build(config), {PART: torch.optim.Adafactor}.get(name, torch.optim.Adam), by=by
+        )
     (average,) = run.track(average=MovingAverage())
     light, chroma = light_and_chroma(val.float() / 255)
     reward = _reward(config)
@@ -193,17 +196,20 @@ def train(config: Config, run: Run) -> None:
             return light, start.answers(light, code.encode(light, chroma))
 
     def inputs(step: int) -> tuple[Tensor, Tensor]:
-        light, _ = _batch(config, data, run, "reward", step, config.tuning_batch)
-        return light, light
+        return (_batch(config, data, run, "reward", step, config.tuning_batch)[0],) * 2
 
     def kept() -> dict[str, Any]:
         with torch.no_grad(), answering(code):
             return {"held_out_explained": 1 - F.mse_loss(code(light, chroma), chroma) / chroma.var()}
 
-    def compare(drawn: Tensor, chroma: Tensor) -> dict[str, Tensor]:
-        return {"chroma_loss": F.mse_loss(drawn, chroma)}
+    def likely() -> dict[str, Any]:
+        some = light[:HELD_OUT]
+        with torch.no_grad(), answering(start, config.precision):
+            words = start.answers(some, code.encode(some, chroma[:HELD_OUT]))
+            return arguments("likelihood")["validate"]() | {"held_out_likelihood": -likelihood_loss(start(some, words))}
 
     if config.code_share:
+        compare = lambda drawn, chroma: {"chroma_loss": F.mse_loss(drawn, chroma)}  # noqa: E731
         learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
         for coded in (policy, keeper.best):
@@ -217,7 +223,8 @@ def train(config: Config, run: Run) -> None:
     share, start = (1 - config.code_share - config.likelihood_share) / 2, parts["likelihood"][0]
     how: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
     if config.likelihood_share:
-        learn_likelihood(run, "likelihood", config.likelihood_share, batches=answers, **arguments("likelihood"), **how)
+        own = how | arguments("likelihood") | {"validate": likely}
+        learn_likelihood(run, "likelihood", config.likelihood_share, batches=answers, **own)
     tuned = {"reward": reward, "batches": inputs, "tuning": _tuning(config), "average": average, "reference": start}
     tune_on_reward(run, "reward", share, **tuned, **arguments(PART), every=25)
     learn_likelihood(run, "control", share, batches=answers, start=start, **arguments("control"), **how)
