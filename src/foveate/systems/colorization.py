@@ -178,12 +178,10 @@ def train(config: Config, run: Run) -> None:
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
         by = "held_out_likelihood" if name == "likelihood" else "held_out_reward"  # noise is colourful, too
-        parts[name] = tracked(
-            run, name, build(config), {PART: torch.optim.Adafactor}.get(name, torch.optim.Adam), by=by
-        )
+        kind = torch.optim.Adafactor if name == PART else torch.optim.Adam
+        parts[name] = tracked(run, name, build(config), kind, by)
     (average,) = run.track(average=MovingAverage())
-    light, chroma = light_and_chroma(val.float() / 255)
-    reward = _reward(config)
+    (light, chroma), reward = light_and_chroma(val.float() / 255), _reward(config)
     held_out = [(some, some) for some in light[:HELD_OUT].split(50)]
 
     def maps(step: int) -> tuple[Tensor, Tensor, Tensor]:
