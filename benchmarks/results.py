@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_row(run: Path) -> Row:
     for phase in dict.fromkeys(row["phase"] for row in rows):
         until = max(row["seconds"] for row in rows if row["phase"] == phase)
         phases[phase], before = (until - before) / 60, until
-    config = {name: value for name, value in record["config"].items() if name != "root"}  # a path of one machine
+    config = {name: _without_folders(value) for name, value in record["config"].items() if name != "root"}
     data, root = config["data"], record["config"].get("root")
     return {
         "system": record["system"],
@@ -56,6 +57,13 @@ def read_row(run: Path) -> Row:
         "run": {**record, "config": config, "source": Path(record["source"]).name if record.get("source") else None},
         "evaluation": evaluation,
     }
+
+
+def _without_folders(value: Any) -> Any:
+    """A setting in which files have no folders, which are those of one machine."""
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return re.sub(r"/[^\s:]*/", "", value) if isinstance(value, str) else value
 
 
 def merge(known: Sequence[Row], new: Sequence[Row]) -> list[Row]:

@@ -55,12 +55,12 @@ def cells(docs: Path) -> list[dict[str, str]]:
 
 
 def test_a_row_says_what_was_run_and_what_came_out(results: ModuleType, docs: Path, tmp_path: Path) -> None:
-    results.update([make_run(tmp_path / "a", core="lstm", controls=["random"])], docs)
+    results.update([make_run(tmp_path / "a", core="preference:/home/me/runs/lstm", controls=["/home/me/random"])], docs)
     row, control = cells(docs)
     assert control == dict.fromkeys(row, "") | {"": "random", "error": "5.50"}
     assert row == {
         "data": "mnist plain",
-        "settings": "controls random, glimpses 6, patch 8, scales 1, core lstm",
+        "settings": "controls random, glimpses 6, patch 8, scales 1, core preference:lstm",
         "seed": "0",
         "budget": "30 min",
         "minutes": "19.0 (10.0)",
@@ -74,6 +74,7 @@ def test_a_row_says_what_was_run_and_what_came_out(results: ModuleType, docs: Pa
     assert page.endswith("last words\n")
     assert "old" not in page
     assert "a/place" not in page + (docs / "results.json").read_text()
+    assert "/home" not in page + (docs / "results.json").read_text()
 
 
 def test_the_same_run_again_replaces_its_row_and_another_one_is_added(
