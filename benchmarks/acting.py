@@ -69,6 +69,9 @@ def compare_step(system: ModuleType, steps: int = 150, **settings: Any) -> Rates
         with mock.patch.object(run, "steps", counting), timed:
             for each in network, target:
                 each.forward = clock.around(each.forward)
+            if beside := how.get("beside"):  # partial(with_belief, network.both, ...): it calls no `forward`
+                both, *others = beside.args
+                how["beside"] = partial(beside.func, clock.around(both), *others)
             learn_by_acting(run, phase, 1.0, *parts, **how | {"keeper": None, "validate": None})
         raise _Taken
 

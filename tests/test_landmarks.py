@@ -484,7 +484,7 @@ def test_the_belief_is_where_the_landmark_lies_and_values_do_not_teach_it() -> N
     env = walking(64, cube=7)
     network = CubeQ(7, 2, 3, width=4, hidden=16)
     seen = env.observe(env.state)
-    values, losses = with_belief(env, network, seen, env.state)
+    values, losses = with_belief(network.both, env, seen, env.state)
     torch.testing.assert_close(values, network(seen))
     values.sum().backward()
     assert network.belief.weight.grad is None

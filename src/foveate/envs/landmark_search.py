@@ -40,19 +40,21 @@ class Found:
     walks: Walk
 
 
-def with_belief(env: LandmarkWalkEnv, network: Any, seen: Tree, state: WalkState) -> tuple[Tensor, dict[str, Tensor]]:
+def with_belief(
+    both: Callable[[Tree], tuple[Tensor, Tensor]], env: LandmarkWalkEnv, seen: Tree, state: WalkState
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The values of steps from some states, and the "belief_loss": Huber loss of where the landmark is believed to be.
 
     A reward tells of one step; where the landmark lies tells of all six, and how far. Farther than `SIGHT` steps away
     counts as that; where the landmark is not shown nothing is taught.
 
     Args:
+        both: (what the network is shown) → values, and steps to the landmark [batch, 3].
         env: of the states.
-        network: its `both` gives values, and steps to the landmark [batch, 3].
         seen: what the network is shown of the states.
         state: the states.
     """
-    values, belief = network.both(seen)
+    values, belief = both(seen)
     loss = F.huber_loss(belief, env.far(state).clamp(-SIGHT, SIGHT), reduction="none").mean(1)
     shown = (~env.hidden(state)).float()
     return values, {"belief_loss": (loss * shown).sum() / shown.sum().clamp(min=1)}

@@ -169,7 +169,7 @@ def train(config: Config, run: Run) -> None:
     env.reset(seed=config.seed + run.rank * config.copies)
     target, env, replay = run.track(target=target, env=env, replay=Replay(env.state, config.rows))
     held_out = _walking(config, val, policy, 1)
-    how: dict[str, Any] = {"good": env.rewarded, "beside": partial(with_belief, env, policy)}
+    how: dict[str, Any] = {"good": env.rewarded, "beside": partial(with_belief, policy.both, env)}
     how |= {"keeper": keeper, "every": EVERY, "validate": partial(_validated, policy, held_out, val)}
     learn_by_acting(run, PART, 0.5, env, policy, target, optimizer, replay, _acting(config), **how)
     _regress(config, run, *control, data, val)
