@@ -168,7 +168,7 @@ def fit(
     judges.begin(*(compared.pictures[side].float() / 255 for side in (compared.left, compared.right)))
     with torch.no_grad():
         features = torch.cat([judges.features(some.float() / 255) for some in compared.pictures.split(250)])
-    learned = [*judges.read.parameters(), *judges.judge.parameters(), *judges.direct.parameters()]
+    learned = [*judges.read.parameters(), *judges.judge.parameters()]
     optimizer = torch.optim.AdamW(learned, rate, weight_decay=0.1)
     counts = bootstrap_counts(key, members, len(compared))
     for step in range(STEPS):

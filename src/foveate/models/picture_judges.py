@@ -18,9 +18,8 @@ class PictureJudges(nn.Module):
     """An ensemble of small convolutional networks: RGB → a score from each member.
 
     A member sees means and spreads over the picture, of mixtures of the colours and of features at 1/2, 1/4 and 1/8 of
-    its size: a few hundred comparisons teach that, and pictures of any size have it. Its score is a linear function of
-    them and a small network's: tens of comparisons teach the first, hundreds the second. There is no normalisation
-    layer, which would take away how strong colours are. All members are one pass of grouped convolutions.
+    its size: a few hundred comparisons teach that, and pictures of any size have it. There is no normalisation layer,
+    which would take away how strong colours are. All members are one pass of grouped convolutions.
 
     Args:
         members: how many.
@@ -51,7 +50,6 @@ class PictureJudges(nn.Module):
         features = 2 * (COLOURS + sum(widths[1:]))
         self.read = nn.Conv1d(features * members, 32 * members, 1, groups=members)
         self.judge = nn.Conv1d(32 * members, members, 1, groups=members)
-        self.direct = nn.Conv1d(features * members, members, 1, groups=members)
         self.register_buffer("middle", torch.zeros(features * members, 1))
         self.register_buffer("reach", torch.ones(features * members, 1))
         self.register_buffer("centre", torch.zeros(members))
@@ -63,8 +61,8 @@ class PictureJudges(nn.Module):
 
     def weigh(self, features: Float[Tensor, "batch numbers 1"]) -> Float[Tensor, "members batch"]:
         """Scores from what `features` gave."""
-        seen = (features - self.middle) / self.reach
-        return (self.judge(F.gelu(self.read(seen))) + self.direct(seen)).squeeze(2).T
+        hidden = self.read((features - self.middle) / self.reach)
+        return self.judge(F.gelu(hidden)).squeeze(2).T
 
     def features(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch numbers 1"]:
         """What the members see of images, one member's numbers after the other's."""
