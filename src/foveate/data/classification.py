@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
@@ -170,6 +171,35 @@ def check_images(images: Tensor, field: str) -> None:
     if low < -1e-4 or high > 1 + 1e-4:
         remedy = f"pass ({field} + 1) / 2 if it is scaled to [-1, 1], else undo its normalisation"
         raise InputError(f"{field}: values from {low:g} to {high:g}, expected [0, 1]: {remedy}")
+
+
+def check_rgb(images: Tensor, field: str) -> None:
+    """`check_images`, and that they have three channels; raises `InputError`."""
+    check_images(images, field)
+    if images.shape[1] != 3:
+        raise InputError(f"{field}: {images.shape[1]} channels, expected 3: pass {field}.expand(-1, 3, -1, -1)")
+
+
+def check_shape(images: Tensor, field: str, expected: Sequence[int | None]) -> None:
+    """`check_images`, and that each is of this shape (channels, rows, columns; None: any); raises `InputError`."""
+    check_images(images, field)
+    found = list(images.shape[1:])
+    wanted = [mine if size is None else size for size, mine in zip(expected, found, strict=True)]
+    if found != wanted:
+        told = f"{found} (channels, rows, columns), pictures of {found[2]}x{found[1]}"
+        raise InputError(f"{field}: {told}, but trained on {wanted}: convert and resize")
+
+
+def shuffled(
+    images: Images, classes: tuple[str, ...], channels: int, device: torch.device
+) -> tuple[Float[Tensor, "size channels height width"], Int[Tensor, " size"]]:
+    """Pixels in [0, 1] and labels, checked by `check_kind`, in an order that is always the same.
+
+    Data may come sorted by class.
+    """
+    check_kind(images, classes, channels)
+    order = noise.permutation(noise.key("shuffled"), len(images))
+    return images.pixels[order].to(device).float() / 255, images.labels[order].to(device)
 
 
 def _check_name(name: str) -> None:

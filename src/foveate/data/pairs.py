@@ -24,7 +24,7 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data import digit_scenes, scenes
-from foveate.data.classification import check_images, load_images
+from foveate.data.classification import check_rgb, load_images
 from foveate.data.photographs import load_photographs
 from foveate.data.registration_files import read_pairs
 from foveate.data.similarity import apply, compose, fitted, inverse, matrices, warp
@@ -172,9 +172,7 @@ def checked_pair(images: Any) -> tuple[Tensor, Tensor]:
         found = ", ".join(images) if isinstance(images, dict) else type(images).__name__
         raise InputError(f"images: found {found}, expected a dict of 'fixed' and 'moving' pictures")
     for name in ("fixed", "moving"):
-        check_images(images[name], name)
-        if images[name].shape[1] != 3:
-            raise InputError(f"{name}: {images[name].shape[1]} channels, expected 3: pass {name}.expand(-1, 3, -1, -1)")
+        check_rgb(images[name], name)
     fixed, moving = images["fixed"], images["moving"]
     if len(fixed) != len(moving):
         raise InputError(f"moving: found {len(moving)} pictures, expected {len(fixed)}, one for each fixed one")

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
-from foveate.data.classification import check_images
+from foveate.data.classification import check_rgb
 from foveate.data.mot import Clip, mot_clips
 from foveate.data.scenes import at, describe, draw
 from foveate.geometry import Boxes, check_boxes, joined
@@ -258,9 +258,7 @@ def given(images: dict[str, Any], image_size: int) -> tuple[Videos, float]:
     frames, boxes, scores = (images[name].detach().cpu() for name in ("frames", "boxes", "scores"))
     if not len(frames):
         raise InputError("frames: found none, expected at least one; give [time, 3, height, width]")
-    check_images(frames, "frames")
-    if frames.shape[1] != 3:
-        raise InputError(f"frames: {frames.shape[1]} channels, expected 3: pass frames.expand(-1, 3, -1, -1)")
+    check_rgb(frames, "frames")
     if boxes.shape != (len(frames), scores.shape[-1], 4) or scores.shape != boxes.shape[:2]:
         raise InputError(
             f"boxes, scores: found {tuple(boxes.shape)} and {tuple(scores.shape)}, expected ({len(frames)}, count, 4) "

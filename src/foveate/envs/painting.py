@@ -36,7 +36,7 @@ from foveate.types import InputError
 Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Credit = Literal["gains", "end"]
 FINER = 2  # the canvas, a side, than what is shown of it
-PENS = (0.04, 0.08)  # widths of the pens, in sides of the picture: with these digits of MNIST are traced best
+PENS = (0.04, 0.08)  # widths of the pens, in sides of the picture, chosen by tracing digits of MNIST
 MARGIN = 0.125
 ENLARGED = 4  # in a picture
 PEN = (255, 160, 0)

@@ -229,16 +229,7 @@ class Denoiser(Sampler):
     def blurred(
         self, images: Float[Tensor, "rows channels height width"], keys: Int[Tensor, " rows"], step: int
     ) -> Tensor:
-        """Images in [0, 1] with as much noise as stands before a step of the chain, as the network has them.
-
-        Raises:
-            InputError: images of another shape than the network's.
-        """
-        if tuple(images.shape[1:]) != self.image:
-            found, expected = list(images.shape[1:]), list(self.image)
-            raise InputError(
-                f"images: {found} (channels, rows, columns), but trained on {expected}: convert and resize"
-            )
+        """Images in [0, 1] with as much noise as stands before a step of the chain, as the network has them."""
         alpha = self.table.alpha[step].to(images)
         blur = noise.normal(noise.fold(keys, "blur"), *self.shape)
         return alpha.sqrt() * self.encode(images) + (1 - alpha).sqrt() * blur

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate import noise
-from foveate.data.classification import Images, check_images, check_kind, evaluation_split, held_out_split, load_images
+from foveate.data.classification import Images, check_shape, evaluation_split, held_out_split, load_images, shuffled
 from foveate.data.picture_folders import read_pictures
 from foveate.envs.painting import MARGIN, PENS, Credit, PaintingEnv, Score, check_grey, shown
 from foveate.envs.painting_play import painted, traced
@@ -154,9 +154,7 @@ def _env(config: Config, copies: int, device: torch.device, score: Score = _unsc
 
 def _pixels(config: Config, split: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     found: Images = load(config.data, config.root, split, config.image_size)
-    check_kind(found, config.classes or (), 1)
-    order = noise.permutation(noise.key("shuffled"), len(found))  # data may come sorted by class
-    return found.pixels[order].to(device).float() / 255, found.labels[order].to(device)
+    return shuffled(found, config.classes or (), 1, device)
 
 
 def _asked(config: Config, name: str, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -300,11 +298,7 @@ def predict(
     `kinds` [batch], the class as which it looks most real; `paintings` [batch, 1, side, side] of these classes, and
     `strokes` [batch, strokes], the actions by which they were painted (`foveate.envs.painting`).
     """
-    check_images(images, "images")
-    side = config.image_size
-    if tuple(images.shape[1:]) != (1, side, side):
-        found, expected = list(images.shape[1:]), [1, side, side]
-        raise InputError(f"images: {found} (channels, rows, columns), but trained on {expected}: convert and resize")
+    check_shape(images, "images", (1, config.image_size, config.image_size))
     device = next(policy.parameters()).device
     scores = policy.discriminator.rewards(images.to(device))
     kinds, keys = scores.argmax(1), noise.key(config.seed, "predict", torch.arange(len(images))).to(device)

@@ -42,7 +42,7 @@ from foveate.data.captions import (
     numbered,
     vocabulary,
 )
-from foveate.data.classification import check_images
+from foveate.data.classification import check_rgb
 from foveate.data.picture_folders import check_memory, read_pictures
 from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
@@ -297,9 +297,7 @@ def predict(config: Config, policy: Captioner, images: Float[Tensor, "batch chan
     Raises:
         InputError: the images break the convention, or are not RGB.
     """
-    check_images(images, "images")
-    if images.shape[1] != 3:
-        raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    check_rgb(images, "images")
     side, device = _known(config.image_size), policy.letters.device
     stretched = F.interpolate(images.to(device), (side, side), mode="bilinear", antialias=True)
     keys = torch.zeros(len(images), dtype=torch.int64, device=device)  # greedy: nothing is drawn

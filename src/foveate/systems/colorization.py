@@ -32,7 +32,7 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.colors import CHROMA, coloured, light_and_chroma
-from foveate.data.classification import check_images
+from foveate.data.classification import check_shape
 from foveate.data.photographs import evaluation_split, held_out_split, load_photographs
 from foveate.data.picture_folders import Split, read_pictures
 from foveate.learn.answers import Precision, Reward, Tuning, answering, likelihood_loss
@@ -194,7 +194,8 @@ def train(config: Config, run: Run) -> None:
             return light, start.answers(light, code.encode(light, chroma))
 
     def inputs(step: int) -> tuple[Tensor, Tensor]:
-        return (_batch(config, data, run, "reward", step, config.tuning_batch)[0],) * 2
+        light, _ = _batch(config, data, run, "reward", step, config.tuning_batch)
+        return light, light
 
     def kept() -> dict[str, Any]:
         with torch.no_grad(), answering(code):
@@ -206,8 +207,10 @@ def train(config: Config, run: Run) -> None:
             words = start.answers(some, code.encode(some, chroma[:HELD_OUT]))
             return arguments("likelihood")["validate"]() | {"held_out_likelihood": -likelihood_loss(start(some, words))}
 
+    def compare(drawn: Tensor, chroma: Tensor) -> dict[str, Tensor]:
+        return {"chroma_loss": F.mse_loss(drawn, chroma)}
+
     if config.code_share:
-        compare = lambda drawn, chroma: {"chroma_loss": F.mse_loss(drawn, chroma)}  # noqa: E731
         learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
         for coded in (policy, keeper.best):
@@ -308,10 +311,7 @@ def predict(config: Config, policy: Coded, images: Float[Tensor, "batch channels
     Raises:
         InputError: the images break the convention, or have another size than those the policy was trained on.
     """
-    check_images(images, "images")
-    side = config.image_size
-    if tuple(images.shape[2:]) != (side, side):
-        raise InputError(f"images: {images.shape[3]}x{images.shape[2]}, but trained on {side}x{side}: resize them")
+    check_shape(images, "images", (None, config.image_size, config.image_size))
     light, _ = light_and_chroma(images.to(next(policy.parameters()).device).expand(-1, 3, -1, -1))
     return {"images": coloured(light, _paint(config, policy, light, True))}
 

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
-from foveate.data.classification import check_images
+from foveate.data.classification import check_rgb
 from foveate.data.detection import Detections, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes, joined
@@ -312,9 +312,7 @@ def predict(
     Raises:
         InputError: the images break the convention, or are not RGB.
     """
-    check_images(images, "images")
-    if images.shape[1] != 3:
-        raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    check_rgb(images, "images")
     height, width = images.shape[2:]
     side = config.image_size
     seen = F.interpolate(images.to(policy.where.device), (side, side), mode="bilinear", antialias=True)

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise
-from foveate.data.classification import Images, check_images, check_kind, evaluation_split, held_out_split, load_images
+from foveate.data.classification import Images, check_shape, evaluation_split, held_out_split, load_images, shuffled
 from foveate.data.picture_folders import read_pictures
 from foveate.generation import kinds_asked, learn_to_denoise, own_examples
 from foveate.judging import Contest, Judge, Thumbnails, Watch, drawn_images, learn_to_judge
@@ -203,9 +203,7 @@ def _judge(config: Config) -> Judge:
 
 def _pixels(config: Config, split: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     found: Images = load(config.data, config.root, split, config.image_size)
-    check_kind(found, config.classes or (), config.channels or 1)
-    order = noise.permutation(noise.key("shuffled"), len(found))  # data may come sorted by class
-    return found.pixels[order].to(device).float() / 255, found.labels[order].to(device)
+    return shuffled(found, config.classes or (), config.channels or 1, device)
 
 
 def _contest(
@@ -310,7 +308,7 @@ def predict(
     config: Config, policy: Denoiser, images: Float[Tensor, "batch channels height width"]
 ) -> dict[str, Tensor]:
     """Redraw images in [0, 1]: noise of the middle of the chain is put on them and taken off again, no class told."""
-    check_images(images, "images")
+    check_shape(images, "images", policy.image)
     device, middle = next(policy.parameters()).device, config.denoising // 2
     keys = noise.key(config.seed, "redrawn", torch.arange(len(images))).to(device)
     with torch.no_grad(), answering(policy, config.precision):

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.box_files import Part
-from foveate.data.classification import check_images
+from foveate.data.classification import check_rgb
 from foveate.data.panoptic import PanopticMaps, chosen, load_panoptic, mirrored
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Segments
@@ -301,9 +301,7 @@ def predict(config: Config, policy: Coded, images: Float[Tensor, "batch channels
     Raises:
         InputError: the images break the convention, or are not RGB.
     """
-    check_images(images, "images")
-    if images.shape[1] != 3:
-        raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    check_rgb(images, "images")
     side, device = _known(config.image_size), next(policy.parameters()).device
     stretched = F.interpolate(images.to(device), (side, side), mode="bilinear", antialias=True)
     keys = torch.zeros(len(images), dtype=torch.int64, device=device)  # greedy: nothing is drawn

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
-from foveate.data.classification import check_images
+from foveate.data.classification import check_rgb
 from foveate.data.picture_folders import read_pictures
 from foveate.data.salient import Salient, load_salient
 from foveate.envs import seed_play
@@ -292,9 +292,7 @@ def predict(config: Config, policy: SeedQ, images: Tree) -> dict[str, Tensor]:
     or are not RGB, and for seeds of another shape or outside of the image.
     """
     shown = images["images"] if isinstance(images, dict) else images
-    check_images(shown, "images")
-    if shown.shape[1] != 3:
-        raise InputError(f"images: {shown.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    check_rgb(shown, "images")
     device = next(policy.parameters()).device
     shown, (height, width) = shown.to(device), shown.shape[2:]
     middle = torch.tensor([width / 2, height / 2]).expand(len(shown), 2)

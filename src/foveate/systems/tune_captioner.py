@@ -32,7 +32,7 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.captions import RESERVED, Captioned, Part, load_captions, not_learned, numbered, vocabulary, words_of
-from foveate.data.classification import check_images
+from foveate.data.classification import check_rgb
 from foveate.data.picture_folders import read_pictures
 from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
@@ -300,9 +300,7 @@ def predict(
     config: Config, policy: TextCaptioner, images: Float[Tensor, "batch channels height width"]
 ) -> dict[str, Any]:
     """Say what is in RGB images in [0, 1]: `captions`, a list of texts, and `ids` [batch, tokens], 0 after the end."""
-    check_images(images, "images")
-    if images.shape[1] != 3:
-        raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    check_rgb(images, "images")
     device = policy.letters.device
     stretched = F.interpolate(images.to(device), (policy.side, policy.side), mode="bilinear", antialias=True)
     keys = torch.zeros(len(images), dtype=torch.int64, device=device)  # greedy: nothing is drawn

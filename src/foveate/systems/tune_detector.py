@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
-from foveate.data.classification import check_images
+from foveate.data.classification import check_rgb
 from foveate.data.detection import Detections, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes
@@ -305,9 +305,7 @@ def predict(
     Raises:
         InputError: the images break the convention, or are not RGB.
     """
-    check_images(images, "images")
-    if images.shape[1] != 3:
-        raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    check_rgb(images, "images")
     height, width = images.shape[2:]
     seen = F.interpolate(images, (config.image_size, config.image_size), mode="bilinear", antialias=True)
     found = _greedy(policy, seen.to(next(policy.parameters()).device))

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate import noise, pictures
-from foveate.data.classification import check_images, read_pictures
+from foveate.data.classification import check_rgb, read_pictures
 from foveate.data.picture_folders import Split
 from foveate.data.segmentation import Segmented, crops, load_segmented, masks_of
 from foveate.learn.answers import Reward, Tuning, answering, repeat
@@ -309,9 +309,7 @@ def predict(
     Raises:
         InputError: the images break the convention, or are not RGB.
     """
-    check_images(images, "images")
-    if images.shape[1] != 3:
-        raise InputError(f"images: {images.shape[1]} channels, expected 3: pass images.expand(-1, 3, -1, -1)")
+    check_rgb(images, "images")
     logits = tiled_logits(policy, images.to(next(policy.parameters()).device), config.crop)
     chances = logits.softmax(1)[:, 1:] if policy.exclusive else logits.sigmoid()
     return {"masks": _masks(policy, logits), "probabilities": chances}
