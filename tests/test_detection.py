@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from foveate.rewards.boxes import iou_reward
 from foveate.run import Run
 from foveate.systems import detection
 from foveate.two_steps import tune_on_reward
-from foveate.types import InputError
+from foveate.types import InputError, concatenate, map_tree
 from test_detection_data import three
 
 SMALL = {"image_size": 24, "patch": 4, "objects": 1, "scenes": 300, "width": 32, "depth": 1, "most": 4, "device": "cpu"}
@@ -133,12 +134,45 @@ def test_scores_are_confidences_the_probability_of_the_class_or_both() -> None:
     torch.manual_seed(0)
     model = BoxWriter(BoxTokens((16, 16), 2, 3, 16), 8, width=16, depth=1)
     images, keys = noise.uniform(noise.key(0, torch.arange(2)), 3, 16, 16), torch.zeros(2).long()
-    scores = "class", "confidence", "both"
-    by_class, by_confidence, by_both = (model.unending().detect(images, keys, score) for score in scores)
+    by_class, by_confidence = model.unending().scored(images, keys)
     assert torch.equal(by_class.boxes, by_confidence.boxes)
     assert (by_class.scores >= 0.5 - 1e-6).all(), "of two classes the likelier"
     assert not torch.equal(by_class.scores, by_confidence.scores)
-    torch.testing.assert_close(by_both.scores, by_class.scores * by_confidence.scores)
+    found = {}
+    for trust in (0.0, 0.5, 1.0):
+        model.trust.fill_(trust)
+        found[trust] = model.unending().detect(images, keys).scores
+    torch.testing.assert_close(found[0.0], by_class.scores)
+    torch.testing.assert_close(found[0.5], by_class.scores * by_confidence.scores.sqrt())
+    torch.testing.assert_close(found[1.0], by_class.scores * by_confidence.scores)
+
+
+class Told(BoxWriter):
+    """Finds the true boxes of some data, and as many wrong ones; their class says nothing, their confidence all."""
+
+    def __init__(self, truth: Boxes, right: float, wrong: float) -> None:
+        super().__init__(BoxTokens((16, 16), 6, 3, 16), 8, width=16, depth=1)
+        self.truth, self.right, self.wrong, self.seen = truth, right, wrong, 0
+
+    def scored(self, images: Tensor, keys: Tensor, greedy: bool = True) -> tuple[Boxes, Boxes]:
+        here = slice(self.seen, self.seen + len(images))
+        self.seen = here.stop
+        truth = map_tree(lambda leaf: leaf[here], replace(self.truth, crowd=None, scores=None))
+        both = concatenate([truth, replace(truth, boxes=truth.boxes + 50)], 1)
+        half = torch.full(both.mask.shape, 0.5)
+        sure = torch.cat([torch.full(truth.mask.shape, value) for value in (self.right, self.wrong)], 1)
+        return replace(both, scores=half), replace(both, scores=sure)
+
+
+def test_the_confidence_is_trusted_where_it_ranks_better(agent: agents.Agent) -> None:
+    data = detection._data(detection.Config(**{**vars(agent.config)}), "val")
+    run = Run.open(agent.folder, "cpu")
+    good, bad = Told(data.boxes, 0.9, 0.1), Told(data.boxes, 0.1, 0.9)
+    known, misled = (detection._score(each, data, run, detection.TRUSTS)["map"] for each in (good, bad))
+    assert float(good.trust) > 0
+    assert float(bad.trust) == 0
+    assert known == pytest.approx(1)
+    assert misled < known
 
 
 @pytest.mark.parametrize(

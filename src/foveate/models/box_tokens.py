@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -174,7 +173,12 @@ class BoxWriter(EncoderDecoder):
         width: of the vectors.
         depth: blocks of the encoder, and of the decoder.
         heads: of the attention.
+
+    Attributes:
+        trust: how much the learned confidence counts where boxes are ranked: 0 not at all, 1 as much as the class.
     """
+
+    trust: Tensor
 
     def __init__(
         self,
@@ -199,6 +203,7 @@ class BoxWriter(EncoderDecoder):
             stem=stem,
         )
         self.code = code
+        self.register_buffer("trust", torch.tensor(0.0))
         bins = waves((torch.arange(code.bins) + 0.5) / code.bins, width)
         with torch.no_grad():
             self.embed.weight[_FIRST_BIN : _FIRST_BIN + code.bins] = SPREAD * math.sqrt(2) * bins
@@ -209,28 +214,30 @@ class BoxWriter(EncoderDecoder):
         return self.code.decode(actions)
 
     @torch.no_grad()
-    def detect(
-        self,
-        images: Float[Tensor, "batch 3 height width"],
-        keys: Int[Tensor, " batch"],
-        score: Literal["both", "confidence", "class"] = "both",
-        greedy: bool = True,
-    ) -> Boxes:
-        """The boxes of the likeliest text of each image, or of one that is drawn, with scores in [0, 1].
+    def scored(
+        self, images: Float[Tensor, "batch 3 height width"], keys: Int[Tensor, " batch"], greedy: bool = True
+    ) -> tuple[Boxes, Boxes]:
+        """The boxes of a text for each image, scored by the probability of their class; and by their confidence.
 
         Args:
             images: in [0, 1].
             keys: of the draws.
-            score: the learned confidence of each box, the probability of its class, or the one times the other.
             greedy: take the likeliest token at each place.
         """
         texts = self.sample(images, 1, greedy, keys)
         read = self(images, texts)
         assert read.log_probs is not None
         chances = read.log_probs[:, EACH - 2 :: EACH].exp()[:, : texts.ids.shape[1] // EACH]
-        sure = self.code.confidences(read.distribution.logits)
-        scores = {"both": chances * sure, "confidence": sure, "class": chances}[score]
-        return replace(self.decode(texts), scores=scores)
+        written = self.decode(texts)
+        return replace(written, scores=chances), replace(
+            written, scores=self.code.confidences(read.distribution.logits)
+        )
+
+    def detect(
+        self, images: Float[Tensor, "batch 3 height width"], keys: Int[Tensor, " batch"], greedy: bool = True
+    ) -> Boxes:
+        """The boxes of `scored`, ranked by both: class · confidence ** trust, in [0, 1]."""
+        return ranked(*self.scored(images, keys, greedy), float(self.trust))
 
     def unending(self) -> BoxWriter:
         """A copy that may not end before all its places are filled."""
@@ -238,3 +245,10 @@ class BoxWriter(EncoderDecoder):
         assert other.allowed is not None
         other.allowed[:-1, END] = False
         return other
+
+
+def ranked(by_class: Boxes, by_confidence: Boxes, trust: float) -> Boxes:
+    """Boxes scored by the probability of their class times a power of their confidence."""
+    assert by_class.scores is not None
+    assert by_confidence.scores is not None
+    return replace(by_class, scores=by_class.scores * by_confidence.scores**trust)

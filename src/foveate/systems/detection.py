@@ -37,7 +37,7 @@ from foveate.geometry import Boxes, joined
 from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
 from foveate.models.backbones import stem
-from foveate.models.box_tokens import BoxTokens, BoxWriter, by_token
+from foveate.models.box_tokens import BoxTokens, BoxWriter, by_token, ranked
 from foveate.models.encoder_decoder import Tokens
 from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
@@ -119,8 +119,7 @@ class Config:
 PART = "policy"  # the tracked part that holds the policy
 PARTS: dict[Control, str] = {"likelihood": "control", "confidence": "confidence"}  # control → its tracked part
 ROWS = {"mle": "likelihood", "control": "control", "confidence": "confidence"}  # baseline → its tracked part
-# by what the boxes of a part are ranked: likelihood alone learns no confidence
-SCORES = {"likelihood": "class", "control": "class", PART: "both", "confidence": "both"}
+TRUSTS = (0.0, 0.5, 1.0)  # how much a confidence that was learned may count in the ranking: chosen on val
 _load = lru_cache(maxsize=6)(load_detections)
 
 
@@ -189,7 +188,8 @@ def train(config: Config, run: Run) -> None:
 
     def look(name: str) -> dict[str, Any]:
         policy = parts[name][0].eval()
-        metric = {"held_out_map": _score(config, policy, val, run, SCORES[name])["map"]}
+        trusts = TRUSTS if name in (PART, PARTS["confidence"]) else TRUSTS[:1]
+        metric = {"held_out_map": _score(policy, val, run, trusts)["map"]}
         return held_out_scores(policy, reward, held_out, config.seed, config.precision) | metric
 
     def learn(name: str, share: float, start: BoxWriter | None = None, beside: Any = None) -> None:
@@ -262,21 +262,20 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
 
     Baselines: `mle`, the start; `mle unending`, the start made to fill all its places; `control`, the start with more
     likelihood; `confidence` and `confidence unending`, that with the confidence learned on its own answers, without a
-    reward. Boxes of models that learned no confidence are scored by the probability of their class, those of others by
-    that times their confidence. `ceiling`: the true boxes as the code can write them.
+    reward. Boxes are scored by the probability of their class, and by their confidence as far as `val` says it helps.
+    `ceiling`: the true boxes as the code can write them.
     """
     data = _data(config, "test")
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
-    metrics = _score(config, policy, data, run, SCORES[PART])
+    metrics = _score(policy, data, run)
     if config.skip_bad:
         metrics["left_out"] = float(sum(_data(config, part).skipped for part in ("train", "val", "test")))
     baselines = {}
     for name, other in restored(run, ROWS, partial(build, config)).items():
-        ranked = SCORES[ROWS[name]]
-        baselines[name] = _score(config, other, data, run, ranked)
+        baselines[name] = _score(other, data, run)
         if name != "control":
-            baselines[f"{name} unending"] = _score(config, other.unending().eval(), data, run, ranked)
+            baselines[f"{name} unending"] = _score(other.unending().eval(), data, run)
     if not elsewhere:  # other data may have more boxes in an image than can be written
         code = _code(config)
         written = code.decode(code.encode(replace(data.boxes, mask=data.boxes.wanted)))
@@ -292,16 +291,19 @@ def compared(config: Config, policy: BoxWriter, run: Run, images: int) -> tuple[
     return _reward(config, _data(config, "train")), inputs, targets
 
 
-def _score(config: Config, policy: BoxWriter, data: Detections, run: Run, score: Any) -> dict[str, float]:
+def _score(policy: BoxWriter, data: Detections, run: Run, trusts: tuple[float, ...] = ()) -> dict[str, float]:
+    """COCO's metrics of greedy texts; of `trusts`, the policy keeps the one that ranks these data best."""
     rows = torch.arange(len(data), device=run.device).split(100)
-    found = [_found(policy, chosen(data, some)[0], score) for some in rows]
-    boxes = map_tree(lambda leaf: leaf.cpu(), joined(found))
-    return corpus_average_precision(boxes, data.boxes, len(data.classes))
+    found = [policy.scored(images := chosen(data, some)[0], _greedy(images)) for some in rows]
+    known, sure = (map_tree(lambda leaf: leaf.cpu(), joined(list(one))) for one in zip(*found, strict=True))
+    score = partial(corpus_average_precision, targets=data.boxes, classes=len(data.classes))
+    scores = {trust: score(ranked(known, sure, trust)) for trust in trusts or (float(policy.trust),)}
+    policy.trust.fill_(best := max(scores, key=lambda trust: scores[trust]["map"]))
+    return scores[best]
 
 
-def _found(policy: BoxWriter, images: Tensor, score: Any = "both") -> Boxes:
-    keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)  # greedy: nothing is drawn
-    return policy.detect(images, keys, score)
+def _greedy(images: Tensor) -> Tensor:
+    return torch.zeros(len(images), dtype=torch.int64, device=images.device)  # keys: nothing is drawn
 
 
 def predict(
@@ -316,7 +318,7 @@ def predict(
     height, width = images.shape[2:]
     side = config.image_size
     seen = F.interpolate(images.to(policy.where.device), (side, side), mode="bilinear", antialias=True)
-    found = _found(policy, seen)
+    found = policy.detect(seen, _greedy(seen))
     assert found.scores is not None
     scale = found.boxes.new_tensor([width, height, width, height]) / side
     return {"boxes": found.boxes * scale, "labels": found.labels, "scores": found.scores, "mask": found.mask}
@@ -330,7 +332,7 @@ def picture(
     if images is None:
         _, images, shown["truth"] = compared(config, policy, run, 6)
         for name, start in restored(run, {"likelihood": "likelihood"}, partial(build, config)).items():
-            shown[name] = _found(start, images, "class")
+            shown[name] = start.detect(images, _greedy(images))
     found = predict(config, policy, images)
     shown["tuned"] = Boxes(found["boxes"], found["labels"], found["mask"], found["scores"])
     return {"boxes": pictures.box_grid(images, shown, config.classes or ())}
@@ -344,5 +346,5 @@ def read(config: Config, path: Path) -> Float[Tensor, "batch channels height wid
 def check(config: Config) -> dict[str, Any]:
     """The first pictures with their boxes."""
     data = _data(config, "train")
-    images, boxes = chosen(data, torch.linspace(0, len(data) - 1, min(8, len(data))).long())
-    return {"data": pictures.box_grid(images, {"truth": boxes}, data.classes, columns=4)}
+    images, truth = chosen(data, torch.linspace(0, len(data) - 1, min(8, len(data))).long())
+    return {"data": pictures.box_grid(images, {"truth": truth}, data.classes, columns=4)}
