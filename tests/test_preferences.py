@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks import asking
 from PIL import Image
 from torch import Tensor
 
@@ -448,6 +449,16 @@ def test_a_script_that_is_none_is_refused(tmp_path: Path) -> None:
         collect_by_script(store, asked(), red, "red", 0)
     with pytest.raises(InputError, match="reward red: is 0 for all"):
         collect_by_script(store, asked(), lambda pictures, _: red(0 * pictures, None), "red", 3)
+
+
+def test_what_pairs_teach_is_held_against_pairs_that_nobody_saw() -> None:
+    """benchmarks/asking.py: the curve of a seed rises with the comparisons."""
+    unseen = draw_pairs(asked(), 10**6 + torch.arange(200))
+    few, many = asking.learned(asked(), red, unseen, "uncertain", most=40)
+    assert few > 0.6
+    assert many > 0.75
+    assert asking.needed([0.5, 0.7, 0.8], 0.7) == "40"
+    assert asking.needed([0.5], 0.7) == "> 200"
 
 
 def members(differences: Tensor, wanted: Tensor, key: Tensor) -> Tensor:
