@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from foveate.rewards.combine import check_output, load_reward, product, weighted_sum
 from foveate.types import InputError, RewardOutput
@@ -59,7 +60,7 @@ def test_a_reward_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "my_reward.py").write_text("def score(predictions, targets):\n    return predictions\n\nNUMBER = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        assert load_reward("my_reward:score")(torch.ones(2), None).tolist() == [1, 1]
+        assert load_reward("my_reward:score")(torch.ones(2), None).total.tolist() == [1, 1]
         for name, says in {
             "my_reward": "package.module:function",
             "my_reward:scores": "has no 'scores'",
@@ -94,3 +95,20 @@ def test_good_outputs_pass():
     whole = RewardOutput(numbers, {"near": numbers}, torch.rand(4, 2))
     assert check_output(whole, 4, "mine") is whole
     assert check_output(torch.zeros(1), 1, "mine").total.tolist() == [0]
+
+
+def test_a_guard_asks_sentence_by_sentence_and_passes_on_what_says_itself_what_is_wrong() -> None:
+    def lengths(predictions: list[str], targets: Tensor) -> Tensor:
+        return torch.tensor([1 / len(words) for words in predictions])
+
+    found = guarded(lengths, skip=True)(["a", "", "abcd"], torch.arange(3))
+    assert found.total.tolist() == [1, 0.625, 0.25]
+    assert found.parts["skipped"].tolist() == [0, 1, 0]
+    with pytest.raises(InputError, match=r"reward lengths: raises ZeroDivisionError.* for example 1, target 1"):
+        guarded(lengths, name="lengths")(["a", "", "abcd"], torch.arange(3))
+
+    def picky(predictions: Tensor, targets: Tensor) -> Tensor:
+        raise InputError("pictures: found 3 channels")
+
+    with pytest.raises(InputError, match=r"^pictures: found 3 channels$"):
+        guarded(picky, skip=True)(torch.ones(2), None)

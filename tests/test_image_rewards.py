@@ -219,7 +219,7 @@ def raising(predictions: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize(("reward", "said"), [(broken, "is nan"), (raising, r"raises RuntimeError\('no face found'\)")])
 def test_the_image_on_which_a_reward_fails_is_named_or_skipped(reward: Any, said: str) -> None:
     targets = torch.tensor([1, 2, 7, 3])
-    with pytest.raises(InputError, match=rf"^reward mine: {said} for image 2, target 7 \(1 of 4\)"):
+    with pytest.raises(InputError, match=rf"^reward mine: {said} for example 2, target 7 \(1 of 4\)"):
         guarded(reward, name="mine")(images(4), targets)
     found = guarded(reward, skip=True)(images(4), targets)
     others = images(4).flatten(1).mean(1)[[0, 1, 3]]

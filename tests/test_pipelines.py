@@ -321,7 +321,7 @@ SMALL = {"widths": (8, 16), "image_size": 8, "batch": 4, "anchors": (), **TINY, 
 
 def test_a_reward_that_fails_stops_the_run_or_skips_the_image(tmp_path: Path) -> None:
     own = {**SMALL, "reward": (f"{__name__}:dark_fails",)}
-    with pytest.raises(InputError, match=r"dark_fails: is nan for image \d+, target 3"):
+    with pytest.raises(InputError, match=r"dark_fails: is nan for example \d+, target 3"):
         trained(tmp_path / "stops", **own)
     *_, rows = trained(tmp_path / "skips", skip_bad=True, **own)
     assert [row["part skipped"] for row in rows if "part skipped" in row] == [pytest.approx(0.1)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import reduce, wraps
 from operator import add, mul
 from typing import Any, TypeAlias
 
@@ -73,18 +73,20 @@ def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
         InputError: an example failed and is not to be skipped, or all did. `targets` that are numbers are told.
     """
 
+    score = told(reward)
+
     def careful(predictions: Any, targets: Any) -> RewardOutput:
         errors: dict[int, Exception] = {}
         try:
-            found = reward(predictions, targets)
+            found = score(predictions, targets)
+        except InputError:  # it says itself what is wrong, and for all examples
+            raise
         except Exception as error:
-            found, errors = _one_by_one(reward, predictions, targets)
+            found, errors = _one_by_one(score, predictions, targets)
             if not errors:
                 raise InputError(
                     f"reward {name}: raises on the batch, but on none of its examples: {error!r}"
                 ) from error
-        if isinstance(found, Tensor):
-            found = RewardOutput(found)
         bad = ~found.total.isfinite()
         if not skip and not bad.any():
             return found
@@ -92,8 +94,10 @@ def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
             row = int(bad.nonzero()[0])
             what = f"raises {errors[row]!r}" if row in errors else f"is {float(found.total[row])}"
             of = f", target {targets[row].tolist()}" if isinstance(targets, Tensor) and targets.ndim == 1 else ""
-            remedy = "nothing is left to learn from" if skip else "correct the reward, or skip such images (--skip-bad)"
-            raise InputError(f"reward {name}: {what} for image {row}{of} ({int(bad.sum())} of {len(bad)}): {remedy}")
+            remedy = (
+                "nothing is left to learn from" if skip else "correct the reward, or skip such examples (--skip-bad)"
+            )
+            raise InputError(f"reward {name}: {what} for example {row}{of} ({int(bad.sum())} of {len(bad)}): {remedy}")
         total = torch.where(bad, found.total[~bad].mean(), found.total)
         parts = {part: torch.where(bad, 0.0, value) for part, value in found.parts.items()}
         return RewardOutput(total, parts | {"skipped": bad.to(total)})
@@ -104,10 +108,9 @@ def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
 def _one_by_one(reward: Reward, predictions: Any, targets: Any) -> tuple[RewardOutput, dict[int, Exception]]:
     """What each example gets alone, NaN where the reward raises; and what it raised."""
     totals, parts, errors = [], [], {}
-    for row, (one, wanted) in enumerate(zip(split(predictions, 1), split(targets, 1), strict=True)):
+    for row, (one, wanted) in enumerate(zip(_each(predictions), _each(targets), strict=True)):
         try:
             found = reward(one, wanted)
-            found = RewardOutput(found) if isinstance(found, Tensor) else found
             totals.append(found.total)
             parts.append(found.parts)
         except Exception as error:  # whatever the user's function raises
@@ -121,9 +124,28 @@ def _one_by_one(reward: Reward, predictions: Any, targets: Any) -> tuple[RewardO
     return RewardOutput(torch.cat([total.to(device) for total in totals]), laid), errors
 
 
+def _each(examples: Any) -> list[Any]:
+    """Batches of one; of a tree of tensors, or of a list of anything else, sentences say."""
+    if isinstance(examples, list) and not isinstance(examples[0], Tensor):
+        return [[one] for one in examples]
+    return split(examples, 1)
+
+
+def told(reward: Callable[[Any, Any], Any]) -> Reward:
+    """A reward of a function that gives its totals alone, a tensor [batch], or is a reward already."""
+
+    @wraps(reward)
+    def output(predictions: Any, targets: Any) -> RewardOutput:
+        found = reward(predictions, targets)
+        return RewardOutput(found) if isinstance(found, Tensor) else found
+
+    return output
+
+
 def load_reward(name: str) -> Reward:
     """The function that `package.module:function` names; it is imported, so its module's code runs.
 
+    It may give a tensor [batch] in place of a `RewardOutput`.
     `preference:RUN` is what a run of reward-model learned from comparisons (`foveate.preferring.preference_reward`).
 
     Raises:
@@ -131,8 +153,13 @@ def load_reward(name: str) -> Reward:
     """
     module, _, function = name.partition(":")
     if module in MAKERS and function:
-        made: Reward = load_reward(MAKERS[module])(function)  # type: ignore[call-arg, assignment]
+        made: Reward = _function(MAKERS[module])(function)
         return made
+    return told(_function(name))
+
+
+def _function(name: str) -> Any:
+    module, _, function = name.partition(":")
     if not (module and function):
         raise InputError(f"reward: found {name!r}, expected package.module:function")
     try:

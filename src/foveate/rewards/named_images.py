@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.rewards.combine import Reward, guarded, load_reward, weighted_sum
 from foveate.rewards.images import Aesthetic, ClassMatch, ClipMatch, compressibility, incompressibility, sharpness
-from foveate.types import InputError, RewardOutput
+from foveate.types import InputError
 
 PLAIN: Mapping[str, Reward] = {
     "compressibility": compressibility,
@@ -30,13 +29,7 @@ def picture_score(name: str) -> Reward:
     Raises:
         InputError: there is none of this name.
     """
-    score: Any = ({**PLAIN, **COLOURED}).get(name) or load_reward(name)
-
-    def scored(predictions: Any, targets: Any) -> RewardOutput:
-        output = score(predictions, targets)
-        return output if isinstance(output, RewardOutput) else RewardOutput(output)
-
-    return scored
+    return {**PLAIN, **COLOURED}.get(name) or load_reward(name)
 
 
 def image_reward(

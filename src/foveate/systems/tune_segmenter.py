@@ -162,13 +162,13 @@ def _tuning(config: Config) -> Tuning:
 def _reward(config: Config) -> Reward:
     """Of masks, given the true ones and which pixels are known; the others count for nothing."""
     named = {name: credited(name, config.exclusive) for name in ("dice", "iou")}
-    score: Callable[..., Any] = named.get(config.reward) or load_reward(config.reward)
+    score: Reward = named.get(config.reward) or load_reward(config.reward)
 
     def reward(predictions: Bool[Tensor, "rows classes height width"], targets: tuple[Tensor, Tensor]) -> RewardOutput:
         masks, known = targets
         output = score(predictions & known, masks)
-        if isinstance(output, Tensor) or output.credit is None:
-            return output if isinstance(output, RewardOutput) else RewardOutput(output)
+        if output.credit is None:
+            return output
         pixels = known.flatten(2)
         return replace(output, credit=(output.credit.unflatten(1, (-1, pixels.shape[2])) * pixels).flatten(1))
 
