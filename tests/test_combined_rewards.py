@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.rewards.combine import check_output, load_reward, product, weighted_sum
+from foveate.rewards.combine import check_output, guarded, load_reward, product, weighted_sum
 from foveate.types import InputError, RewardOutput
 
 
