@@ -42,6 +42,16 @@ SUMS = ("entropy", "kl", "value_loss")  # divided by the answers of the whole ba
 LONG = (*SUMS, "length")  # sums over decisions, of which a piece has its part
 
 
+def check_taught(run: Run, **shares: float) -> None:
+    """Check that a start which is not learned in the run comes from another one.
+
+    Raises:
+        InputError: a share of the budget is 0, and there is no source.
+    """
+    if run.source is None and (none := [name for name, share in shares.items() if not share]):
+        raise InputError(f"{', '.join(none)}: 0, but no run to take it from; add --from RUN")
+
+
 def held_out_scores(
     policy: Sampler, reward: Reward, batches: Iterable[tuple[Tree, Tree]], seed: int, precision: Precision = "fp32"
 ) -> dict[str, Tensor]:
@@ -75,7 +85,7 @@ def learn_code(
 
     Args:
         run: owns the loop.
-        share: of the run's budget.
+        share: of the run's budget; with 0 there is no such phase, and the code stays as it is.
         code: as `run.track` returned it.
         batches: step → images, their maps as the oracle sees them, and what the losses compare with.
         losses: of maps as they are drawn again; they are added, and logged.
@@ -85,6 +95,8 @@ def learn_code(
         validate: scores on held-out inputs, logged every `every` steps.
         every: steps between validations.
     """
+    if not share:
+        return
     for step in run.steps("codes", share):
         if step == 0:
             keeper.begin()
@@ -123,7 +135,7 @@ def learn_likelihood(
     Args:
         run: owns the loop.
         phase: its name in the logs.
-        share: of the run's budget.
+        share: of the run's budget; with 0 there is no such phase, and the policy stays as it is.
         policy: as `run.track` returned it.
         batches: step → inputs and their answers, trees whose tensors begin with this process's part of the batch.
         optimizer: as `run.track` returned it.
@@ -136,6 +148,8 @@ def learn_likelihood(
         every: steps between validations.
         precision: "bf16" runs the model in mixed precision.
     """
+    if not share:
+        return
     for step in run.steps(phase, share):
         if step == 0:
             if start is not None:

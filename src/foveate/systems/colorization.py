@@ -44,7 +44,7 @@ from foveate.parts import restored, tracked
 from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.rewards.named_images import picture_score
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_code, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_taught, held_out_scores, learn_code, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
 
 
@@ -169,8 +169,7 @@ def _reward(config: Config) -> Reward:
 
 def train(config: Config, run: Run) -> None:
     """Code, likelihood, reward, then the control from the start of the reward; each keeps its best weights on val."""
-    if not (config.code_share and config.likelihood_share) and run.source is None:
-        raise InputError("code_share, likelihood_share: 0, but no run to take it from; add --from RUN")
+    check_taught(run, code_share=config.code_share, likelihood_share=config.likelihood_share)
     data, val = _data(config, "train", run.device), _data(config, "val", run.device)
     torch.manual_seed(config.seed)
     code, code_optimizer, code_keeper = tracked(run, "code", _code(config), by="held_out_explained")
@@ -210,8 +209,7 @@ def train(config: Config, run: Run) -> None:
     def compare(drawn: Tensor, chroma: Tensor) -> dict[str, Tensor]:
         return {"chroma_loss": F.mse_loss(drawn, chroma)}
 
-    if config.code_share:
-        learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
+    learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
         for coded in (policy, keeper.best):
             coded.base.load_state_dict(code.base.state_dict())
@@ -223,9 +221,8 @@ def train(config: Config, run: Run) -> None:
 
     share, start = (1 - config.code_share - config.likelihood_share) / 2, parts["likelihood"][0]
     how: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
-    if config.likelihood_share:
-        own = how | arguments("likelihood") | {"validate": likely}
-        learn_likelihood(run, "likelihood", config.likelihood_share, batches=answers, **own)
+    own = how | arguments("likelihood") | {"validate": likely}
+    learn_likelihood(run, "likelihood", config.likelihood_share, batches=answers, **own)
     tuned = {"reward": reward, "batches": inputs, "tuning": _tuning(config), "average": average, "reference": start}
     tune_on_reward(run, "reward", share, **tuned, **arguments(PART), every=25)
     learn_likelihood(run, "control", share, batches=answers, start=start, **arguments("control"), **how)

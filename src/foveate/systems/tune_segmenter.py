@@ -45,7 +45,7 @@ from foveate.parts import restored
 from foveate.rewards.combine import check_output, load_reward
 from foveate.rewards.masks import credited, dice_reward, iou_reward
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput, split
 
 PIXELS = 2**19  # of images that are scored in one pass
@@ -73,7 +73,7 @@ class Config:
     minutes: float | None = None
     """wall-clock budget of all phases together"""
     likelihood_share: float = 0.5
-    """part of the budget for cross-entropy; the rest is shared evenly by the reward and its control"""
+    """part of the budget for cross-entropy, 0 for a model that has it; the rest is shared by reward and control"""
     model: str = "unet"
     """unet, torchvision:NAME (e.g. lraspp_mobilenet_v3_large), or package.module:function, which takes no arguments"""
     pretrained: bool = False
@@ -128,8 +128,8 @@ def resolve(config: Config) -> Config:
     for name in ("batch", "crop", "every", "looks", "width"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise InputError(f"{name}: found {value}, expected at least 1")
-    if not 0 < config.likelihood_share < 1:
-        raise InputError(f"likelihood_share: found {config.likelihood_share:g}, expected more than 0, less than 1")
+    if not 0 <= config.likelihood_share < 1:
+        raise InputError(f"likelihood_share: found {config.likelihood_share:g}, expected from 0 to less than 1")
     if config.width % 8:
         raise InputError(f"width: found {config.width}, expected a multiple of 8")
     _tuning(config)
@@ -177,6 +177,8 @@ def _reward(config: Config) -> Reward:
 
 def train(config: Config, run: Run) -> None:
     """Cross-entropy; from there the reward, and for as long further cross-entropy, its control."""
+    if ":" not in config.model:  # what is brought may come trained
+        check_taught(run, likelihood_share=config.likelihood_share)
     size = config.batch or 1
     data, val = (_data(config, split).to(run.device) for split in ("train", "val"))
     index = torch.arange(size)[run.rows(size)]
