@@ -34,7 +34,7 @@ from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.codes import MapCode, kept_words
 from foveate.run import Run
-from foveate.types import Decisions, InputError, Sampler, Tree, rows_of, split
+from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, rows_of, split
 
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
 Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
@@ -50,6 +50,19 @@ def check_taught(run: Run, **shares: float) -> None:
     """
     if run.source is None and (none := [name for name, share in shares.items() if not share]):
         raise InputError(f"{', '.join(none)}: 0, but no run to take it from; add --from RUN")
+
+
+@torch.no_grad()
+def check_reward(run: Run, policy: Sampler, reward: Reward, batch: tuple[Tree, Tree], samples: int) -> RewardOutput:
+    """Ask a reward for answers of a policy that has learned nothing yet: what is wrong with it is then said at once.
+
+    Raises:
+        InputError: what a guarded reward says (`foveate.rewards.combine.guarded`).
+    """
+    inputs, targets = batch
+    with answering(policy):
+        answers = policy.decode(policy.sample(inputs, samples, False, _keys(run, "check", 0, rows_of(inputs))))
+        return reward(answers, repeat(targets, samples))
 
 
 def held_out_scores(
