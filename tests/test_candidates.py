@@ -16,6 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import foveate
 from foveate import noise
+from foveate.cli import main
 from foveate.data.zoom import LEFT, zoomed
 from foveate.geometry import Boxes, overlaps
 from foveate.learn.answers import Tuning, repeat, reward_loss, score
@@ -539,3 +540,15 @@ def test_a_reward_of_the_users_own_may_give_a_tensor_and_is_watched(credit: str,
     foveate.train("tune-detector", out=tmp_path / "c", skip_bad=True, **how)
     rows = [json.loads(line) for line in (tmp_path / "c" / "metrics.jsonl").open()]
     assert any(row.get("part skipped") == pytest.approx(1 / 8) for row in rows)
+
+
+def test_the_command_tunes_a_detector_of_torchvision(tmp_path: Path) -> None:
+    """From nothing and at a small size: all three phases, and what is scored and drawn after them."""
+    words = ["--model", "torchvision:ssdlite320_mobilenet_v3_large", "--image-size", "64", "--scenes", "4"]
+    words += ["--batch", "2", "--candidates", "4", "--samples", "2", "--steps", "3", "--device", "cpu"]
+    assert main(["train", "tune-detector", *words, "--out", str(tmp_path / "run")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert {"likelihood", "reward", "control"} == {row["phase"] for row in rows}
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-5) for row in rows if row.get("ratio") is not None)
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert {"mle", "control"} <= found["baselines"].keys()

@@ -26,6 +26,10 @@ def iou_reward(predictions: Boxes, targets: Boxes) -> RewardOutput:
 
     For one object an image, one box, it is their IoU. Further boxes cost nothing: see `DetectionReward`. An image
     without targets scores 1 if nothing is predicted there, else 0.
+
+    Over a data set its mean weighs every image alike, and it knows neither scores nor false positives: it is no mAP. It
+    rises with recall at any threshold, as a mean over all thresholds from 0 to 1 of the share of targets that are found
+    (boxes may be found by one prediction together).
     """
     predictions, targets = _padded(predictions, targets)
     wanted = targets.wanted

@@ -23,6 +23,9 @@ def vivid_and_varied(predictions: Float[Tensor, "batch 3 height width"], targets
     a² + b² > 10; the hues atan2(b, a) of the vivid pixels fall into 7 bins, of which the entropy is taken, here divided
     by log 7. `parts` "vividness" and "diversity" multiply to the total.
 
+    The score of a data set, as in the paper, is the mean over its pictures. It does not say whether a colour is right:
+    a rainbow on any picture scores high.
+
     Args:
         predictions: RGB in [0, 1].
         targets: not used.
@@ -43,6 +46,9 @@ def colorfulness(predictions: Float[Tensor, "batch 3 height width"], targets: An
 
     With rg = R - G and yb = (R + G) / 2 - B: the length of (σ_rg, σ_yb) plus 0.3 times that of (μ_rg, μ_yb). About 0
     for grey, 33 moderately, 59 quite and 109 extremely colourful. `parts` "spread" and "shift" sum to the total.
+
+    The score of a data set is the mean over its pictures, as papers on colouring report it, where the value nearest to
+    that of the true pictures is the best, not the largest: noise is colourful, too.
 
     Args:
         predictions: RGB in [0, 1].

@@ -27,7 +27,11 @@ Masks = Bool[Tensor, "batch classes height width"]
 
 
 def iou_reward(predictions: Masks, targets: Masks) -> RewardOutput:
-    """TP / (TP + FP + FN) of the pixels."""
+    """TP / (TP + FP + FN) of the pixels, of each class and the mean over those that are in either mask.
+
+    Its mean over a data set weighs every image alike. The mIoU of VOC and Cityscapes divides sums over all images, in
+    which large objects count more: the two may rank models differently.
+    """
     both, either = (predictions & targets).sum((2, 3)), (predictions | targets).sum((2, 3))
     return _mean(torch.where(either > 0, both / either.clamp(min=1), 1.0), either > 0)
 
