@@ -96,7 +96,8 @@ def evaluate(
     """Score a run's agent and its baselines on test data.
 
     With `data` or `root` the agent is scored on data it was not trained on: the split test if there is one, else val,
-    else all.
+    else all. The scores are written to `evaluation.json` of the run's folder, those on other data to
+    `evaluation-NAME.json`, by the name of the folder or of the data.
     """
     run, module, config = agents.opened(folder, device)
     policy = agents.policy_of(module, config, run)
@@ -105,7 +106,9 @@ def evaluate(
         evaluation = module.evaluate(config, policy, run)
         _save_evaluation(run.folder, evaluation)
         return evaluation
-    return module.evaluate(there, policy, run, elsewhere=True)
+    evaluation = module.evaluate(there, policy, run, elsewhere=True)
+    _save_evaluation(run.folder, evaluation, f"evaluation-{Path(root).resolve().name if root else there.data}.json")
+    return evaluation
 
 
 def show(folder: Path | str, images: Path | str | None = None, device: str = "auto") -> list[Path]:
@@ -262,8 +265,8 @@ def _absolute(root: Path | None) -> Path | None:
     return None if root is None else root.resolve()
 
 
-def _save_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    write_atomically(folder / "evaluation.json", json.dumps(asdict(evaluation), indent=1).encode())
+def _save_evaluation(folder: Path, evaluation: Evaluation, name: str = "evaluation.json") -> None:
+    write_atomically(folder / name, json.dumps(asdict(evaluation), indent=1).encode())
 
 
 def _save_pictures(folder: Path, drawn: dict[str, Any]) -> dict[str, Path]:

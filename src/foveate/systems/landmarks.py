@@ -304,8 +304,11 @@ def predict(config: Config, policy: CubeQ, volumes: Tree) -> dict[str, Tensor]:
 def _given(config: Config, volumes: Tree) -> tuple[dict[str, Tensor], Volumes]:
     assert config.landmarks
     assert config.spacing
-    given = {"volume": volumes} if isinstance(volumes, Tensor) else dict(volumes)
-    given = {name: value.cpu() for name, value in given.items()}
+    given = {"volume": volumes} if isinstance(volumes, Tensor) else map_tree(lambda leaf: leaf.cpu(), dict(volumes))
+    if "volume" not in given:
+        raise InputError(
+            f"volume: not given, only {', '.join(given) or 'nothing'}; add it [batch, 1, depth, height, width]"
+        )
     given.setdefault("spacing", torch.ones(len(given["volume"]), 3))
     return given, volumes_of(given["volume"], given["spacing"], config.spacing, config.landmarks, given.get("size"))
 
