@@ -9,8 +9,8 @@
 | learner | Q-learning with guided exploration; cross-entropy and Dice for the masks |
 | corner | value |
 
-Han, Yang, Zhang, Chang, Liang 2018, "Reinforcement cutting-agent learning for video object segmentation" (CVPR). What
-differs here and why, and the numbers: docs/systems/cutting.md.
+Han, Yang, Zhang, Chang, Liang 2018, "Reinforcement cutting-agent learning for video object segmentation" (CVPR). Here:
+the stop is paid for the change since the frame began; why, and the rest: docs/systems/cutting.md.
 
     foveate train cutting --data davis --root DAVIS --minutes 30
 """

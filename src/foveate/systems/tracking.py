@@ -10,7 +10,8 @@
 | corner | value |
 
 Jiang, Hieu, Sun, Wang 2019, "Multi-agent deep reinforcement learning for multi-object tracker" (IEEE Access 7). Tracks
-begin and end by a detector's boxes, and are corrected by them. What differs here and why: docs/systems/tracking.md.
+begin and end by a detector's boxes. Here: moves are rewarded too (`--shaping 0`: as published), see
+docs/systems/tracking.md.
 
     foveate train tracking --minutes 10
 """
