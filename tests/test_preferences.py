@@ -451,6 +451,25 @@ def test_a_script_that_is_none_is_refused(tmp_path: Path) -> None:
         collect_by_script(store, asked(), lambda pictures, _: red(0 * pictures, None), "red", 3)
 
 
+@pytest.mark.parametrize("fails", ["is nan", "raises ZeroDivisionError"])
+def test_a_pair_on_which_a_script_fails_is_not_answered(fails: str, tmp_path: Path) -> None:
+    store, pairs = Comparisons(tmp_path, "a", make=True), Counter[int]()
+
+    def failing(pictures: Tensor, targets: object) -> Tensor:
+        assert targets is None
+        pairs[len(pictures)] += 1
+        later = pairs[2] > 3
+        if later and fails != "is nan":
+            raise ZeroDivisionError
+        return red(pictures, targets).total + (torch.nan if later else 0.0)
+
+    with pytest.raises(InputError, match=f"^reward red: {fails}"):
+        collect_by_script(store, asked(), failing, "red", 10)
+    counts = store.counts()
+    assert sum(counts[answer] for answer in ANSWERS) == 3
+    assert counts["waiting"] > 0
+
+
 def test_what_pairs_teach_is_held_against_pairs_that_nobody_saw() -> None:
     """benchmarks/asking.py: the curve of a seed rises with the comparisons."""
     unseen = draw_pairs(asked(), 10**6 + torch.arange(200))

@@ -26,7 +26,7 @@ from foveate.learn.preferences import bootstrap_counts, bradley_terry_loss, chan
 from foveate.learn.schedule import set_learning_rate
 from foveate.models.picture_judges import PictureJudges
 from foveate.rewards.colors import colorfulness
-from foveate.rewards.combine import check_output
+from foveate.rewards.combine import check_output, guarded
 from foveate.run import Run
 from foveate.run import folder as run_folder
 from foveate.types import InputError, RewardOutput, Sampler, Tree, map_tree, rows_of
@@ -192,13 +192,16 @@ def answer_by_script(store: Comparisons, score: Reward, name: str, flip: float, 
         flip: probability that an answer is the other way round, of a judge who errs.
         seed: of the errors.
         count: answer at most so many.
+
+    Raises:
+        InputError: the score raises or is NaN; that pair is not answered.
     """
     window = f"script {name}"
+    careful = guarded(lambda pictures, _: score(pictures, None), name=name)
     answered = 0
     while answered < count and (pair := store.claim(window)) is not None:
         pictures = torch.stack([store.picture(pair.left), store.picture(pair.right)]).float() / 255
-        output = score(pictures, None)
-        left, right = (output if isinstance(output, Tensor) else output.total).tolist()
+        left, right = careful(pictures, pictures).total.tolist()
         wrong = bool(noise.uniform(noise.key(seed, "error", pair.id)) < flip)
         answer: Answer = "tie" if left == right else ("left", "right")[(left < right) != wrong]
         store.answer(pair.id, answer, window, window, (left, right))
