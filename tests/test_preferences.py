@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,7 @@ def filled(folder: Path, pairs: int = 6, run: str = "a") -> Comparisons:
 
 
 def test_what_was_answered_comes_back(tmp_path: Path) -> None:
-    store = filled(tmp_path)
+    store, before = filled(tmp_path), datetime.now(UTC).replace(microsecond=0)
     for number, answer in enumerate(ANSWERS):
         pair = store.claim("window")
         assert pair is not None
@@ -202,6 +203,9 @@ def test_what_was_answered_comes_back(tmp_path: Path) -> None:
         assert torch.equal(found.pictures[found.right[row]], two(row)[1])
     with sqlite3.connect(tmp_path / FILE) as database:
         (name,) = set(database.execute("SELECT judge FROM answers").fetchall())
+        times = [datetime.fromisoformat(at) for (at,) in database.execute("SELECT at FROM answers ORDER BY id")]
+    assert all(time.tzinfo == UTC for time in times)
+    assert before <= times[0] <= times[-1] <= datetime.now(UTC)
     assert name[0].startswith("Ann of the long xxx")
     assert len(name[0]) == 40
     assert again.next_id() == 6
