@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -20,6 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub.utils import filter_repo_objects
 
 import foveate
 from foveate import commands, noise
@@ -81,6 +83,14 @@ def text_pipeline(folder: Path, scheduler: Any = None, vae: bool = True) -> Path
     ).save_pretrained(folder)
     if not vae:
         shutil.rmtree(folder / "vae")
+        relisted(folder, vae=[None, None])
+    return folder
+
+
+def relisted(folder: Path, **parts: Any) -> Path:
+    """With other entries in its index."""
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | parts))
     return folder
 
 
@@ -156,7 +166,7 @@ def test_what_is_missing_or_of_another_kind_is_named(text: Path, tmp_path: Path)
         with pytest.raises(InputError, match=message):
             read_pipeline(str(folder), words, 4, **how)
 
-    for part in ("unet", "scheduler", "text_encoder", "tokenizer"):
+    for part in ("unet", "scheduler", "text_encoder", "tokenizer", "vae"):
         copied = shutil.copytree(text, tmp_path / part)
         shutil.rmtree(copied / part)
         refused(copied, rf"has no '{part}', expected unet, scheduler, text_encoder, tokenizer")
@@ -169,13 +179,76 @@ def test_what_is_missing_or_of_another_kind_is_named(text: Path, tmp_path: Path)
     weights = cut / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     refused(cut, "its unet cannot be read")
-    other = shutil.copytree(text, tmp_path / "other")
-    index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet1DModel"]}))
-    refused(other, "has the denoiser 'UNet1DModel', expected one of UNet2DModel, UNet2DConditionModel")
+    for number, (entry, message) in enumerate(
+        (
+            ({"unet": ["diffusers", "UNet1DModel"]}, "has the denoiser 'UNet1DModel', expected one of UNet2DModel, UN"),
+            ({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, r"draws by 'text_encoder_2' too"),
+            ({"vqvae": ["diffusers", "VQModel"]}, r"draws by 'vqvae' too, a VQModel, expected unet, .* alone"),
+            ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder of .* is a T5Enc.*expected CLIPTextM"),
+            ({"vae": ["diffusers", "AsymmetricAutoencoderKL"]}, "vae of .* is a Asym.*, expected AutoencoderKL"),
+            ({"scheduler": [None, None]}, "has no 'scheduler', expected unet, scheduler, text_encoder, tokenizer"),
+            ({"vae": [None, None]}, "denoises 4 channels and has no 'vae' that makes images of them, expected 1 or 3"),
+        )
+    ):
+        refused(relisted(shutil.copytree(text, tmp_path / f"other{number}"), **entry), message)
+    unused = {"safety_checker": ["diffusers", "Checker"], "requires_safety_checker": True, "image_encoder": [None] * 2}
+    read_pipeline(str(relisted(shutil.copytree(text, tmp_path / "unused"), **unused)), ["a"], 4)
     refused(text, r"^prompts: .* reads prompts: add --prompts FILE", None)
     refused(text, r"^eta: found 0", eta=0.0)
     refused(tmp_path / "nowhere", "is no folder, and no repository OWNER/NAME")
+
+
+def test_a_text_pipeline_of_pixels_is_tuned_as_one_of_latents(prompts: Path, tmp_path: Path) -> None:
+    folder = text_pipeline(tmp_path / "pixels", vae=False)
+    policy = read_pipeline(str(folder), ["a bad cab", "feed a face"], 4)
+    assert policy.image == policy.shape == (3, 8, 8)
+    chain = policy.sample(torch.tensor([1, 0]), 1, False, KEYS)
+    torch.testing.assert_close(policy.decode(chain), ((chain.drawn[:, -1] + 1) / 2).clamp(0, 1))
+    *_, rows = trained(tmp_path / "run", model=f"hf:{folder}", prompts=prompts, anchors=(), **TINY)
+    assert any(row["phase"] == "reward" and row["reward"] < 0 for row in rows)
+
+
+def test_of_a_repository_only_what_is_read_is_fetched(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository with what Stable Diffusion's has beside: copies in half precision, a checker, one large file."""
+    repository = shutil.copytree(text, tmp_path / "repository")
+    relisted(repository, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    beside = ["v1-5-pruned.safetensors", "safety_checker/model.safetensors", "unet/diffusion_pytorch_model.bin"]
+    for part in ("unet", "vae"):
+        beside += [f"{part}/diffusion_pytorch_model.{copy}.safetensors" for copy in ("fp16", "non_ema")]
+    for name in beside:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("large")
+    fetched: list[str] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert name == "owner/name"
+        paths = [str(path.relative_to(repository)) for path in sorted(repository.rglob("*")) if path.is_file()]
+        for path in filter_repo_objects(paths, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / "cache" / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / path, tmp_path / "cache" / path)
+            fetched.append(path)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    policy = read_pipeline("owner/name", ["a"], 4)
+    assert fetched[0] == "model_index.json", "what cannot be read is refused before the weights come"
+    assert not set(fetched) & set(beside)
+    for name, weight in read_pipeline(str(text), ["a"], 4).state_dict().items():
+        assert torch.equal(policy.state_dict()[name], weight)
+    fetched.clear()
+    relisted(repository, text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+    with pytest.raises(InputError, match=r"^model: owner/name draws by 'text_encoder_2' too"):
+        read_pipeline("owner/name", ["a"], 4)
+    assert fetched == ["model_index.json"]
+
+    def fails(*_: Any, **__: Any) -> str:
+        raise OSError("\nthere is no network\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(InputError, match=r"^model: owner/name cannot be fetched: there is no network$"):
+        read_pipeline("owner/name", ["a"], 4)
 
 
 def test_a_scheduler_without_chance_is_named_and_replaced_if_asked(text: Path, tmp_path: Path) -> None:
