@@ -270,7 +270,9 @@ def test_prompts_are_read_a_line_each(tmp_path: Path) -> None:
     for content, message in (
         ("one\n\nthree\n", r"prompts.txt: line 2 is empty"),
         ("one\n \n", r"prompts.txt: line 2 is empty"),
+        ("one\ntwo\n\n\n", r"prompts.txt: line 3 is empty"),
         ("", r"prompts.txt: is empty"),
+        ("\n", r"prompts.txt: is empty"),
     ):
         path.write_text(content)
         with pytest.raises(InputError, match=message):
@@ -280,6 +282,18 @@ def test_prompts_are_read_a_line_each(tmp_path: Path) -> None:
         read_prompts(path)
     with pytest.raises(InputError, match="cannot be read as UTF-8 text"):
         read_prompts(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(("content", "said"), [("one\n\nthree\n", "line 2 is empty"), ("one\n\n\n", "line 2 is empty")])
+def test_an_empty_prompt_stops_the_command(
+    content: str, said: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text(content)
+    words = ["--model", f"hf:{text}", "--prompts", str(tmp_path / "prompts.txt"), "--steps", "4"]
+    assert main(["train", "diffusion", *words, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"prompts.txt: {said}, expected a prompt a line" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -71,13 +71,13 @@ def check_classes(policy: ClassDenoiser, model: str, classes: tuple[str, ...]) -
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """A prompt a line, as UTF-8; an empty last line is none.
+    """A prompt a line, as UTF-8.
 
     Raises:
         InputError: the file is missing, is no text, is empty, or has an empty line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts: {path} cannot be read as UTF-8 text ({error}): correct --prompts") from error
     for number, line in enumerate(lines, 1):
