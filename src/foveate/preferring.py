@@ -34,6 +34,7 @@ from foveate.types import InputError, RewardOutput, Sampler, Tree, map_tree, row
 Choose = Literal["random", "uncertain"]
 
 FOLDER = "preferences"  # of a run's folder
+AT_ONCE = 25  # pairs drawn together
 CANDIDATES = 8  # pairs that are looked at for each that is asked about
 FIRST = 20  # comparisons from which uncertainty is told; random before
 STEPS = 100  # of the members that tell it
@@ -94,7 +95,7 @@ def draw_pairs(asked: Asked, ids: Int[Tensor, " pairs"]) -> Pairs:
     rows = noise.integers(noise.fold(keys, "input"), rows_of(asked.inputs))
     pictures = []
     with answering(asked.policy):
-        for some, draws in zip(rows.split(100), keys.split(100), strict=True):
+        for some, draws in zip(rows.split(AT_ONCE), keys.split(AT_ONCE), strict=True):
             inputs = map_tree(lambda leaf: leaf[some.to(leaf.device)], asked.inputs)  # noqa: B023
             answers = asked.policy.decode(asked.policy.sample(inputs, 2, False, draws.to(device)))
             images = asked.shown(answers, repeat(inputs, 2))

@@ -25,6 +25,7 @@ def named_denoiser(
     classes: tuple[str, ...] | None,
     prompts: Path | None,
     image_size: int | None,
+    at_once: int | None,
 ) -> Denoiser:
     """A denoiser by its name; the fields are those of `foveate train diffusion`.
 
@@ -49,6 +50,7 @@ def named_denoiser(
             check_classes(policy, model, classes)
     else:
         raise InputError(f"model: no {model!r}, expected {SMALL} or hf:FOLDER_OR_REPOSITORY; correct --model")
+    policy.at_once = at_once
     if lora:
         add_low_rank(
             policy.network, lora, (*ATTENTION, *CONVOLUTIONS) if isinstance(policy, ClassDenoiser) else ATTENTION
@@ -67,6 +69,20 @@ def check_classes(policy: ClassDenoiser, model: str, classes: tuple[str, ...]) -
         known = (policy.classes or 0) + 1
         raise InputError(
             f"model: {model} is told {known} classes, expected {len(classes)}, or one more that means none"
+        )
+
+
+def check_drawn(policy: Denoiser, model: str, data: tuple[int | None, int | None, int | None]) -> None:
+    """Data of another shape (channels, rows, columns; None: any) than what is drawn teaches nothing.
+
+    Raises:
+        InputError: they differ.
+    """
+    wanted = tuple(drawn if size is None else size for size, drawn in zip(data, policy.image, strict=True))
+    if wanted != policy.image:
+        raise InputError(
+            f"data: {wanted} (channels, rows, columns), but {model} draws {policy.image}: leave --image-size out, and "
+            "convert grey pictures or coloured ones"
         )
 
 

@@ -101,14 +101,16 @@ class TextDenoiser(Denoiser):
         if vae is None:
             return pixels
         with torch.no_grad():
-            return (vae.encode(pixels).latent_dist.mean - _shift(vae)) * vae.config.scaling_factor
+            means = [vae.encode(some).latent_dist.mean for some in pixels.split(self.together())]
+            return (torch.cat(means) - _shift(vae)) * vae.config.scaling_factor
 
     def finish(self, x: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows colors tall wide"]:
         """Images in [0, 1] of latents."""
         vae = self._vae[0]
         if vae is None:
             return super().finish(x)
-        return super().finish(vae.decode(x / vae.config.scaling_factor + _shift(vae), return_dict=False)[0].float())
+        ready = (x / vae.config.scaling_factor + _shift(vae)).split(self.together())
+        return super().finish(torch.cat([vae.decode(some, return_dict=False)[0].float() for some in ready]))
 
 
 def read_pipeline(
