@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 
 import foveate
 from foveate import commands, noise
 from foveate.agents import Agent, policy_of
 from foveate.cli import main
+from foveate.learn.answers import divergence
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.models.named_denoisers import read_prompts
 from foveate.models.pipelines import TextDenoiser, read_pipeline
@@ -139,6 +141,40 @@ def test_scores_guidance_and_codes_go_through(text: Path) -> None:
     torch.testing.assert_close(none[0], none[1])
     assert not torch.allclose(none[0], policy.conditions(inputs)[0])
     assert not any("vae" in name or "prompts" in name for name in policy.state_dict())
+
+
+def test_large_images_are_drawn_and_decoded_a_few_at_a_time(text: Path) -> None:
+    policy = read_pipeline(str(text), ["a bad cab", "feed a face"], 4, guidance=2.0, chunk=2)
+    rows: list[int] = []
+    policy.network.register_forward_hook(lambda module, given, made: rows.append(len(given[0])))
+    vae = policy._vae[0]
+    whole = (vae.decode, vae.encode)
+    for name, call in zip(("decode", "encode"), whole, strict=True):
+        setattr(vae, name, lambda x, call=call, **how: rows.append(2 * len(x)) or call(x, **how))
+    inputs, found = torch.tensor([0, 1]), []
+    for at_once in (100, 3):
+        policy.at_once = at_once
+        rows.clear()
+        with torch.no_grad():
+            chain = policy.sample(inputs, 4, False, KEYS)
+            images = policy.decode(chain)
+            found.append((chain.drawn, images, policy.encode(images)))
+            assert max(rows) == 2 * min(8, at_once)
+            far = divergence(policy, policy, inputs, chain)
+            assert max(rows) == 2 * 2 * min(8, at_once), "of both steps of a piece"
+        assert far.shape == (8,)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    rows.clear()
+    policy(inputs, chain, slice(0, 1))
+    assert max(rows) == 16, "with a graph the batch is whole: `Tuning.chunk` is what makes it smaller"
+    policy.at_once = None
+    for side, most in ((16, 100), (64, 100), (128, 25), (512, 1), (1024, 1)):
+        policy.image = (3, side, side)
+        assert policy.together() == most
+    config = diffusion.Config(samples=4)
+    chunks = [diffusion._tuning(replace(config, at_once=at_once), 0.0).chunk for at_once in (1, 4, 9, 100)]
+    assert chunks == [1, 1, 2, 25]
 
 
 def test_a_pipeline_without_text_is_told_classes(tmp_path: Path) -> None:
@@ -368,6 +404,12 @@ def test_clip_rewards_read_the_prompts(text: Path, prompts: Path, tmp_path: Path
         ({"reward": ("sharp",)}, r"^reward: no 'sharp'"),
         ({"image_size": 10}, r"^image_size, widths: 10 pixels"),
         ({"data": "digit"}, r"^data: no 'digit'"),
+        ({"estimator": "weighted"}, r"^anchor, anchors: estimator weighted has no KL .* add --anchor 0 --anchors$"),
+        ({"estimator": "weighted", "anchor": 0.0, "anchors": (1.0,)}, r"^anchor, anchors: estimator weighted"),
+        ({"inputs": 11}, r"^inputs: found 11, expected at most 10: each class or prompt once"),
+        ({"at_once": 0}, r"^at_once: found 0"),
+        ({"judge_share": 0.0}, r"^judge_share: 0, but what it teaches knows nothing yet; raise it, or add --from RUN"),
+        ({"reward": (f"{__name__}:dim",)}, r"^dim: found 16x16, expected 4x4"),
     ],
 )
 def test_settings_that_teach_nothing_are_refused_before_anything_is_written(
@@ -376,6 +418,26 @@ def test_settings_that_teach_nothing_are_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         foveate.train("diffusion", out=tmp_path / "run", **{**TINY, **settings})
     assert not (tmp_path / "run").exists()
+
+
+def dim(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if images.shape[2:] != (4, 4):
+        raise InputError(f"dim: found {images.shape[3]}x{images.shape[2]}, expected 4x4")
+    return -images.flatten(1).mean(1)
+
+
+def test_a_reward_that_prompts_do_not_have_is_refused(text: Path, prompts: Path, tmp_path: Path) -> None:
+    for settings, message in (
+        ({"reward": ("class",)}, r"^reward: 'class' needs classes"),
+        ({"inputs": 4}, r"^inputs: found 4, expected at most 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            foveate.train(
+                "diffusion", model=f"hf:{text}", prompts=prompts, out=tmp_path / "run", **{**TINY, **settings}
+            )
+        assert not (tmp_path / "run").exists()
+    config = diffusion.Config(model=f"hf:{text}", prompts=prompts)
+    assert diffusion.resolve(config).inputs == 3, "as many as there are, if nothing is said"
 
 
 def test_a_start_of_another_run_is_tuned_without_learning_it_again(tmp_path: Path) -> None:
@@ -394,8 +456,13 @@ def test_a_start_of_another_run_is_tuned_without_learning_it_again(tmp_path: Pat
     )
     for here, there in zip(mine.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(here, there)
-    with pytest.raises(InputError, match=r"^likelihood_share, judge_share: 0, but model small knows nothing yet"):
-        foveate.train("diffusion", out=tmp_path / "nothing", **own)
+    for settings, message in (
+        ({}, r"^judge_share, likelihood_share: 0, but what it teaches knows nothing yet"),
+        ({"image_size": 16}, r"^reward preference:.*: judges pictures of 8x8, found 16x16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            foveate.train("diffusion", out=tmp_path / "nothing", **{**own, **settings})
+        assert not (tmp_path / "nothing").exists()
 
 
 def dark_fails(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -414,7 +481,9 @@ def test_a_reward_that_fails_stops_the_run_or_skips_the_image(tmp_path: Path) ->
     assert [row["part skipped"] for row in rows if "part skipped" in row] == [pytest.approx(0.1)]
 
 
-@pytest.mark.parametrize("settings", [{"estimator": "clipped", "epochs": 2, "lora": 2}, {"estimator": "weighted"}])
+@pytest.mark.parametrize(
+    "settings", [{"estimator": "clipped", "epochs": 2, "lora": 2}, {"estimator": "weighted", "anchor": 0.0}]
+)
 def test_every_estimator_trains(settings: dict[str, Any], tmp_path: Path) -> None:
     config, run, rows = trained(tmp_path / "run", **SMALL, **settings)
     (row,) = [row for row in rows if row["phase"] == "reward"]
@@ -425,6 +494,50 @@ def test_every_estimator_trains(settings: dict[str, Any], tmp_path: Path) -> Non
     for name in ("likelihood", "control"):
         assert run.restore(name, diffusion.build(config, False))
     assert run.restore("policy", diffusion.build(config))
+
+
+def test_an_evaluation_and_its_pictures_show_every_anchor_on_the_same_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {**SMALL, "steps": 8, "every": 1, "looks": 4, "anchors": (0.0, 1.0)}
+    config, run, rows = trained(tmp_path / "run", **how)
+    looks = [row for row in rows if "held_out_kl" in row]
+    assert {row["phase"] for row in looks} == {"reward", "reward, anchor 0", "reward, anchor 1"}
+    assert max(row["held_out_kl"] for row in looks) > 0
+    start = restored(run, {"start": "likelihood"}, partial(diffusion.build, config, False))["start"]
+    curves = diffusion.evaluate(config, start, run).curves
+    assert set(curves) == {
+        "frechet distance against reward",
+        "judge accuracy against reward",
+        "frechet distance against kl",
+    }
+    assert all(set(curve) == {"anchor 0.3 (kept)", "anchor 0", "anchor 1"} for curve in curves.values())
+    drawn: dict[str, list[torch.Tensor]] = {}
+    monkeypatch.setattr(diffusion.denoising, "frames", lambda steps, names: drawn.update(steps) or ["last"])
+    assert diffusion.picture(config, start, run)["before and after"] == "last"
+    assert list(drawn) == ["start", "control", "anchor 0", "anchor 1", "tuned"]
+    for before, after in zip(drawn["start"], drawn["tuned"], strict=True):
+        assert torch.equal(before, after), "the same weights on the same noise"
+    assert not torch.equal(drawn["start"][0][0], drawn["start"][0][1])
+    assert not torch.equal(drawn["start"][-1], drawn["control"][-1])
+
+
+def test_a_run_on_coloured_pictures(tmp_path: Path) -> None:
+    for number in range(60):
+        pixels = 255 * noise.uniform(noise.key("coloured", number), 8, 8, 3)
+        path = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.byte().numpy()).save(path)
+    how = {**SMALL, "data": "folder", "root": tmp_path / "pictures", "inputs": 2, "reward": ("colorfulness",)}
+    config, run, rows = trained(tmp_path / "run", **how)
+    assert (config.channels, config.classes) == (3, ("a", "b"))
+    assert [row["reward"] > 0 for row in rows if "reward" in row] == [True]
+    policy = policy_of(diffusion, config, run)
+    found = diffusion.evaluate(config, policy, run).metrics
+    assert found["reward"] > 0
+    assert found["frechet_distance"] > 0
+    assert diffusion.predict(config, policy, torch.rand(2, 3, 8, 8))["images"].shape == (2, 3, 8, 8)
+    assert diffusion.picture(config, policy, run)["before and after"].mode == "RGB"
 
 
 CALLS: list[int] = []  # what is left of the calls of `interrupted`; empty: it is never

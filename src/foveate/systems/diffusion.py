@@ -41,7 +41,7 @@ from foveate.models.low_rank import Unadapted, take_start
 from foveate.models.named_denoisers import SMALL, check_drawn, named_denoiser, read_prompts
 from foveate.parts import learning, restored, tracked
 from foveate.pictures import denoising
-from foveate.rewards.named_images import image_reward
+from foveate.rewards.named_images import image_reward, try_reward
 from foveate.run import Run
 from foveate.two_steps import learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
@@ -154,6 +154,8 @@ def resolve(config: Config) -> Config:
         raise InputError("judge_share, likelihood_share: one is below 0, or nothing is left for the reward; change one")
     if config.anchor in config.anchors or len(set(config.anchors)) < len(config.anchors):
         raise InputError(f"anchors: found {config.anchors} beside anchor {config.anchor:g}, expected different ones")
+    if config.estimator == "weighted" and (config.anchor, *config.anchors) != (0,):
+        raise InputError("anchor, anchors: estimator weighted has no KL to weigh; add --anchor 0 --anchors")
     _tuning(config, config.anchor)
     if config.model == SMALL:
         if config.prompts is not None:
@@ -168,7 +170,11 @@ def resolve(config: Config) -> Config:
         config = replace(config, image_size=size, classes=train.classes, channels=train.pixels.shape[1])
     policy, known = build(config), len(config.classes or ())
     check_drawn(policy, config.model, (config.channels, config.image_size, config.image_size))
-    _reward(config, None, torch.device("cpu"))
+    if (config.inputs or 0) > known:
+        raise InputError(f"inputs: found {config.inputs}, expected at most {known}: each class or prompt once")
+    reward = _reward(config, None if config.prompts else _judge(config), torch.device("cpu"))
+    if not config.skip_bad:  # on what is no image it may fail and still be right
+        try_reward(reward, policy.image, known)
     (channels, size, _), most, inputs = policy.image, policy.together(), config.inputs or min(10, known)
     return replace(config, channels=channels, image_size=size, at_once=most, inputs=inputs)
 
@@ -216,8 +222,9 @@ def _contest(
 
 def train(config: Config, run: Run) -> None:
     """Judges, denoising loss, the reward with each anchor, then the control; the agent ends with its best weights."""
-    if config.model == SMALL and not (run.source or (config.likelihood_share and config.judge_share)):
-        raise InputError("likelihood_share, judge_share: 0, but model small knows nothing yet; raise it, or --from RUN")
+    needed = {"judge_share": config.prompts is None, "likelihood_share": config.model == SMALL}
+    if not run.source and (none := [name for name in needed if needed[name] and not getattr(config, name)]):
+        raise InputError(f"{', '.join(none)}: 0, but what it teaches knows nothing yet; raise it, or add --from RUN")
     weights = {PART: config.anchor} | {f"anchor {weight:g}": weight for weight in config.anchors}
     taught = ("likelihood", "control") if config.likelihood_share or config.model == SMALL else ()
     parts: dict[str, tuple[Any, ...]] = {}
