@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.distributions import Normal, kl_divergence
 
 import foveate
 from foveate import noise
+from foveate.judging import CHAINS, Contest
 from foveate.learn.answers import (
     Tuning,
     answering,
@@ -29,6 +32,7 @@ from foveate.learn.keeper import Keeper
 from foveate.models.denoising import gaussian_steps
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.models.low_rank import Unadapted, add_low_rank, take_start
+from foveate.pictures.denoising import along
 from foveate.run import Run
 from foveate.two_steps import tune_on_reward
 from foveate.types import InputError, RewardOutput
@@ -213,6 +217,40 @@ def test_the_anchor_is_the_exact_divergence_in_the_units_of_the_log_probability(
     assert float(ratio.mean()) == pytest.approx(
         float(divergence(policy, reference, LABELS[:1], many).mean()), abs=4 * error
     )
+
+
+def test_a_look_tells_the_divergence_of_a_few_chains() -> None:
+    start, policy = denoiser(), denoiser()
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    kinds, keys = torch.arange(CHAINS + 4) % 3, noise.key(1, torch.arange(CHAINS + 4))
+    for at_once in (100, 3):
+        policy.at_once = start.at_once = at_once
+        contest = Contest(brightness, None, start, kinds, keys)
+        found = contest.look(policy, 0.4)
+        chain = policy.sample(kinds[:CHAINS], 1, False, keys[:CHAINS])
+        expected = divergence(policy, start, kinds[:CHAINS], chain).mean()
+        assert expected > 0
+        torch.testing.assert_close(found["held_out_kl"], expected, rtol=1e-3, atol=1e-4)
+        assert contest.look(start, 0.4)["held_out_kl"] == 0
+        assert contest.model(policy, CHAINS)["kl"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_curves_of_a_log_are_told_apart_by_anchor(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"phase": "likelihood", "held_out_likelihood": -1.0},
+        {"phase": "reward", "held_out_reward": 1.0, "held_out_distance": 2.0, "held_out_accuracy": 0.9},
+        {"phase": "reward, anchor 0", "held_out_reward": 3.0, "held_out_distance": 4.0, "held_out_kl": 5.0},
+        {"phase": "reward", "reward": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"phase": "rew')
+    assert along(tmp_path, 0.3) == {
+        "frechet distance against reward": {"anchor 0.3 (kept)": [(1.0, 2.0)], "anchor 0": [(3.0, 4.0)]},
+        "judge accuracy against reward": {"anchor 0.3 (kept)": [(1.0, 0.9)]},
+        "frechet distance against kl": {"anchor 0": [(5.0, 4.0)]},
+    }
+    assert along(tmp_path / "nowhere", 0.3) == {}
 
 
 def test_an_adapter_that_is_off_is_the_start() -> None:
