@@ -33,7 +33,7 @@ from foveate.data.videos import SIZES, Videos, given, load_videos, on, opening
 from foveate.envs.box_tracking import ACTIONS, BoxTrackingEnv, Walking
 from foveate.envs.joint_tracking import Proposer, regressed
 from foveate.geometry import Boxes, overlaps
-from foveate.learn.q_learning import Dueling
+from foveate.learn.q_learning import Believing
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.association import CHOICES, Propose, Rules, best_rules, follow, moving, rules_tensor, still
@@ -42,7 +42,7 @@ from foveate.parts import restored, tracked
 from foveate.rewards.tracking import tracking_metrics
 from foveate.run import Run
 from foveate.types import Evaluation, InputError, map_tree
-from foveate.value_learning import Acting, Walk, learn_by_acting, walk
+from foveate.value_learning import Acting, Walk, learn_by_acting, walk, with_belief
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ SHOWN = 80  # frames of a video in a picture
 
 def _follower(config: Config, outputs: int) -> Follower:
     sizes = config.patch, PAST, ACTIONS
-    head = Dueling if outputs == ACTIONS else nn.Linear
+    head = Believing if outputs == ACTIONS else nn.Linear
     return Follower(TrackingNetwork(*sizes, head, outputs, config.communicate, config.hidden))
 
 
@@ -163,7 +163,8 @@ def train(config: Config, run: Run) -> None:
     held = _walker(config, "val", run.device)
     validate = partial(_held_out, config, held, policy)
     phase: tuple[Any, ...] = run, "walk", 0.5, env, policy, target, optimizer, replay, _acting(config)
-    learn_by_acting(*phase, good=env.rewarded, keeper=keeper, validate=validate)
+    beside = partial(with_belief, policy.network.both, env.rewarded)
+    learn_by_acting(*phase, good=env.rewarded, beside=beside, keeper=keeper, validate=validate)
     torch.manual_seed(config.seed)
     other, optimizer, keeper = tracked(run, "regressor", _follower(config, 4), by="held_out_iou")
     _regress(config, run, env, other, optimizer, keeper, partial(_held_out, config, held, other))
@@ -220,7 +221,7 @@ def _spread(env: BoxTrackingEnv) -> Tensor:
 
 
 def _regresses(policy: Follower) -> bool:
-    return not isinstance(policy.network.head, Dueling)
+    return not isinstance(policy.network.head, Believing)
 
 
 def _proposer(config: Config, policy: Follower, videos: Videos) -> Propose:
