@@ -10,8 +10,7 @@
 | corner | value |
 
 Jiang, Hieu, Sun, Wang 2019, "Multi-agent deep reinforcement learning for multi-object tracker" (IEEE Access 7). Tracks
-begin and end by a detector's boxes. Here: moves are rewarded too (`--shaping 0`: as published), see
-docs/systems/tracking.md.
+begin and end by a detector's boxes. Here: moves are rewarded (as there: `--shaping 0`); see docs/systems/tracking.md.
 
     foveate train tracking --minutes 10
 """
@@ -251,11 +250,10 @@ def _rules(videos: Videos, propose: Propose, plain: bool = False) -> Rules:
 def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False) -> Evaluation:
     """HOTA (with its parts DetA and AssA), MOTA, IDF1 and identity switches of the test sequences, by TrackEval.
 
-    `iou` is that of single walks from an object's shaken box to its box in the next frame. Baselines from
-    the same detections. With rules chosen for each on the same held-out frames: `iou tracker`, boxes that stay where
-    they were and are shown only where they are detected; `constant velocity`, as SORT; `regressor`, trained for as
-    long. With the agent's rules: `always led`, the agents' boxes count also where constant velocity has foretold the
-    detections better; `no motion`, agents that never move; `untrained`, the network before training.
+    `iou` is that of single walks from an object's shaken box to its box in the next frame. Baselines from the same
+    detections: `iou tracker` (boxes that stay, shown where detected), `constant velocity` (as SORT) and `regressor`,
+    with rules of their own from the same held-out frames; with the agent's `untrained`; `always led`, its boxes also
+    where constant velocity foretold better; `deaf`, the same without hearing neighbours; `no motion`, boxes that stay.
     """
     val, test = (on(_videos(config, part), run.device) for part in ("val", "test"))
     torch.manual_seed(config.seed)
@@ -272,6 +270,7 @@ def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False
         rows[name] |= {"iou": float(_held_out(config, held, network, "iou")["iou"])}
     always = replace(policy.chosen, lead=0.0)
     rows["always led"] = score(_proposer(config, policy, test), always)
+    rows["deaf"] = score(_proposer(replace(config, communicate=False), policy, test), always)
     rows["no motion"] = score(still, always)
     rows["iou tracker"] = score(still, _rules(val, still, plain=True))
     rows["constant velocity"] = score(moving, _rules(val, moving))
