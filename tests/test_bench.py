@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,17 @@ def test_both_denoising_loops_have_the_same_gradient(monkeypatch: pytest.MonkeyP
     (-(found.log_probs * advantages[:, None]).sum() / 4).backward()
     ours = torch.cat([weight.grad.flatten() for weight in policy.network.parameters()])
     torch.testing.assert_close(64 * theirs, ours, rtol=1e-2, atol=1e-3 * float(ours.abs().max()))
+
+
+def test_a_replay_of_states_is_a_small_part_of_one_of_what_is_seen() -> None:
+    for task, most in ((environments.boxes, 300), (partial(environments.volumes, 24), 200)):
+        ours, theirs, unit = environments.compare_memory(task)
+        assert ours > 10 * theirs
+        assert 1e6 / ours < most, unit
+
+
+def test_sizes_are_compared_on_the_same_steps() -> None:
+    ours, theirs, unit = environments.compare_sizes(partial(environments.boxes, count=4), 64, 32, rounds=1)
+    assert ours > 0
+    assert theirs > 0
+    assert "64" in unit

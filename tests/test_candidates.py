@@ -1,5 +1,6 @@
 """Detectors as policies: candidates, sets, adapters, the credit of single boxes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -513,3 +514,28 @@ def test_settings_that_cannot_be_trained_are_refused() -> None:
     for field, value in (("likelihood_share", 1.0), ("candidates", 0), ("data", "nothing"), ("image_size", 4)):
         with pytest.raises(InputError, match=f"{field}: found"):
             tune_detector.resolve(replace(tune_detector.Config(scenes=8, image_size=16), **{field: value}))
+
+
+def counted(predictions: Boxes, targets: Boxes) -> Tensor:
+    """Of the user's own: a tensor, not a `RewardOutput`."""
+    return -(predictions.mask.sum(1) - targets.mask.sum(1)).abs().float()
+
+
+def broken(predictions: Boxes, targets: Boxes) -> Tensor:
+    """The same, but NaN for the eighth set."""
+    found = counted(predictions, targets)
+    return torch.where(torch.arange(len(found)) == 7, float("nan"), found)
+
+
+@pytest.mark.parametrize("credit", ["difference", "answer"])
+def test_a_reward_of_the_users_own_may_give_a_tensor_and_is_watched(credit: str, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"steps": 3, "device": "cpu", "batch": 2, "scenes": 8, "image_size": 32, "width": 16}
+    how |= {"samples": 4, "candidates": 3, "credit": credit}
+    foveate.train("tune-detector", out=tmp_path / "a", reward="test_candidates:counted", **how)
+    how |= {"reward": "test_candidates:broken"}
+    with pytest.raises(InputError, match=r"^reward test_candidates:broken: is nan for example 7"):
+        foveate.train("tune-detector", out=tmp_path / "b", **how)
+    assert not (tmp_path / "b").exists(), "told before the first phase"
+    foveate.train("tune-detector", out=tmp_path / "c", skip_bad=True, **how)
+    rows = [json.loads(line) for line in (tmp_path / "c" / "metrics.jsonl").open()]
+    assert any(row.get("part skipped") == pytest.approx(1 / 8) for row in rows)

@@ -112,3 +112,23 @@ def test_a_guard_asks_sentence_by_sentence_and_passes_on_what_says_itself_what_i
 
     with pytest.raises(InputError, match=r"^pictures: found 3 channels$"):
         guarded(picky, skip=True)(torch.ones(2), None)
+
+
+def test_a_guard_leaves_credit_as_it_is_and_takes_that_of_a_failed_example() -> None:
+    def worth(predictions: Tensor, targets: Tensor) -> RewardOutput:
+        if (predictions < 0).any():
+            raise ValueError("below 0")
+        return RewardOutput(predictions.sum(1), credit=predictions)
+
+    fine = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    assert torch.equal(guarded(worth, skip=True)(fine, fine).credit, fine)
+    assert torch.equal(guarded(worth)(fine, fine).credit, fine)
+    for broken in (-1.0, float("inf")):
+        found = guarded(worth, skip=True)(torch.where(fine == 4, broken, fine), fine)
+        assert found.total.tolist() == [3, 7, 11]
+        assert found.credit.tolist() == [[1, 2], [0, 0], [5, 6]]
+
+
+def test_a_function_that_gives_another_number_of_scores_is_told() -> None:
+    with pytest.raises(InputError, match=r"^reward short: its total is \[2\], expected \[3\]: one an example"):
+        guarded(lambda predictions, targets: predictions[1:, 0], name="short")(torch.ones(3, 2), None)

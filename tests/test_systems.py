@@ -5,17 +5,20 @@ import dataclasses
 import inspect
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
+from torch import nn
 
 import foveate
 from foveate import agents, commands, report
 from foveate.cli import main
 from foveate.run import Run
 from foveate.systems import SYSTEMS
+from foveate.types import InputError
 
 QUICK = {
     "seednet": {"scenes": 20, "image_size": 20, "copies": 4, "rows": 6, "batch": 4, "width": 8, "depth": 1, "draws": 1},
@@ -145,6 +148,39 @@ def test_what_is_tuned_from_a_start_is_analysed(trained: agents.Agent) -> None:
         assert {"rewards-of-answers.png", "best-of-N.png"} <= {path.name for path in files}
 
 
+@pytest.mark.parametrize("system", ["detection", "tune-segmenter"])
+def test_tuning_goes_on_from_what_another_run_was_tuned_to(system: str, tmp_path: Path) -> None:
+    """With no share for likelihood and a learning rate of 0 the agent ends as that run's, not as its start."""
+    module = agents.system_module(system)
+    config = module.resolve(module.Config(**QUICK[system]))
+    start, tuned = (module.build(config) for _ in range(2))
+    source = Run(tmp_path / "source", system=system, config={}, steps=1, device="cpu", quiet=True)
+    source.track(likelihood=start, policy=tuned)
+    list(source.steps())
+    go = partial(foveate.train, system, steps=1, device="cpu", source=source.folder, likelihood_share=0.0)
+    go = partial(go, tuning_rate=0.0, **QUICK[system])
+    assert not same(start, tuned)
+    assert same(go(out=tmp_path / "again").policy, start)
+    assert same(go(out=tmp_path / "on", from_part="policy").policy, tuned)
+    with pytest.raises(InputError, match=r"has no part 'polic' for likelihood to begin with; it has likelihood, pol"):
+        go(out=tmp_path / "wrong", from_part="polic")
+    assert not (tmp_path / "wrong").exists()
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_what_a_start_is_taken_from_is_asked_for(tmp_path: Path) -> None:
+    how = {"steps": 1, "device": "cpu", "out": tmp_path / "run"}
+    with pytest.raises(InputError, match=r"^from_part: given, but no run to take it from; name it with --from RUN"):
+        foveate.train("detection", from_part="policy", **how, **QUICK["detection"])
+    with pytest.raises(InputError, match=r"^from_part: ram is not tuned from a start"):
+        foveate.train("ram", source=tmp_path, from_part="policy", **how, **QUICK["ram"])
+    with pytest.raises(InputError, match=r"^likelihood_share: 0, but no run to take it from; add --from RUN"):
+        foveate.train("detection", likelihood_share=0.0, **how, **QUICK["detection"])
+
+
 def test_the_report_shows_pictures_and_curves(trained: agents.Agent) -> None:
     page = (trained.folder / "report.html").read_text()
     assert page.count("data:image/") >= 2
@@ -186,3 +222,35 @@ def test_the_command_of_a_run_makes_its_config_again() -> None:
     words = commands.command("tune-segmenter", config)
     assert {"--skip-bad", "--no-flip", "--classes", "disk", "ring"} <= set(words.split())
     assert tyro.cli(module.Config, args=words.split()[3:]) == config
+
+
+@pytest.mark.parametrize("system", ["localization", "tracking", "landmarks", "seednet", "cutting"])
+def test_an_agent_that_was_stopped_ends_as_one_that_was_not(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it acts, its replay filled: the weights are equal to the last bit."""
+    module = agents.system_module(system)
+    config = module.resolve(module.Config(**QUICK[system], steps=36))
+    kept = {"system": system, "config": {}, "steps": 36, "device": "cpu", "checkpoint_steps": 6, "quiet": True}
+    whole, cut = (Run(tmp_path / name, **kept) for name in ("whole", "cut"))
+    module.train(config, whole)
+    log, calls = Run.log, []
+
+    def stopped(run: Run, **told: object) -> None:
+        calls.append(1)
+        if len(calls) == 25:
+            raise KeyboardInterrupt
+        log(run, **told)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "log", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            module.train(config, cut)
+    again = Run(tmp_path / "cut", **{**kept, "resume": True})
+    module.train(config, again)
+    ends = [module.build(config).state_dict() for _ in range(2)]
+    for run, end in zip((whole, again), ends, strict=True):
+        policy = module.build(config)
+        assert run.restore(module.PART, policy)
+        end.update(policy.state_dict())
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,40 @@ def test_a_reward_that_is_none_is_named_before_anything_is_written(tmp_path: Pat
     with pytest.raises(InputError, match=r"^reward constant: is 1 for all 16 examples"):
         foveate.tune(small(), constant, lambda step: (images(2), torch.zeros(2, 2)), out=tmp_path / "run", steps=1)
     assert not (tmp_path / "run").exists()
+
+
+def failing(at: int) -> Callable[[Tokens, Tensor], Tensor]:
+    """Fails on one answer from a batch on; the first call is the look before the first update."""
+    calls = [-1]
+
+    def score(predictions: Tokens, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        found = agreement(predictions, targets).total
+        return torch.where(torch.arange(len(found)) == 5, float("nan"), found) if calls[0] >= at else found
+
+    return score
+
+
+def test_a_reward_that_fails_later_is_named_or_left_out_and_counted(tmp_path: Path) -> None:
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        return images(2), torch.ones(2, 2).long()
+
+    how: dict[str, Any] = {"steps": 5, "device": "cpu", "warmup": 1, "learning_rate": 1e-3}
+    with pytest.raises(InputError, match=r"^reward score: is nan for example 5 \(1 of 16\): .* skip_bad=True"):
+        foveate.tune(small(), failing(3), batches, out=tmp_path / "a", **how)
+    foveate.tune(model := small(), failing(3), batches, out=tmp_path / "b", skip_bad=True, **how)
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    assert rows_of(tmp_path / "b")[-1]["part skipped"] == pytest.approx(3 / 5 / 16)
+
+    calls = [0]
+
+    def shrinking(predictions: Tokens, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        found = agreement(predictions, targets).total
+        return found if calls[0] < 3 else found[:-1]
+
+    with pytest.raises(InputError, match=r"^reward shrinking: its total is \[15\], expected \[16\]"):
+        foveate.tune(small(), shrinking, batches, out=tmp_path / "c", **how)
 
 
 def test_what_only_gets_worse_ends_as_it_began(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ class Options:
     """delete a run that is already there"""
     source: Annotated[Path | None, arg(name="from")] = None
     """a run to take the first weights from"""
+    from_part: str | None = None
+    """which part of it the start of tuning is; policy: what it was tuned to; by default its own start"""
     config_file: Annotated[Path | None, arg(name="config")] = None
     """a JSON file of fields, or a run's run.json; what is typed goes before it"""
     device: str = "auto"
@@ -115,6 +117,7 @@ def train(words: list[str]) -> int:
         out=options.out,
         overwrite=options.overwrite,
         source=options.source,
+        from_part=options.from_part,
         device=options.device,
         checkpoint_steps=options.checkpoint_steps,
         **vars(parsed.config),

@@ -33,6 +33,7 @@ def train(
     out: Path | str | None = None,
     overwrite: bool = False,
     source: Path | str | None = None,
+    from_part: str | None = None,
     device: str = "auto",
     checkpoint_steps: int | None = None,
     **settings: Any,
@@ -44,11 +45,16 @@ def train(
         out: the run's folder; runs/SYSTEM-DATE-TIME if not given.
         overwrite: delete a run that is already there.
         source: a run to take the first weights from.
+        from_part: which part of that run the start of tuning is, e.g. "policy", what it was tuned to; None: its start.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         checkpoint_steps: save every so many steps; by default every 30 seconds.
         **settings: fields of the system's `Config`, e.g. `minutes=3`.
+
+    Raises:
+        InputError: a field is out of its range, the data cannot be read, or the source has no such part.
     """
     module = agents.system_module(system)
+    starts = {} if from_part is None else {_start_of(module, system, source): from_part}
     config = module.resolve(agents.config_from(system, settings, "train"))
     folder = Path(out) if out else Path("runs") / f"{system}-{datetime.now():%Y%m%d-%H%M%S}"
     run = Run(
@@ -62,12 +68,23 @@ def train(
         checkpoint_steps=checkpoint_steps,
         overwrite=overwrite,
         source=None if source is None else Path(source),
+        source_parts=starts,
     )
     given = agents.config_from(system, settings, "train")
     for entry in fields(config):
         if getattr(given, entry.name) is None and getattr(config, entry.name) is not None:
             run.say(f"{entry.name} = {_plain(getattr(config, entry.name))} (chosen by the data)")
     return _train(module, config, run)
+
+
+def _start_of(module: ModuleType, system: str, source: Path | str | None) -> str:
+    """The part that tuning begins from, for a run that is to take it from another part of a source."""
+    if source is None:
+        raise InputError("from_part: given, but no run to take it from; name it with --from RUN")
+    if not hasattr(module, "compared"):
+        raise InputError(f"from_part: {system} is not tuned from a start; leave it out")
+    part: str = next(iter(module.ROWS.values()))
+    return part
 
 
 def resume(folder: Path | str, device: str = "auto") -> agents.Agent:
@@ -96,7 +113,8 @@ def evaluate(
     """Score a run's agent and its baselines on test data.
 
     With `data` or `root` the agent is scored on data it was not trained on: the split test if there is one, else val,
-    else all.
+    else all. The scores are written to `evaluation.json` of the run's folder, those on other data to
+    `evaluation-NAME.json`, by the name of the folder or of the data.
     """
     run, module, config = agents.opened(folder, device)
     policy = agents.policy_of(module, config, run)
@@ -105,7 +123,9 @@ def evaluate(
         evaluation = module.evaluate(config, policy, run)
         _save_evaluation(run.folder, evaluation)
         return evaluation
-    return module.evaluate(there, policy, run, elsewhere=True)
+    evaluation = module.evaluate(there, policy, run, elsewhere=True)
+    _save_evaluation(run.folder, evaluation, f"evaluation-{Path(root).resolve().name if root else there.data}.json")
+    return evaluation
 
 
 def show(folder: Path | str, images: Path | str | None = None, device: str = "auto") -> list[Path]:
@@ -262,8 +282,8 @@ def _absolute(root: Path | None) -> Path | None:
     return None if root is None else root.resolve()
 
 
-def _save_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    write_atomically(folder / "evaluation.json", json.dumps(asdict(evaluation), indent=1).encode())
+def _save_evaluation(folder: Path, evaluation: Evaluation, name: str = "evaluation.json") -> None:
+    write_atomically(folder / name, json.dumps(asdict(evaluation), indent=1).encode())
 
 
 def _save_pictures(folder: Path, drawn: dict[str, Any]) -> dict[str, Path]:

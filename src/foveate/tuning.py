@@ -16,10 +16,10 @@ from foveate.geometry import Boxes
 from foveate.learn.answers import Reward, Tuning, answering, decided, frozen, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
-from foveate.rewards.combine import check_output
+from foveate.rewards.combine import check_output, guarded
 from foveate.run import Run
 from foveate.two_steps import Batches, held_out_scores, tune_on_reward
-from foveate.types import InputError, RewardOutput, Sampler, Tree, map_tree, rows_of
+from foveate.types import InputError, Sampler, Tree, map_tree, rows_of
 
 
 def tune(
@@ -36,17 +36,18 @@ def tune(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
+    skip_bad: bool = False,
     **settings: Any,
 ) -> Sampler:
     """Tune a model on a score: `foveate.tune`.
 
         foveate.tune(model, DetectionReward(), lambda step: (images, targets), out="runs/tuned", minutes=10)
 
-    Before the first update the first answers are looked at: the reward gives one finite number for each, not the same
-    for all; scoring them twice gives the same probabilities; boxes and targets share their units. The optimizer is
-    Adafactor, as in the paper. With `held_out` the model is given the weights that answered best there, greedily, those
-    of the start among them. In the end the folder has a page that says whether the curve is normal
-    (`foveate.analysis.curve_page`).
+    The reward is watched throughout: it gives one finite number for each answer, or the run stops and names the
+    example. Before the first update the first answers are looked at: their rewards are not all the same; scoring them
+    twice gives the same probabilities; boxes and targets share their units. The optimizer is Adafactor, as in the
+    paper. With `held_out` the model is given the weights that answered best there, greedily, those of the start among
+    them. In the end the folder has a page that says whether the curve is normal (`foveate.analysis.curve_page`).
 
     Args:
         policy: what answers: a `foveate.types.Sampler`. It is moved to the device and changed.
@@ -62,6 +63,8 @@ def tune(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: go on with the run in `out`; pass the model as it was at the start.
         overwrite: delete the run that is there.
+        skip_bad: an answer for which the reward raises or is not finite teaches nothing and is counted ("part
+            skipped"), instead of stopping the run.
         **settings: fields of `foveate.learn.answers.Tuning`.
 
     Returns:
@@ -91,11 +94,9 @@ def tune(
     def ready(tree: Tree) -> Tree:
         return map_tree(lambda leaf: leaf.to(run.device), tree)
 
-    def checked(predictions: Any, targets: Any) -> RewardOutput:
-        output = reward(predictions, targets)
-        return output if isinstance(output, RewardOutput) else RewardOutput(output)
-
-    _check_start(policy, reward, ready(batches(0)), seed, tuning)
+    name = getattr(reward, "__name__", "given")
+    checked = guarded(reward, skip_bad, name)
+    _check_start(policy, checked, name, ready(batches(0)), seed, tuning)
 
     def look() -> dict[str, Tensor]:
         return held_out_scores(policy, checked, map(ready, held_out), seed, tuning.precision)
@@ -122,7 +123,9 @@ def tune(
 
 
 @torch.no_grad()
-def _check_start(policy: Sampler, reward: Reward, batch: tuple[Tree, Tree], seed: int, tuning: Tuning) -> None:
+def _check_start(
+    policy: Sampler, reward: Reward, name: str, batch: tuple[Tree, Tree], seed: int, tuning: Tuning
+) -> None:
     """Look at the first answers before anything is learned from them."""
     inputs, targets = batch
     rows = rows_of(inputs)
@@ -137,7 +140,7 @@ def _check_start(policy: Sampler, reward: Reward, batch: tuple[Tree, Tree], seed
             raise InputError(
                 f"targets: their boxes lie within [0, 1], the model's reach {reach:g}: multiply by width and height"
             )
-    check_output(reward(answers, wanted), rows * tuning.samples, getattr(reward, "__name__", "given"))
+    check_output(reward(answers, wanted), rows * tuning.samples, name)
     off = 0.0
     for first, second in zip(once, again, strict=True):
         if first.log_probs is None or first.mask is None or second.log_probs is None:

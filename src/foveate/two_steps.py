@@ -34,12 +34,35 @@ from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.codes import MapCode, kept_words
 from foveate.run import Run
-from foveate.types import Decisions, InputError, Sampler, Tree, rows_of, split
+from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, rows_of, split
 
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
 Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
 SUMS = ("entropy", "kl", "value_loss")  # divided by the answers of the whole batch, of which a chunk has its part
 LONG = (*SUMS, "length")  # sums over decisions, of which a piece has its part
+
+
+def check_taught(run: Run, **shares: float) -> None:
+    """Check that a start which is not learned in the run comes from another one.
+
+    Raises:
+        InputError: a share of the budget is 0, and there is no source.
+    """
+    if run.source is None and (none := [name for name, share in shares.items() if not share]):
+        raise InputError(f"{', '.join(none)}: 0, but no run to take it from; add --from RUN")
+
+
+@torch.no_grad()
+def check_reward(run: Run, policy: Sampler, reward: Reward, batch: tuple[Tree, Tree], samples: int) -> RewardOutput:
+    """Ask a reward for answers of a policy that has learned nothing yet: what is wrong with it is then said at once.
+
+    Raises:
+        InputError: what a guarded reward says (`foveate.rewards.combine.guarded`).
+    """
+    inputs, targets = batch
+    with answering(policy):
+        answers = policy.decode(policy.sample(inputs, samples, False, _keys(run, "check", 0, rows_of(inputs))))
+        return reward(answers, repeat(targets, samples))
 
 
 def held_out_scores(
@@ -75,7 +98,7 @@ def learn_code(
 
     Args:
         run: owns the loop.
-        share: of the run's budget.
+        share: of the run's budget; with 0 there is no such phase, and the code stays as it is.
         code: as `run.track` returned it.
         batches: step → images, their maps as the oracle sees them, and what the losses compare with.
         losses: of maps as they are drawn again; they are added, and logged.
@@ -85,6 +108,8 @@ def learn_code(
         validate: scores on held-out inputs, logged every `every` steps.
         every: steps between validations.
     """
+    if not share:
+        return
     for step in run.steps("codes", share):
         if step == 0:
             keeper.begin()
@@ -123,7 +148,7 @@ def learn_likelihood(
     Args:
         run: owns the loop.
         phase: its name in the logs.
-        share: of the run's budget.
+        share: of the run's budget; with 0 there is no such phase, and the policy stays as it is.
         policy: as `run.track` returned it.
         batches: step → inputs and their answers, trees whose tensors begin with this process's part of the batch.
         optimizer: as `run.track` returned it.
@@ -136,6 +161,8 @@ def learn_likelihood(
         every: steps between validations.
         precision: "bf16" runs the model in mixed precision.
     """
+    if not share:
+        return
     for step in run.steps(phase, share):
         if step == 0:
             if start is not None:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from foveate.types import InputError, RewardOutput, split
+from foveate.types import InputError, RewardOutput, rows_of, split
 
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
 
@@ -67,13 +67,14 @@ def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
 
     An example fails if its total is NaN or infinite, or if the reward raises for it; only then is it asked an example
     at a time. With `skip` a failed example gets the mean of the others, from which nothing is learned, and the part
-    "skipped" is 1 for it, else 0 (it is no summand); other parts are 0 there. Credit of single decisions is left out.
+    "skipped" is 1 for it, else 0 (it is no summand); other parts and the credit of its decisions are 0 there.
 
     Raises:
-        InputError: an example failed and is not to be skipped, or all did. `targets` that are numbers are told.
+        InputError: an example failed and is not to be skipped, or all did (`targets` that are numbers are told); or
+            what the reward gives is not one number an example.
     """
 
-    score = told(reward)
+    score = told(reward, name)
 
     def careful(predictions: Any, targets: Any) -> RewardOutput:
         errors: dict[int, Exception] = {}
@@ -94,50 +95,62 @@ def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
             row = int(bad.nonzero()[0])
             what = f"raises {errors[row]!r}" if row in errors else f"is {float(found.total[row])}"
             of = f", target {targets[row].tolist()}" if isinstance(targets, Tensor) and targets.ndim == 1 else ""
-            remedy = (
-                "nothing is left to learn from" if skip else "correct the reward, or skip such examples (--skip-bad)"
-            )
+            remedy = "nothing is left to learn from"
+            if not skip:
+                remedy = "correct the reward, or skip such examples (--skip-bad; from Python skip_bad=True)"
             raise InputError(f"reward {name}: {what} for example {row}{of} ({int(bad.sum())} of {len(bad)}): {remedy}")
         total = torch.where(bad, found.total[~bad].mean(), found.total)
         parts = {part: torch.where(bad, 0.0, value) for part, value in found.parts.items()}
-        return RewardOutput(total, parts | {"skipped": bad.to(total)})
+        credit = None if found.credit is None else torch.where(bad[:, None], 0.0, found.credit)
+        return RewardOutput(total, parts | {"skipped": bad.to(total)}, credit)
 
     return careful
 
 
 def _one_by_one(reward: Reward, predictions: Any, targets: Any) -> tuple[RewardOutput, dict[int, Exception]]:
     """What each example gets alone, NaN where the reward raises; and what it raised."""
-    totals, parts, errors = [], [], {}
+    totals, parts, credits, errors = [], [], [], {}
     for row, (one, wanted) in enumerate(zip(_each(predictions), _each(targets), strict=True)):
         try:
             found = reward(one, wanted)
             totals.append(found.total)
             parts.append(found.parts)
+            credits.append(found.credit)
         except Exception as error:  # whatever the user's function raises
             errors[row] = error
             totals.append(torch.full((1,), math.nan))
             parts.append({})
+            credits.append(None)
     device = next((total.device for total in totals if bool(total.isfinite())), totals[0].device)
     names = next((each for each in parts if each), {})
     none = torch.zeros(1, device=device)
     laid = {part: torch.cat([each.get(part, none) for each in parts]) for part in names}
-    return RewardOutput(torch.cat([total.to(device) for total in totals]), laid), errors
+    like = next((each for each in credits if each is not None), None)
+    credit = None if like is None else torch.cat([torch.zeros_like(like) if it is None else it for it in credits])
+    return RewardOutput(torch.cat([total.to(device) for total in totals]), laid, credit), errors
 
 
 def _each(examples: Any) -> list[Any]:
     """Batches of one; of a tree of tensors, or of a list of anything else, sentences say."""
-    if isinstance(examples, list) and not isinstance(examples[0], Tensor):
-        return [[one] for one in examples]
-    return split(examples, 1)
+    return [[one] for one in examples] if _listed(examples) else split(examples, 1)
 
 
-def told(reward: Callable[[Any, Any], Any]) -> Reward:
-    """A reward of a function that gives its totals alone, a tensor [batch], or is a reward already."""
+def _listed(examples: Any) -> bool:
+    return isinstance(examples, list) and not (examples and isinstance(examples[0], Tensor))
+
+
+def told(reward: Callable[[Any, Any], Any], name: str | None = None) -> Reward:
+    """A reward of a function that gives its totals alone, a tensor [batch], or is a reward already.
+
+    Raises:
+        InputError: what it gives is not one number an example.
+    """
+    called = name or str(getattr(reward, "__name__", "given"))
 
     @wraps(reward)
     def output(predictions: Any, targets: Any) -> RewardOutput:
-        found = reward(predictions, targets)
-        return RewardOutput(found) if isinstance(found, Tensor) else found
+        rows = len(predictions) if _listed(predictions) else rows_of(predictions)
+        return _shaped(reward(predictions, targets), rows, called)
 
     return output
 
@@ -155,7 +168,7 @@ def load_reward(name: str) -> Reward:
     if module in MAKERS and function:
         made: Reward = _function(MAKERS[module])(function)
         return made
-    return told(_function(name))
+    return told(_function(name), name)
 
 
 def _function(name: str) -> Any:
@@ -184,15 +197,8 @@ def check_output(output: Any, batch: int, name: str) -> RewardOutput:
         InputError: another type or shape, a part or credit of another shape, NaN or infinity, or the same number for
             all of a batch of two or more, from which nothing can be learned. The message names shape and range.
     """
-    if not isinstance(output, Tensor | RewardOutput):
-        raise InputError(f"reward {name}: found {type(output).__name__}, expected RewardOutput, or a tensor [{batch}]")
-    total = output if isinstance(output, Tensor) else output.total
-    named = {"total": total}
-    if isinstance(output, RewardOutput):
-        named |= {f"part {part!r}": value for part, value in output.parts.items()}
-    for what, values in named.items():
-        if values.shape != (batch,):
-            raise InputError(f"reward {name}: its {what} is {list(values.shape)}, expected [{batch}]: one an example")
+    found = _shaped(output, batch, name)
+    for what, values in _named(found).items():
         broken = ~values.isfinite()
         if broken.any():
             rows = broken.nonzero().flatten().tolist()
@@ -201,14 +207,32 @@ def check_output(output: Any, batch: int, name: str) -> RewardOutput:
                 f"reward {name}: its {what} is {float(values[rows[0]])} for example {rows[0]} ({len(rows)} of {batch}; "
                 f"the others lie in {min(good):g} to {max(good):g}): look at that example, or give it a number"
             )
-    if isinstance(output, RewardOutput) and output.credit is not None and len(output.credit) != batch:
-        raise InputError(f"reward {name}: its credit is {list(output.credit.shape)}, expected [{batch}, decisions]")
-    if batch > 1 and bool((total == total[0]).all()):
+    if batch > 1 and bool((found.total == found.total[0]).all()):
         raise InputError(
-            f"reward {name}: is {float(total[0]):g} for all {batch} examples: nothing can be learned from it; do "
+            f"reward {name}: is {float(found.total[0]):g} for all {batch} examples: nothing can be learned from it; do "
             "predictions and targets share one convention?"
         )
-    return output if isinstance(output, RewardOutput) else RewardOutput(output)
+    return found
+
+
+def _shaped(output: Any, batch: int, name: str) -> RewardOutput:
+    """What a reward gave, if it is one number an example."""
+    if not isinstance(output, Tensor | RewardOutput):
+        raise InputError(f"reward {name}: found {type(output).__name__}, expected RewardOutput, or a tensor [{batch}]")
+    for what, values in _named(output).items():
+        if values.shape != (batch,):
+            raise InputError(f"reward {name}: its {what} is {list(values.shape)}, expected [{batch}]: one an example")
+    if isinstance(output, Tensor):
+        return RewardOutput(output)
+    if output.credit is not None and len(output.credit) != batch:
+        raise InputError(f"reward {name}: its credit is {list(output.credit.shape)}, expected [{batch}, decisions]")
+    return output
+
+
+def _named(output: Tensor | RewardOutput) -> dict[str, Tensor]:
+    if isinstance(output, Tensor):
+        return {"total": output}
+    return {"total": output.total} | {f"part {part!r}": value for part, value in output.parts.items()}
 
 
 def _own(found: Mapping[str, RewardOutput]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -59,6 +59,7 @@ class Run:
         resume: go on from the last good checkpoint; a budget of None is then the one the run was begun with.
         overwrite: if the folder holds a run, delete that first.
         source: another run; a module begins with the weights that run has for a part of its name, if it has one.
+        source_parts: name of a module → the part of the source it begins with instead, which must be there.
         quiet: show no progress.
 
     Attributes:
@@ -91,6 +92,7 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
         source: Path | None = None,
+        source_parts: Mapping[str, str] | None = None,
         quiet: bool = False,
     ) -> None:
         for field, value in (("steps", steps), ("minutes", minutes), ("checkpoint_steps", checkpoint_steps)):
@@ -100,8 +102,14 @@ class Run:
             raise InputError(f"seed: found {seed}, expected 0 to 2**63 - 1")
         self._set_up(folder, system, config, seed, device, quiet)
         self._checkpoint_steps, self._resume, self._writable = checkpoint_steps, resume, True
-        others = {"steps": steps, "minutes": minutes, "processes": self.processes, "device": str(self.device)}
+        others: dict[str, Any] = {
+            "steps": steps,
+            "minutes": minutes,
+            "processes": self.processes,
+            "device": str(self.device),
+        }
         others["source"] = None if source is None else str(Path(source).absolute())
+        others["source_parts"] = dict(source_parts or {})
         self._record = run_folder.describe(system, config, seed, others)
         if resume:
             self._record = run_folder.resumed(self.folder, self._record)
@@ -144,6 +152,9 @@ class Run:
         in all processes and saved once; every process saves its own copy of anything else.
 
         Track whatever a later phase starts from (a frozen reference, say), or a resumed run will not have it.
+
+        Raises:
+            InputError: what a checkpoint holds does not fit the part, or the source has no part that was asked for.
         """
         for name, part in parts.items():
             if self._parts.setdefault(name, part) is not part:
@@ -154,7 +165,7 @@ class Run:
             if self._resumed:
                 self.restore(name, part)
             elif self._source and isinstance(part, nn.Module):
-                self._source.restore(name, part)
+                self._take(self._source, name, part)
         return tuple(parts.values())
 
     def restore(self, name: str, part: Any) -> bool:
@@ -305,6 +316,14 @@ class Run:
         self._interrupt = Interrupt()
         self._phases, self._entered = [], 0
         torch.manual_seed(seed)
+
+    def _take(self, source: Run, name: str, part: nn.Module) -> None:
+        """Give a module the weights of the source's part of its name, or of the one that was asked for."""
+        asked = self._record.get("source_parts", {}).get(name)
+        if not source.restore(asked or name, part) and asked:
+            found = checkpoints.newest(source._folder, source._passed_over)
+            there = ", ".join(sorted(found.parts - {_METRICS})) if found else "none"
+            raise InputError(f"{source.folder}: has no part {asked!r} for {name} to begin with; it has {there}")
 
     def _begin(self) -> None:
         """Make the folder what the run needs, at the first step: what stops a run before that leaves all as it was."""

@@ -52,7 +52,7 @@ from foveate.models.encoder_decoder import Tokens
 from foveate.parts import restored, tracked
 from foveate.rewards.captions import Cider, Words, document_frequency
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, map_tree, split
 
 
@@ -81,7 +81,7 @@ class Config:
     minutes: float | None = None
     """wall-clock budget of all phases together"""
     likelihood_share: float = 0.5
-    """part of the budget for maximum likelihood; the rest is shared evenly by the reward and its control"""
+    """part of the budget for maximum likelihood, 0 with --from; the rest is shared evenly by reward and control"""
     backbone: str | None = None
     """convolutions, efficientnet-lite0 (ImageNet, no download), or a name of timm; None: the first for scenes"""
     tune_backbone: bool = False
@@ -134,8 +134,8 @@ def resolve(config: Config) -> Config:
     found: dict[str, Any] = {"backbone": backbone, "patch": 8 if backbone == "convolutions" else 16}
     found |= {"image_size": 48, "least_count": 1} if config.data == "scenes" else {"image_size": 128, "least_count": 5}
     config = replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
-    if not 0 < config.likelihood_share < 1:
-        raise InputError(f"likelihood_share: found {config.likelihood_share}, expected more than 0 and less than 1")
+    if not 0 <= config.likelihood_share < 1:
+        raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
     for name in ("batch", "tuning_batch", "every", "scenes", "least_count", "patch"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
@@ -203,6 +203,7 @@ def train(config: Config, run: Run) -> None:
 
     Each phase ends with those of its weights that wrote the best captions of the validation split.
     """
+    check_taught(run, likelihood_share=config.likelihood_share)
     data, val = _data(config, "train"), _data(config, "val")
     every_word, count = vocabulary(data.sentences, _known(config.least_count))
     parts: dict[str, tuple[Any, ...]] = {}

@@ -42,9 +42,10 @@ from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.parts import restored, tracked
 from foveate.rewards.colors import colorfulness, vivid_and_varied
+from foveate.rewards.combine import guarded
 from foveate.rewards.named_images import picture_score
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_code, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_code, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
 
 
@@ -58,6 +59,8 @@ class Config:
     """folder of the data; not needed for photographs"""
     image_size: int | None = None
     """side in pixels; None: that of the pictures"""
+    skip_bad: bool = False
+    """leave out colourings on which the reward fails, and count them, instead of stopping"""
     seed: int = 0
     """of the weights, the order of the data and every draw"""
     steps: int | None = None
@@ -163,14 +166,13 @@ def _tuning(config: Config) -> Tuning:
 
 def _reward(config: Config) -> Reward:
     """Of chroma, given the light: the score of the pictures as coloured."""
-    score = picture_score(config.reward)
+    score = guarded(picture_score(config.reward), config.skip_bad, config.reward)
     return lambda chroma, light: score(coloured(light, chroma), None)
 
 
 def train(config: Config, run: Run) -> None:
     """Code, likelihood, reward, then the control from the start of the reward; each keeps its best weights on val."""
-    if not (config.code_share and config.likelihood_share) and run.source is None:
-        raise InputError("code_share, likelihood_share: 0, but no run to take it from; add --from RUN")
+    check_taught(run, code_share=config.code_share, likelihood_share=config.likelihood_share)
     data, val = _data(config, "train", run.device), _data(config, "val", run.device)
     torch.manual_seed(config.seed)
     code, code_optimizer, code_keeper = tracked(run, "code", _code(config), by="held_out_explained")
@@ -210,8 +212,8 @@ def train(config: Config, run: Run) -> None:
     def compare(drawn: Tensor, chroma: Tensor) -> dict[str, Tensor]:
         return {"chroma_loss": F.mse_loss(drawn, chroma)}
 
-    if config.code_share:
-        learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
+    check_reward(run, parts[PART][0], reward, inputs(0), config.samples)  # now, not after the first phase
+    learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
         for coded in (policy, keeper.best):
             coded.base.load_state_dict(code.base.state_dict())
@@ -223,9 +225,8 @@ def train(config: Config, run: Run) -> None:
 
     share, start = (1 - config.code_share - config.likelihood_share) / 2, parts["likelihood"][0]
     how: dict[str, Any] = {"learning_rate": config.learning_rate, "precision": config.precision}
-    if config.likelihood_share:
-        own = how | arguments("likelihood") | {"validate": likely}
-        learn_likelihood(run, "likelihood", config.likelihood_share, batches=answers, **own)
+    own = how | arguments("likelihood") | {"validate": likely}
+    learn_likelihood(run, "likelihood", config.likelihood_share, batches=answers, **own)
     tuned = {"reward": reward, "batches": inputs, "tuning": _tuning(config), "average": average, "reference": start}
     tune_on_reward(run, "reward", share, **tuned, **arguments(PART), every=25)
     learn_likelihood(run, "control", share, batches=answers, start=start, **arguments("control"), **how)
@@ -249,8 +250,7 @@ def evaluate(config: Config, policy: Coded, run: Run, elsewhere: bool = False) -
     true colours.
     """
     split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
-    images = _data(config, split, run.device).float() / 255
-    light, true = light_and_chroma(images)
+    light, true = light_and_chroma(_data(config, split, run.device).float() / 255)
     metrics = _scores(config, policy, light, true)
     baselines: dict[str, dict[str, float]] = {}
     for name, other in restored(run, ROWS, partial(build, config)).items():

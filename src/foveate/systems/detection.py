@@ -42,7 +42,7 @@ from foveate.models.encoder_decoder import Tokens
 from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, Tree, map_tree, split
 
 Control = Literal["likelihood", "confidence"]
@@ -71,7 +71,7 @@ class Config:
     minutes: float | None = None
     """wall-clock budget of all phases together"""
     likelihood_share: float = 0.5
-    """part of the budget for maximum likelihood; the rest is shared evenly by the reward and the controls"""
+    """part of the budget for maximum likelihood, 0 with --from; the rest is shared evenly by reward and controls"""
     controls: tuple[Control, ...] = ("likelihood", "confidence")
     """trained beside the reward from the same start: more likelihood, or that with the confidence but no reward"""
     reward: Literal["map", "recall"] = "map"
@@ -129,8 +129,8 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: a field is out of its range, or the data cannot be read.
     """
-    if not 0 < config.likelihood_share < 1:
-        raise InputError(f"likelihood_share: found {config.likelihood_share}, expected more than 0 and less than 1")
+    if not 0 <= config.likelihood_share < 1:
+        raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
     _tuning(config)
     data, *others = (_data(config, part) for part in ("train", "val", "test"))
     counts = [int(each.boxes.mask.sum(1).max()) for each in (data, *others)]
@@ -147,10 +147,8 @@ def _data(config: Config, split: Literal["train", "val", "test"]) -> Detections:
 
 
 def _code(config: Config) -> BoxTokens:
-    assert config.classes is not None
-    assert config.most is not None
-    assert config.bins is not None
-    return BoxTokens((config.image_size, config.image_size), len(config.classes), config.most, config.bins)
+    count, most, bins = len(config.classes or ()), config.most or 0, config.bins or 0
+    return BoxTokens((config.image_size, config.image_size), count, most, bins)
 
 
 def build(config: Config) -> BoxWriter:
@@ -169,12 +167,13 @@ def _reward(config: Config, data: Detections) -> Reward:
     if config.reward == "map":
         labels = data.boxes.labels[data.boxes.wanted]
         weights = class_weights(labels.bincount(minlength=len(data.classes)))
-    how: dict[str, Any] = {"duplicate": config.duplicate, "false_positive": config.false_positive}
-    return by_token(DetectionReward(**how, class_weights=weights))
+    costs: Any = {"duplicate": config.duplicate, "false_positive": config.false_positive}
+    return by_token(DetectionReward(**costs, class_weights=weights))
 
 
 def train(config: Config, run: Run) -> None:
     """Learn by likelihood, then by the reward; then every control from the same start, for as long as the reward."""
+    check_taught(run, likelihood_share=config.likelihood_share)
     data, val = _data(config, "train"), _data(config, "val")
     parts: dict[str, Any] = {}
     for name in ("likelihood", PART, *(PARTS[control] for control in config.controls)):
@@ -194,9 +193,9 @@ def train(config: Config, run: Run) -> None:
 
     def learn(name: str, share: float, start: BoxWriter | None = None, beside: Any = None) -> None:
         policy, optimizer, keeper = parts[name]
-        how = {"start": start, "beside": beside, "keeper": keeper, "validate": partial(look, name)}
-        rate, precision = config.learning_rate, config.precision
-        learn_likelihood(run, name, share, policy, answers, optimizer, rate, precision=precision, **how)
+        how: Any = {"start": start, "beside": beside, "keeper": keeper, "precision": config.precision}
+        how |= {"validate": partial(look, name), "learning_rate": config.learning_rate}
+        learn_likelihood(run, name, share, policy, answers, optimizer, **how)
 
     learn("likelihood", config.likelihood_share)
     start, (policy, optimizer, keeper) = parts["likelihood"][0], parts[PART]

@@ -45,7 +45,7 @@ from foveate.models.panoptic import Maps, PanopticChannels
 from foveate.parts import restored, tracked
 from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
 from foveate.run import Run
-from foveate.two_steps import learn_code, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_taught, learn_code, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
 
 
@@ -74,9 +74,9 @@ class Config:
     minutes: float | None = None
     """wall-clock budget of all phases together"""
     code_share: float = 0.35
-    """part of the budget that learns the code of maps"""
+    """part of the budget that learns the code of maps; 0: take it from the run given by --from"""
     likelihood_share: float = 0.25
-    """part for maximum likelihood; the rest is shared evenly by the reward and the control"""
+    """part for maximum likelihood, 0 as above; the rest is shared evenly by the reward and the control"""
     code_patch: int = 8
     """side in pixels of the square that a word is about"""
     levels: tuple[int, ...] = (8, 6, 5)
@@ -135,8 +135,8 @@ def resolve(config: Config) -> Config:
     image_size, most = config.image_size or found["image_size"], found["most"] if config.most is None else config.most
     config = replace(config, image_size=image_size, most=most)
     shares = config.code_share, config.likelihood_share
-    if min(shares) <= 0 or sum(shares) >= 1:
-        told = f"found {shares[0]} and {shares[1]}, expected more than 0 each and less than 1 together"
+    if min(shares) < 0 or sum(shares) >= 1:
+        told = f"found {shares[0]} and {shares[1]}, expected at least 0 each and less than 1 together"
         raise InputError(f"code_share, likelihood_share: {told}, so that the reward has its part")
     lowest = dict.fromkeys(("batch", "tuning_batch", "scenes", "most", "least_area"), 1) | {"unmatched": 0}
     for name, low in lowest.items():
@@ -195,6 +195,7 @@ def _reward(config: Config) -> Reward:
 
 def train(config: Config, run: Run) -> None:
     """Code, likelihood, reward, then the control from the start of the reward; each ends with its best on val."""
+    check_taught(run, code_share=config.code_share, likelihood_share=config.likelihood_share)
     data, val = _data(config, "train"), _data(config, "val")
     if skipped := _left_out(config):
         run.say(f"{len(skipped)} pictures of the data are left out, the first: {skipped[0]}")

@@ -42,7 +42,7 @@ from foveate.models.named_captioners import SMALL, named_captioner
 from foveate.parts import restored, tracked
 from foveate.rewards.captions import Cider, Words, document_frequency
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput, map_tree, split
 
 
@@ -201,6 +201,8 @@ def _judge(data: Captioned, device: torch.device) -> tuple[Words, Reward]:
 
 def train(config: Config, run: Run) -> None:
     """Likelihood, then the reward; then more likelihood from the same start. Each ends with the weights best on val."""
+    if config.model in SMALL:
+        check_taught(run, likelihood_share=config.likelihood_share)
     data, val = _data(config, "train"), _data(config, "val")
     parts: dict[str, tuple[Any, ...]] = {}
     for name in ("likelihood", PART, "control"):
@@ -239,12 +241,7 @@ def train(config: Config, run: Run) -> None:
         learner = policy, answered, optimizer, config.learning_rate
         learn_likelihood(run, name, share, *learner, precision=config.precision, **how)
 
-    if config.likelihood_share:
-        learn("likelihood", config.likelihood_share)
-    elif config.model in ("small", "small-blip") and run.source is None:
-        raise InputError(
-            f"likelihood_share: 0, but model {config.model} knows nothing yet; give it some, or --from RUN"
-        )
+    learn("likelihood", config.likelihood_share)
     share, (policy, optimizer, keeper) = (1 - config.likelihood_share) / 2, parts[PART]
     scored = partial(some, batch=config.tuning_batch, tree=references)
     learner = policy, reward, scored, _tuning(config), optimizer, average, start

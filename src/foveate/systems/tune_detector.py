@@ -43,10 +43,10 @@ from foveate.models.adapters import load_weights, named, take_coco
 from foveate.models.candidates import Candidates
 from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, average_precision, class_weights, corpus_average_precision
-from foveate.rewards.combine import load_reward
+from foveate.rewards.combine import guarded, load_reward
 from foveate.rewards.sets import above, best_level, placing_loss, set_scores, without_each
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, tune_on_reward
+from foveate.two_steps import check_reward, held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, concatenate, map_tree
 
 
@@ -61,7 +61,7 @@ class Config:
     image_size: int = 64
     """side in pixels to which pictures are stretched"""
     skip_bad: bool = False
-    """leave out pictures whose boxes are wrong, and count them, instead of stopping"""
+    """leave out pictures whose boxes are wrong, and sets on which your reward fails, and count them"""
     scenes: int = 6000
     """how many scenes are rendered to train on"""
     objects: int = 6
@@ -166,7 +166,8 @@ def _reward(config: Config, data: Detections) -> Reward:
         weights = class_weights(counts) if config.reward == "map" else None
         costs: dict[str, Any] = {"duplicate": config.duplicate, "false_positive": config.false_positive}
         return DetectionReward(**costs, class_weights=weights, credited="difference")
-    reward = average_precision if config.reward == "average-precision" else load_reward(config.reward)
+    own = config.reward != "average-precision"
+    reward = guarded(load_reward(config.reward), config.skip_bad, config.reward) if own else average_precision
     return without_each(reward) if config.credit == "difference" else reward
 
 
@@ -191,6 +192,7 @@ def train(config: Config, run: Run) -> None:
 
     look, batches = partial(_look, config, reward, val, run), partial(_batch, config, data, run)
     start = parts["likelihood"][0]
+    check_reward(run, start, reward, batches("reward", 0), config.samples)  # now, not after the first phase
     if config.likelihood_share:
         _supervise(config, run, "likelihood", config.likelihood_share, parts["likelihood"], batches, look)
     policy, optimizer, keeper = parts[PART]

@@ -36,16 +36,16 @@ from foveate import noise, pictures
 from foveate.data.classification import check_rgb, read_pictures
 from foveate.data.picture_folders import Split
 from foveate.data.segmentation import Segmented, crops, load_segmented, masks_of
-from foveate.learn.answers import Reward, Tuning, answering, repeat
+from foveate.learn.answers import Reward, Tuning
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.models.dense import dense_network
 from foveate.models.segmenter import Labels, Segmenter, tiled_logits
 from foveate.parts import restored
-from foveate.rewards.combine import check_output, load_reward
+from foveate.rewards.combine import check_output, guarded, load_reward
 from foveate.rewards.masks import credited, dice_reward, iou_reward
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput, split
 
 PIXELS = 2**19  # of images that are scored in one pass
@@ -65,7 +65,7 @@ class Config:
     classes: tuple[str, ...] | None = None
     """scenes: shapes; voc: which of its classes; pairs: names of the values 1, 2, ... in the masks, if not 0 and 255"""
     skip_bad: bool = False
-    """leave unusable items out and count them, instead of stopping at the first"""
+    """leave unusable items, and masks on which your reward fails, out and count them, instead of stopping"""
     seed: int = 0
     """of the weights, the order of the data and every draw"""
     steps: int | None = None
@@ -73,7 +73,7 @@ class Config:
     minutes: float | None = None
     """wall-clock budget of all phases together"""
     likelihood_share: float = 0.5
-    """part of the budget for cross-entropy; the rest is shared evenly by the reward and its control"""
+    """part of the budget for cross-entropy, 0 for a model that has it; the rest is shared by reward and control"""
     model: str = "unet"
     """unet, torchvision:NAME (e.g. lraspp_mobilenet_v3_large), or package.module:function, which takes no arguments"""
     pretrained: bool = False
@@ -128,8 +128,8 @@ def resolve(config: Config) -> Config:
     for name in ("batch", "crop", "every", "looks", "width"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise InputError(f"{name}: found {value}, expected at least 1")
-    if not 0 < config.likelihood_share < 1:
-        raise InputError(f"likelihood_share: found {config.likelihood_share:g}, expected more than 0, less than 1")
+    if not 0 <= config.likelihood_share < 1:
+        raise InputError(f"likelihood_share: found {config.likelihood_share:g}, expected from 0 to less than 1")
     if config.width % 8:
         raise InputError(f"width: found {config.width}, expected a multiple of 8")
     _tuning(config)
@@ -162,7 +162,7 @@ def _tuning(config: Config) -> Tuning:
 def _reward(config: Config) -> Reward:
     """Of masks, given the true ones and which pixels are known; the others count for nothing."""
     named = {name: credited(name, config.exclusive) for name in ("dice", "iou")}
-    score: Reward = named.get(config.reward) or load_reward(config.reward)
+    score: Reward = named.get(config.reward) or guarded(load_reward(config.reward), config.skip_bad, config.reward)
 
     def reward(predictions: Bool[Tensor, "rows classes height width"], targets: tuple[Tensor, Tensor]) -> RewardOutput:
         masks, known = targets
@@ -177,6 +177,8 @@ def _reward(config: Config) -> Reward:
 
 def train(config: Config, run: Run) -> None:
     """Cross-entropy; from there the reward, and for as long further cross-entropy, its control."""
+    if ":" not in config.model:  # what is brought may come trained
+        check_taught(run, likelihood_share=config.likelihood_share)
     size = config.batch or 1
     data, val = (_data(config, split).to(run.device) for split in ("train", "val"))
     index = torch.arange(size)[run.rows(size)]
@@ -209,7 +211,8 @@ def train(config: Config, run: Run) -> None:
             "validate": partial(held_out_scores, learners[name], reward, looks, config.seed),
         }
 
-    _check_reward(config, start, reward, *windows(0, "reward"))  # now, not after the first phase
+    first_scores = check_reward(run, start, reward, windows(0, "reward"), config.samples)  # now, not after a phase
+    check_output(first_scores, len(first_scores.total), config.reward)
     rest = (1 - config.likelihood_share) / 2
     first = arguments("likelihood", "likelihood", config.likelihood_share, answers)
     learn_likelihood(**first, learning_rate=config.learning_rate)
@@ -236,13 +239,6 @@ def _windows(config: Config, data: Segmented, count: int) -> tuple[Tensor, tuple
 def compared(config: Config, policy: Segmenter, run: Run, images: int) -> tuple[Reward, Tensor, tuple[Tensor, Tensor]]:
     """The reward, and windows of the first test images with their masks: for `foveate analyse`."""
     return _reward(config), *_windows(config, _data(config, "test").to(run.device), images)
-
-
-def _check_reward(config: Config, segmenter: Segmenter, reward: Reward, images: Tensor, targets: Any) -> None:
-    with torch.no_grad(), answering(segmenter):
-        keys = noise.key(config.seed, "check", torch.arange(len(images))).to(images.device)
-        answers = segmenter.decode(segmenter.sample(images, config.samples, False, keys))
-        check_output(reward(answers, repeat(targets, config.samples)), len(answers), config.reward)
 
 
 def evaluate(config: Config, policy: Segmenter, run: Run, elsewhere: bool = False) -> Evaluation:
