@@ -163,6 +163,16 @@ def test_both_write_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_denoising_rows_in_the_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"INPUTS": 2, "SAMPLES": 2, "STEPS": 3, "SIDE": 8}.items():
+        monkeypatch.setattr(diffusion, name, value)
+    for row in (diffusion.update, diffusion.bound):
+        ours, peer, unit = row()
+        assert ours > 0
+        assert peer > 0
+        assert unit == "image-steps/s"
+
+
 def test_both_denoising_loops_have_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published loop averages log-probabilities over pixels; ours is their number times as long, and no other."""
     monkeypatch.setattr(diffusion, "STEPS", 3)

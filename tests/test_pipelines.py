@@ -28,11 +28,13 @@ import foveate
 from foveate import commands, noise
 from foveate.agents import Agent, policy_of
 from foveate.cli import main
+from foveate.judging import drawn_images
 from foveate.learn.answers import divergence
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.models.named_denoisers import read_prompts
 from foveate.models.pipelines import TextDenoiser, read_pipeline
 from foveate.parts import restored
+from foveate.rewards.images import ClipMatch
 from foveate.run import Run
 from foveate.systems import diffusion
 from foveate.types import InputError
@@ -387,6 +389,29 @@ def test_clip_rewards_read_the_prompts(text: Path, prompts: Path, tmp_path: Path
     assert row["part clip"] + row["part colorfulness"] == pytest.approx(row["reward"], abs=1e-3)
     found = diffusion.evaluate(config, policy_of(diffusion, config, run), run).metrics
     assert found["clip_reward"] + found["colorfulness_reward"] == pytest.approx(found["reward"], abs=1e-3)
+
+
+def test_clip_watches_beside_prompts_unless_it_is_what_is_optimised(text: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = tiny_clip(tmp_path / "clip")
+    watched = {}
+    for name, reward, clip in (
+        ("plain", "colorfulness", None),
+        ("seen", "colorfulness", folder),
+        ("sought", "clip", folder),
+    ):
+        config = diffusion.resolve(
+            diffusion.Config(model=f"hf:{text}", prompts=prompts, denoising=3, reward=(reward,), clip=clip)
+        )
+        start = diffusion.build(config)
+        contest = diffusion._contest(config, {}, start, "val", 6, torch.device("cpu"))
+        watched[name] = contest.watch.real
+        if name == "seen":
+            images, _ = drawn_images(start, contest.kinds, noise.fold(contest.keys, "real"))
+            own = ClipMatch(folder, ("a",)).embed(images)
+            torch.testing.assert_close(contest.watch.real, own)
+            assert contest.look(start, 0.4)["held_out_distance"].isfinite()
+    assert torch.equal(watched["plain"], watched["sought"])
+    assert watched["plain"].shape == (6, 108), "colours of 6x6 regions"
 
 
 @pytest.mark.parametrize(

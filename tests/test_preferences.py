@@ -454,6 +454,14 @@ def test_a_script_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="reward red: is 0 for all"):
         collect_by_script(store, asked(), lambda pictures, _: red(0 * pictures, None), "red", 3)
 
+    for output, message in (
+        (lambda pictures: [1.0] * len(pictures), "reward red: found list, expected RewardOutput"),
+        (lambda pictures: pictures, r"reward red: its total is \[16, 3, 6, 6\], expected \[16\]"),
+        (lambda pictures: 1 // 0, r"reward red: raises ZeroDivisionError\(.*\) for example 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            collect_by_script(store, asked(), lambda pictures, _, output=output: output(pictures), "red", 3)
+
 
 @pytest.mark.parametrize("fails", ["is nan", "raises ZeroDivisionError"])
 def test_a_pair_on_which_a_script_fails_is_not_answered(fails: str, tmp_path: Path) -> None:

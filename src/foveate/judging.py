@@ -124,7 +124,7 @@ class Watch:
     """Scores of images beside real ones.
 
     Args:
-        judge: a `Judge`, or `Thumbnails` where there are no classes.
+        judge: a `Judge`; where there are no classes `Thumbnails`, or CLIP.
         real: images in [0, 1] that the drawn ones should lie near; as many as are drawn, or more.
         kinds: their classes, or what each shows.
     """
@@ -181,12 +181,13 @@ class Contest:
 
     Args:
         reward: what is optimised.
-        watch: what is not; None: the colours of regions, beside other images of the start.
+        watch: what is not; None: what `eyes` sees, beside other images of the start.
         start: of the tuning.
         kinds: the classes or prompts of the images that are drawn.
         keys: of their noise.
         precision: of the models.
         named: parts of the reward that an evaluation tells apart; those it does not have are passed over.
+        eyes: what has `features` of images, where there are no classes; None: `Thumbnails`.
     """
 
     def __init__(
@@ -198,10 +199,11 @@ class Contest:
         keys: Int[Tensor, " batch"],
         precision: Precision = "fp32",
         named: Sequence[str] = (),
+        eyes: Any = None,
     ) -> None:
         if watch is None:
             others, _ = drawn_images(start, kinds, noise.fold(keys, "real"), precision)
-            watch = Watch(Thumbnails(), others, kinds)
+            watch = Watch(eyes or Thumbnails(), others, kinds)
         self.reward, self.watch, self.start, self.kinds, self.keys = reward, watch, start, kinds, keys
         self.precision, self.named = precision, named
         self._first: dict[str, Tensor] = {}

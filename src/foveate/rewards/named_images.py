@@ -89,6 +89,13 @@ def image_reward(
     return weighted_sum(found, dict(zip(names, weights or [1.0] * len(names), strict=True)))
 
 
+def onlooker(
+    names: Sequence[str], texts: Sequence[str], clip: Path | None, device: torch.device | str = "cpu"
+) -> ClipMatch | None:
+    """CLIP, to watch what rewards do to images: None if it is not given, or is what one of these rewards sees by."""
+    return None if clip is None or {"clip", "aesthetic"} & set(names) else ClipMatch(clip, texts, device)
+
+
 def try_reward(reward: Reward, image: tuple[int, int, int], targets: int) -> None:
     """Ask a reward once, of two images of noise, before anything is trained for it.
 

@@ -41,7 +41,7 @@ from foveate.models.low_rank import Unadapted, take_start
 from foveate.models.named_denoisers import SMALL, check_drawn, named_denoiser, read_prompts
 from foveate.parts import learning, restored, tracked
 from foveate.pictures import denoising
-from foveate.rewards.named_images import image_reward, try_reward
+from foveate.rewards.named_images import image_reward, onlooker, try_reward
 from foveate.run import Run
 from foveate.two_steps import learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
@@ -92,7 +92,7 @@ class Config:
     weights: tuple[float, ...] = ()
     """of several rewards, which are added; 1 each if not given"""
     clip: Path | None = None
-    """folder of a CLIPModel for the rewards clip and aesthetic"""
+    """folder of a CLIPModel for the rewards clip and aesthetic; if neither is optimised, it watches beside prompts"""
     aesthetic: Path | None = None
     """safetensors with the linear layers of a head on its embeddings"""
     skip_bad: bool = False
@@ -216,8 +216,9 @@ def _contest(
     kinds = torch.arange(count, device=device) % len(config.classes or ())
     keys = noise.key(config.seed, split, torch.arange(count)).to(device)
     watch = None if config.prompts else Watch(judges["judge"], *_pixels(config, split, device))
+    eyes = onlooker(config.reward, config.classes or (), config.clip, device) if config.prompts else None
     reward = _reward(config, judges.get("rewarder"), device)
-    return Contest(reward, watch, start, kinds, keys, config.precision, config.reward)
+    return Contest(reward, watch, start, kinds, keys, config.precision, config.reward, eyes)
 
 
 def train(config: Config, run: Run) -> None:
@@ -271,9 +272,8 @@ def evaluate(config: Config, policy: Denoiser, run: Run, elsewhere: bool = False
     """Images drawn with the same noise by every model: the reward, and what is not optimised.
 
     `judge_accuracy`: of a classifier that the reward never saw. `frechet_distance`: to test images in its features;
-    `diversity`: distance of two images of a class there, 1 is theirs (with prompts: colours of regions, the start's
-    images). `kl`: to the start, nats an image. Rows: the start, other anchors at their end, more denoising loss
-    (`control`), real validation images (`data`). The curve shows each look along the training.
+    `diversity`: of images of a class there, 1 is theirs. With prompts: in colours of regions or CLIP, to the start's.
+    `kl`: to the start, nats an image. Rows: start, other anchors' end, more denoising loss (`control`), real `data`.
     """
     split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
     known = _others(config, run)
