@@ -134,3 +134,12 @@ def test_gains_stand_where_the_classes_are_written() -> None:
     is_class = tokens.mask & (tokens.ids >= 3 + CODE.bins)
     assert torch.equal(told.credit > 0, is_class), "every box is near enough to its own target to gain"
     torch.testing.assert_close(told.credit.sum(1), told.total)
+
+
+def test_a_box_beyond_the_image_is_not_moved_but_refused() -> None:
+    code = BoxTokens((16, 16), 2, 3, 16)
+    beyond = Boxes(torch.tensor([[[4.0, 4, 20, 12]]]), torch.zeros(1, 1).long(), torch.ones(1, 1).bool())
+    with pytest.raises(
+        InputError, match=r"^boxes: box 0 of image 0 \(4, 4, 20, 12\) reaches beyond the image of 16x16"
+    ):
+        code.encode(beyond)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import noise
+from foveate import agents, noise
 from foveate.data.detection import chosen, load_detections, mirrored, views
 from foveate.geometry import check_boxes, overlaps
 from foveate.types import InputError
@@ -186,6 +186,46 @@ def test_unknown_classes_and_images_of_coco_are_named(tmp_path: Path) -> None:
     (root / "annotations" / "instances_val2017.json").write_text("{}")
     with pytest.raises(InputError, match=r"instances_val2017\.json: is no COCO file of boxes"):
         load_detections("coco", root, "test", 8)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no area": ({"bbox": [4, 2, 0, 10]}, r"image 1: object 1 .cat: 4, 2, 4, 12. has no area"),
+    "inverted": ({"bbox": [20, 12, -16, -10]}, "image 1: object 1 .* ends before it begins"),
+    "beyond": ({"bbox": [4, 2, 60, 10]}, "image 1: object 1 .* reaches beyond the image of 40x20"),
+    "no box": ({"bbox": None}, r"image 1: object 1 has the bbox None, expected \[left, top, width, height\]"),
+    "three numbers": ({"bbox": [1, 2, 3]}, r"image 1: object 1 has the bbox \[1, 2, 3\]"),
+    "words": ({"bbox": ["1", 2, 3, 4]}, r"image 1: object 1 has the bbox \['1'"),
+    "no class": ({"category_id": None}, r"image 1: object 1 has the category_id None, expected one of \[9, 7\]"),
+    "unlisted": ({"image_id": 77}, "annotation 1 is of image 77, unknown: add the image"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_box_of_coco_is_named_or_left_out_and_counted(tmp_path: Path, name: str) -> None:
+    changes, message = WRONG[name]
+    entry = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [4, 2, 16, 10], "iscrowd": 0} | changes
+    root = coco(tmp_path, more=[entry])
+    with pytest.raises(InputError, match=message):
+        load_detections("coco", root, "test", 8)
+    found = load_detections("coco", root, "test", 8, skip_bad=True)
+    assert (len(found), found.skipped) == (3 if name == "unlisted" else 2, 1)
+    parts = [load_detections("coco", root, part, 8, skip_bad=True) for part in ("train", "val")]
+    assert sum(part.skipped for part in parts) == 1, "both are of one file, which is counted once"
+
+
+def test_boxes_cut_at_the_edge_are_counted(tmp_path: Path) -> None:
+    root = three(tmp_path / "set", [("cat", -0.5, 0, 41, 20), ("cat", 0, 0, 40, 20)])
+    found = load_detections("voc", root, "train", 16)
+    assert found.clipped == 1
+    check_boxes(found.boxes, "boxes", (16, 16))
+
+
+@pytest.mark.parametrize("system", ["detection", "tune-detector", "sequential-detection"])
+def test_a_split_without_any_object_is_told_before_training(system: str, tmp_path: Path) -> None:
+    root = lists(voc(tmp_path / "set", {"a": GOOD, "b": GOOD, "c": []}), train=["a"], val=["b"], test=["c"])
+    module = agents.system_module(system)
+    with pytest.raises(InputError, match=r"set: split 'test' \(1 pictures\) has no object to be found"):
+        module.resolve(module.Config(data="voc", root=root, image_size=32))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from foveate.models.box_tokens import BoxTokens, BoxWriter
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.rewards.boxes import DetectionReward
 from foveate.run import Run
+from foveate.tuning import _check_drawn
 from foveate.two_steps import tune_on_reward
 from foveate.types import Decisions, InputError, RewardOutput, Sampler
 
@@ -243,36 +243,27 @@ def test_a_reward_that_is_none_is_named_before_anything_is_written(tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def failing(at: int) -> Callable[[Tokens, Tensor], Tensor]:
-    """Fails on one answer from a batch on; the first call is the look before the first update."""
-    calls = [-1]
-
-    def score(predictions: Tokens, targets: Tensor) -> Tensor:
-        calls[0] += 1
-        found = agreement(predictions, targets).total
-        return torch.where(torch.arange(len(found)) == 5, float("nan"), found) if calls[0] >= at else found
-
-    return score
-
-
 def test_a_reward_that_fails_later_is_named_or_left_out_and_counted(tmp_path: Path) -> None:
+    now = [0]
+
     def batches(step: int) -> tuple[Tensor, Tensor]:
+        now[0] = step
         return images(2), torch.ones(2, 2).long()
 
-    how: dict[str, Any] = {"steps": 5, "device": "cpu", "warmup": 1, "learning_rate": 1e-3}
-    with pytest.raises(InputError, match=r"^reward score: is nan for example 5 \(1 of 16\): .* skip_bad=True"):
-        foveate.tune(small(), failing(3), batches, out=tmp_path / "a", **how)
-    foveate.tune(model := small(), failing(3), batches, out=tmp_path / "b", skip_bad=True, **how)
-    assert all(weight.isfinite().all() for weight in model.parameters())
-    assert rows_of(tmp_path / "b")[-1]["part skipped"] == pytest.approx(3 / 5 / 16)
-
-    calls = [0]
+    def failing(predictions: Tokens, targets: Tensor) -> Tensor:
+        found = agreement(predictions, targets).total
+        return torch.where(torch.arange(len(found)) == 5, float("nan"), found) if now[0] >= 3 else found
 
     def shrinking(predictions: Tokens, targets: Tensor) -> Tensor:
-        calls[0] += 1
         found = agreement(predictions, targets).total
-        return found if calls[0] < 3 else found[:-1]
+        return found[:-1] if now[0] >= 3 else found
 
+    how: dict[str, Any] = {"steps": 5, "device": "cpu", "warmup": 1, "learning_rate": 1e-3}
+    with pytest.raises(InputError, match=r"^reward failing: is nan for example 5 \(1 of 16\): .* skip_bad=True"):
+        foveate.tune(small(), failing, batches, out=tmp_path / "a", **how)
+    foveate.tune(model := small(), failing, batches, out=tmp_path / "b", skip_bad=True, **how)
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    assert rows_of(tmp_path / "b")[-1]["part skipped"] == pytest.approx(2 / 5 / 16)
     with pytest.raises(InputError, match=r"^reward shrinking: its total is \[15\], expected \[16\]"):
         foveate.tune(small(), shrinking, batches, out=tmp_path / "c", **how)
 
@@ -457,8 +448,24 @@ def test_boxes_in_other_units_than_their_targets_are_named(tmp_path: Path) -> No
     parts = torch.tensor([[[0.1, 0.1, 0.6, 0.7]]])
     targets = Boxes(parts, torch.zeros(1, 1).long(), torch.ones(1, 1).bool())
     batches = lambda step: (torch.rand(1, 3, 16, 16), targets)  # noqa: E731
-    with pytest.raises(InputError, match=r"^targets: their boxes lie within \[0, 1\], the model's reach"):
+    with pytest.raises(InputError, match=r"^targets: box 0 of image 0 \(0.1, .*\) lies within \[0, 1\]"):
         foveate.tune(model.unending(), DetectionReward(), batches, out=tmp_path / "run", steps=1)
+    targets = replace(targets, boxes=30 * parts)
+    with pytest.raises(InputError, match=r"^targets: box 0 of image 0 .* reaches beyond the image of 16x16 pixels"):
+        foveate.tune(model.unending(), DetectionReward(), batches, out=tmp_path / "run", steps=1)
+    targets = replace(targets, boxes=16 * parts)
+
+    class Parts(BoxWriter):
+        def decode(self, actions: Tokens) -> Boxes:
+            found = super().decode(actions)
+            return replace(found, boxes=found.boxes / 16)
+
+    model = Parts(BoxTokens((16, 16), 2, 3, 16), 8, width=16, depth=1)
+    with pytest.raises(InputError, match=r"^policy: its boxes lie within \[0, 1\], those of the targets reach 11.2"):
+        foveate.tune(model.unending(), DetectionReward(), batches, out=tmp_path / "run", steps=1)
+    listed = [torch.rand(3, 8, 16), torch.rand(3, 16, 16)]
+    with pytest.raises(InputError, match=r"^inputs: a list of 2 images of 3x8x16, 3x16x16, expected one tensor"):
+        foveate.tune(model, DetectionReward(), lambda step: (listed, targets), out=tmp_path / "run", steps=1)
     assert not (tmp_path / "run").exists()
 
 
@@ -470,3 +477,78 @@ def test_a_model_that_scores_at_random_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"^policy: scores the same answers differently by"):
         foveate.tune(Noisy(), with_difference, lambda step: (torch.zeros(4), torch.zeros(4)), out=tmp_path, steps=1)
+
+
+class Sharper(Coins):
+    """Draws at another temperature than it scores."""
+
+    temperature = 1.0
+
+    def sample(self, inputs: Tensor, num_samples: int, greedy: bool, keys: Tensor) -> Tensor:
+        kept = self.scores
+        try:
+            self.scores = torch.nn.Parameter(kept / self.temperature)
+            return super().sample(inputs, num_samples, greedy, keys)
+        finally:
+            self.scores = kept
+
+
+def drawn(model: Coins, seed: int, rows: int = 64) -> tuple[Coins, Tensor, list[Tensor]]:
+    inputs = torch.zeros(rows)
+    return model, inputs, [model.sample(inputs, 1, False, noise.key(seed, "drawn", torch.arange(rows)))]
+
+
+@pytest.mark.parametrize(("temperature", "said"), [(0.5, "more"), (2.0, "less")])
+def test_a_model_that_draws_from_another_distribution_than_it_scores_is_named(
+    temperature: float, said: str, tmp_path: Path
+) -> None:
+    model = Sharper()
+    for seed in range(100):
+        _check_drawn(*drawn(model, seed))
+    model.temperature = temperature
+    with pytest.raises(InputError, match=rf"^policy: 256 answers it drew are .* nats {said} probable"):
+        _check_drawn(*drawn(model, 0, 256))
+    model.temperature = 0.5
+    with pytest.raises(InputError, match=r"^policy: 64 answers it drew are .* nats more probable"):
+        foveate.tune(model, with_difference, lambda step: (torch.zeros(4),) * 2, out=tmp_path / "run", steps=1)
+
+
+def test_what_is_rare_and_was_not_drawn_is_no_mistake() -> None:
+    """64 draws of a decision of 98 % may all be the same."""
+    for most in (2.0, 3.0, 4.0, 5.0, 6.0):
+        model = Coins()
+        with torch.no_grad():
+            model.scores.copy_(torch.tensor([[9.0, 0.0, 0.0], [most, 0.0, -9.0], [0.0, 0.0, 9.0]]))
+        for seed in range(100):
+            _check_drawn(*drawn(model, seed))
+
+
+def test_answers_that_score_alike_for_every_input_are_named(tmp_path: Path) -> None:
+    def of_the_input(answers: Tensor, targets: Tensor) -> Tensor:
+        return targets
+
+    batches = lambda step: (torch.zeros(4), torch.arange(4.0))  # noqa: E731
+    with pytest.raises(InputError, match=r"^reward of_the_input: all 16 answers to an input score alike"):
+        foveate.tune(Coins(), of_the_input, batches, out=tmp_path / "run", steps=1)
+    foveate.tune(Coins(), of_the_input, batches, out=tmp_path / "run", steps=1, baseline="moving-average")
+
+
+def test_a_collapse_is_told_though_nothing_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small(12, 5, end=0)
+    with torch.no_grad():
+        model.score.bias[0] -= 3
+    now = [0]
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        now[0] = step
+        return images(8), torch.zeros(8)
+
+    def fading(predictions: Tokens, wanted: Tensor) -> Tensor:
+        return -predictions.mask.sum(1).float() - 5.0 * now[0]
+
+    how: dict[str, Any] = {"steps": 60, "learning_rate": 0.02, "warmup": 1, "samples": 4, "device": "cpu"}
+    foveate.tune(model, fading, batches, out=tmp_path / "run", **how)
+    told = [line for line in capsys.readouterr().err.splitlines() if "nothing is held out" in line]
+    assert len(told) == 1
+    assert "decisions" in told[0]
+    assert model.sample(images(8), 1, False, torch.arange(8)).mask.sum(1).float().mean() < 3, "it is left as it is"

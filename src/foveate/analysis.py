@@ -151,7 +151,7 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if distinct_last < distinct_first / 3:
         told.append("Answers to an input have become nearly one: raise the anchor or the entropy if that is too few.")
     if abs(_ends(rows, "ratio")[1] - 1) > 1e-3:
-        told.append("The ratio of the first epoch is not 1: sampling and scoring disagree.")
+        told.append("The ratio of the first epoch is not 1: the model scores the same answers differently.")
     if len(told) == 1:
         told.append("Nothing about the curve is unusual.")
     return told

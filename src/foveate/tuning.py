@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise
 from foveate.analysis import curve_page
-from foveate.geometry import Boxes
-from foveate.learn.answers import Reward, Tuning, answering, decided, frozen, repeat
+from foveate.geometry import Boxes, check_boxes
+from foveate.learn.answers import Reward, Tuning, answering, decided, frozen, log_prob, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.rewards.combine import check_output, guarded
 from foveate.run import Run
 from foveate.two_steps import Batches, held_out_scores, tune_on_reward
 from foveate.types import InputError, Sampler, Tree, map_tree, rows_of
+
+ENOUGH = 64  # answers that are looked at before the first update, at least
 
 
 def tune(
@@ -44,8 +47,9 @@ def tune(
         foveate.tune(model, DetectionReward(), lambda step: (images, targets), out="runs/tuned", minutes=10)
 
     The reward is watched throughout: it gives one finite number for each answer, or the run stops and names the
-    example. Before the first update the first answers are looked at: their rewards are not all the same; scoring them
-    twice gives the same probabilities; boxes and targets share their units. The optimizer is Adafactor, as in the
+    example. Before the first update at least `ENOUGH` answers to the first inputs are looked at: their rewards differ;
+    they come from the distribution that scores them, and scoring them twice gives the same; boxes and targets share
+    their units, those of the image. The optimizer is Adafactor, as in the
     paper. With `held_out` the model is given the weights that answered best there, greedily, those of the start among
     them. In the end the folder has a page that says whether the curve is normal (`foveate.analysis.curve_page`).
 
@@ -71,8 +75,8 @@ def tune(
         The policy, tuned.
 
     Raises:
-        InputError: settings that teach nothing, a reward that is none, other units, a model whose scores are random, a
-            folder in use.
+        InputError: settings that teach nothing, a reward that is none, other units, images of several sizes, a model
+            whose scores are random or not those of what it draws, a folder in use.
     """
     tuning = Tuning(**settings)
     run = Run(
@@ -112,7 +116,7 @@ def tune(
         optimizer,
         average,
         reference,
-        keeper=keeper if held_out else None,
+        keeper=keeper,
         validate=look if held_out else None,
         every=every,
     )
@@ -126,23 +130,68 @@ def tune(
 def _check_start(
     policy: Sampler, reward: Reward, name: str, batch: tuple[Tree, Tree], seed: int, tuning: Tuning
 ) -> None:
-    """Look at the first answers before anything is learned from them."""
+    """Look at answers to the first inputs, at least `ENOUGH` of them, before anything is learned from them."""
     inputs, targets = batch
+    _check_stacked(inputs, targets)
     rows = rows_of(inputs)
+    device, wanted = next(policy.parameters()).device, repeat(targets, tuning.samples)
+    drawn, outputs = [], []
     with answering(policy, tuning.precision):
-        keys = noise.key(seed, "check", torch.arange(rows)).to(next(policy.parameters()).device)
-        actions = policy.sample(inputs, tuning.samples, False, keys)
-        answers, wanted = policy.decode(actions), repeat(targets, tuning.samples)
-        once, again = (list(decided(policy, inputs, actions)) for _ in range(2))
-    if isinstance(answers, Boxes) and isinstance(wanted, Boxes) and wanted.mask.any() and answers.mask.any():
-        reach, wanted_reach = (float(boxes.boxes[boxes.mask].max()) for boxes in (answers, wanted))
-        if wanted_reach <= 1 < reach:
-            raise InputError(
-                f"targets: their boxes lie within [0, 1], the model's reach {reach:g}: multiply by width and height"
-            )
-    check_output(reward(answers, wanted), rows * tuning.samples, name)
+        for draw in range(-(-ENOUGH // (rows * tuning.samples))):
+            keys = noise.key(seed, "check", draw, torch.arange(rows)).to(device)
+            drawn.append(policy.sample(inputs, tuning.samples, False, keys))
+            answers = policy.decode(drawn[-1])
+            if draw == 0:
+                _check_units(inputs, answers, wanted)
+            outputs.append(reward(answers, wanted))
+        check_output(outputs[0], rows * tuning.samples, name)
+        if tuning.credit == "answer" and tuning.baseline in ("leave-one-out", "normalised"):
+            _check_compared(torch.cat([output.total.view(rows, -1) for output in outputs], 1), name)
+        _check_repeatable(policy, inputs, drawn[0])
+        _check_drawn(policy, inputs, drawn)
+
+
+def _check_stacked(inputs: Tree, targets: Tree) -> None:
+    listed = isinstance(inputs, list) and all(isinstance(each, Tensor) and each.ndim == 3 for each in inputs)
+    if listed and len(inputs[0]) != rows_of(targets):
+        sizes = ", ".join(dict.fromkeys("x".join(map(str, each.shape)) for each in inputs))
+        raise InputError(
+            f"inputs: a list of {len(inputs)} images of {sizes}, expected one tensor [batch, channels, height, width]: "
+            "scale or pad them to one size, and stack them"
+        )
+
+
+def _check_units(inputs: Tree, answers: Any, wanted: Any) -> None:
+    if not isinstance(wanted, Boxes):
+        return
+    image = isinstance(inputs, Tensor) and inputs.ndim == 4
+    check_boxes(wanted, "targets", (inputs.shape[2], inputs.shape[3]) if image else None)
+    if not isinstance(answers, Boxes) or not wanted.mask.any() or not answers.mask.any():
+        return
+    reach, wanted_reach = (float(boxes.boxes[boxes.mask].max()) for boxes in (answers, wanted))
+    if wanted_reach <= 1 < reach:
+        raise InputError(
+            f"targets: their boxes lie within [0, 1], the model's reach {reach:g}: multiply by width and height"
+        )
+    if reach <= 1 < wanted_reach:
+        raise InputError(
+            f"policy: its boxes lie within [0, 1], those of the targets reach {wanted_reach:g}: let decode multiply "
+            "by width and height"
+        )
+
+
+def _check_compared(totals: Float[Tensor, "batch answers"], name: str) -> None:
+    rows, count = totals.shape
+    if count > 1 and bool((totals == totals[:, :1]).all()):
+        raise InputError(
+            f"reward {name}: all {count} answers to an input score alike, for each of {rows} inputs, and they are "
+            "compared with each other: take a finer score, or begin with a model whose answers differ"
+        )
+
+
+def _check_repeatable(policy: Sampler, inputs: Tree, actions: Tree) -> None:
     off = 0.0
-    for first, second in zip(once, again, strict=True):
+    for first, second in zip(*(decided(policy, inputs, actions) for _ in range(2)), strict=True):
         if first.log_probs is None or first.mask is None or second.log_probs is None:
             raise InputError("policy: its forward gives no log_probs or no mask, which a Sampler's must")
         off = max(off, float(torch.where(first.mask, first.log_probs - second.log_probs, 0.0).abs().max()))
@@ -150,4 +199,28 @@ def _check_start(
         raise InputError(
             f"policy: scores the same answers differently by {off:.2g} nats from one pass to the next, so no ratio "
             "would be 1: draw nothing at random in forward"
+        )
+
+
+@torch.no_grad()
+def _check_drawn(policy: Sampler, inputs: Tree, drawn: Sequence[Tree]) -> None:
+    """Log-probability plus entropy, summed over an answer, is 0 in the mean if it was drawn from what scores it.
+
+    Answers that hardly vary show little of their own variance, as what is rare is not among them: the entropy is then
+    about the least it can be.
+    """
+    gaps, entropies = [], []
+    for actions in drawn:
+        pieces = list(decided(policy, inputs, actions))
+        if not all(hasattr(piece.distribution, "entropy") for piece in pieces):
+            return
+        entropies.append(torch.cat([piece.distribution.entropy() * piece.mask for piece in pieces], 1).sum(1))
+        gaps.append(log_prob(policy, inputs, actions) + entropies[-1])
+    gap, entropy = torch.cat(gaps).double(), torch.cat(entropies).double().mean()
+    error = float((gap.var().clamp(min=float(entropy.clamp(0.0, 0.5))) / len(gap)).sqrt())
+    if abs(away := float(gap.mean())) > 5 * error + 0.01 * abs(float(entropy)):
+        raise InputError(
+            f"policy: {len(gap)} answers it drew are {abs(away):.2g} nats {'more' if away > 0 else 'less'} probable "
+            "than answers of the distribution that its forward gives: draw from that one, without another temperature, "
+            "top-k or top-p, or score with the same in forward"
         )

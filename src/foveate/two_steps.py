@@ -224,7 +224,8 @@ def tune_on_reward(
         reference: the model at the start, frozen and tracked; needed by an anchor, and for logging the KL.
         beside: further losses of the decisions on the answers, from their targets (repeated, one for each answer).
         keeper: keeps the weights of the best `validate()[keeper.by]`, those of the start and of the end among
-            them, goes back to them after a collapse, and gives them to the policy in the end. It needs `validate`.
+            them, goes back to them after a collapse, and gives them to the policy in the end. Without `validate` it
+            only says that there was one.
         validate: scores on held-out inputs, logged at the start and every `every` steps.
         every: steps between validations.
 
@@ -259,11 +260,15 @@ def tune_on_reward(
         if keeper is not None:
             reward_now, length, various = (run.mean(told[name]) for name in ("reward", "length", "distinct"))
             if collapsed := keeper.notice(reward_now, length, various, tuning.samples):
-                keeper.go_back(policy, optimizer)
-                run.say(f"{phase}, step {step + 1}: {collapsed}, and the reward is lower: back to the best weights")
-    if keeper is not None:
-        if validate is not None:
-            keeper.offer(policy, validate()[keeper.by])
+                told_so = f"{phase}, step {step + 1}: {collapsed}, and the reward is lower"
+                if validate is None:
+                    run.say(f"{told_so}; nothing is held out, so that no weights are known to be better")
+                    keeper.begin()  # said once
+                else:
+                    keeper.go_back(policy, optimizer)
+                    run.say(f"{told_so}: back to the best weights")
+    if keeper is not None and validate is not None:
+        keeper.offer(policy, validate()[keeper.by])
         policy.load_state_dict(keeper.best.state_dict())
         run.save()
 

@@ -142,11 +142,12 @@ def _number(tree: ElementTree.Element, name: str, where: Path | str) -> float:
 # COCO
 
 
-def coco_items(root: Path, split: Part) -> tuple[Reader, tuple[str, ...]]:
+def coco_items(root: Path, split: Part, skip_bad: bool) -> tuple[Reader, tuple[str, ...]]:
     """COCO's instances_*.json in `root`/annotations: a reader of that part, and the classes in their order.
 
     Raises:
-        InputError: no such file, a damaged one, an annotation of an unknown image.
+        InputError: no such file, a damaged one; unless `skip_bad`: an annotation of an unlisted image, without a class
+            or four numbers of a box, an image without name or size.
     """
     files = {path.stem.removeprefix("instances_"): path for path in sorted(root.glob("annotations/instances_*.json"))}
     parts = {part: path for name, path in files.items() for part in ("train", "val", "test") if name.startswith(part)}
@@ -155,12 +156,16 @@ def coco_items(root: Path, split: Part) -> tuple[Reader, tuple[str, ...]]:
     tests = parts.get("test") or parts.get("val")
     own_val = "test" in parts and "val" in parts
     path = tests if split == "test" else parts["val"] if split == "val" and own_val else parts["train"]
-    content = coco_content(path or parts["train"], "boxes")
-    named = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
+    path = path or parts["train"]
+    content = coco_content(path, "boxes")
+    try:
+        named = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: a category has no id or no name ({error!r}); give it both") from error
     classes = tuple(named[number] for number in sorted(named))
 
     def read(part: Part) -> tuple[list[Item], int]:
-        items = {str(item.picture): item for item in _items(root, path or parts["train"], content, named)}
+        items, strangers = _items(root, path, content, named, skip_bad)
         names = list(items)
         held = [] if own_val else held_out(names, _VAL_SHARE, "val")
         test = [] if tests else held_out([name for name in names if name not in set(held)], _TEST_SHARE, "test")
@@ -170,7 +175,9 @@ def coco_items(root: Path, split: Part) -> tuple[Reader, tuple[str, ...]]:
             chosen = names if own_val else held
         else:
             chosen = [name for name in names if name not in {*held, *test}]
-        return [items[name] for name in chosen], 0
+        good = [item for name in chosen if isinstance(item := items[name], Item)]
+        once = part == "train" or path != parts["train"]  # of the parts of a file the first counts what is of no image
+        return good, len(chosen) - len(good) + (strangers if once else 0)
 
     return read, classes
 
@@ -193,28 +200,51 @@ def coco_content(path: Path, kind: str) -> dict[str, Any]:
     return dict(content)
 
 
-def _items(root: Path, path: Path, content: dict[str, Any], named: dict[int, str]) -> list[Item]:
+def _items(
+    root: Path, path: Path, content: dict[str, Any], named: dict[int, str], skip_bad: bool
+) -> tuple[dict[str, Item | InputError], int]:
+    """Picture → what is said of it, or what is wrong with that; and how many annotations are of no image."""
     folder = root / path.stem.removeprefix("instances_")
     told: dict[Any, list[dict[str, Any]]] = {}
     for entry in content["annotations"]:
         told.setdefault(entry.get("image_id"), []).append(entry)
-    known = {image["id"] for image in content["images"]}
-    strangers = [number for number in told if number not in known]
-    if strangers:
-        raise InputError(f"{path}: annotation {told[strangers[0]][0].get('id')} is of image {strangers[0]}, unknown")
-    items = []
+    known = {image.get("id") for image in content["images"]}
+    strangers = [entry for number, entries in told.items() if number not in known for entry in entries]
+    if strangers and not skip_bad:
+        of = f"annotation {strangers[0].get('id')} is of image {strangers[0].get('image_id')}, unknown"
+        raise InputError(f"{path}: {of}: add the image, or remove the annotation")
+    items: dict[str, Item | InputError] = {}
     for image in content["images"]:
-        names, boxes, crowd = [], [], []
-        for entry in told.get(image["id"], []):
-            left, top, width, height = (float(number) for number in entry["bbox"])
-            names.append(named.get(entry["category_id"], f"id {entry['category_id']}"))
-            boxes.append((left, top, left + width, top + height))
-            crowd.append(bool(entry.get("iscrowd", 0)))
-        where = f"{path}: image {image['id']}"
-        picture = inside(folder, str(image["file_name"]), path)
-        size = int(image["width"]), int(image["height"])
-        items.append(Item(picture, where, size, tuple(names), tuple(boxes), tuple(crowd)))
-    return items
+        name = str(folder / str(image.get("file_name")))
+        try:
+            items[name] = _coco_item(folder, path, image, told.get(image.get("id"), []), named)
+        except InputError as error:
+            if not skip_bad:
+                raise
+            items[name] = error
+    return items, len(strangers)
+
+
+def _coco_item(
+    folder: Path, path: Path, image: dict[str, Any], entries: list[dict[str, Any]], named: dict[int, str]
+) -> Item:
+    where = f"{path}: image {image.get('id')}"
+    for name, kind in (("id", int), ("file_name", str), ("width", int), ("height", int)):
+        if not isinstance(image.get(name), kind):
+            raise InputError(f"{where}: its {name} is {image.get(name)!r}, expected {kind.__name__}; correct it")
+    names, boxes, crowd = [], [], []
+    for place, entry in enumerate(entries):
+        box, number = entry.get("bbox"), entry.get("category_id")
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
+            raise InputError(f"{where}: object {place} has the bbox {box!r}, expected [left, top, width, height]")
+        if not isinstance(number, int):
+            raise InputError(f"{where}: object {place} has the category_id {number!r}, expected one of {list(named)}")
+        left, top, width, height = map(float, box)
+        names.append(named.get(number, f"id {number}"))
+        boxes.append((left, top, left + width, top + height))
+        crowd.append(bool(entry.get("iscrowd", 0)))
+    picture = inside(folder, image["file_name"], path)
+    return Item(picture, where, (image["width"], image["height"]), tuple(names), tuple(boxes), tuple(crowd))
 
 
 # Both

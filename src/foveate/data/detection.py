@@ -46,7 +46,8 @@ class Detections:
         classes: names of the classes.
         name: of the data set, one of `DATASETS`.
         split: which part of it this is.
-        skipped: pictures left out because something about them is wrong.
+        skipped: pictures left out because something about them is wrong, and annotations of no picture.
+        clipped: boxes that reached up to a pixel beyond their picture, and end at its edge here.
     """
 
     pixels: UInt8[Tensor, "size 3 side side"]
@@ -55,6 +56,7 @@ class Detections:
     name: str
     split: str
     skipped: int = 0
+    clipped: int = 0
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -91,8 +93,8 @@ def load_detections(
 
     Raises:
         InputError: unknown name; missing or damaged files; without `skip_bad`: a box without area, that ends before it
-            begins, beyond its image, or of normalised coordinates; an unknown class; a missing picture, or one of
-            another size than annotated; an empty split.
+            begins, over a pixel beyond its image, or of normalised coordinates; an unknown class; a missing picture,
+            or one of another size than annotated; an empty split.
     """
     if name not in DATASETS:
         raise InputError(f"data: found {name!r}, expected one of {', '.join(DATASETS)}")
@@ -109,7 +111,7 @@ def load_detections(
     if name == "voc":
         read, classes = voc_items(root, skip_bad)
     else:
-        read, classes = coco_items(root, split)
+        read, classes = coco_items(root, split, skip_bad)
     items, skipped = read(split)
     check_memory(str(root), (len(items), 3, image_size, image_size))
     pixels, good = [], []
@@ -126,7 +128,8 @@ def load_detections(
     if not good:
         raise InputError(f"{root}: split {split!r} has no picture that can be used; add some")
     boxes = _padded(good, classes, image_size)
-    return Detections(torch.from_numpy(np.stack(pixels)), boxes, classes, name, split, skipped)
+    clipped = sum(_reaches_beyond(box, item.size, 0.0) for item in good for box in item.boxes)
+    return Detections(torch.from_numpy(np.stack(pixels)), boxes, classes, name, split, skipped, clipped)
 
 
 def _rendered(split: Part, count: int, side: int, most: int, say: Callable[[str], None] | None) -> Detections:
@@ -159,8 +162,12 @@ def _check(item: Item, classes: tuple[str, ...]) -> None:
             raise InputError(f"{where} ends before it begins, expected left, top, right, bottom; correct it")
         if box[2] == box[0] or box[3] == box[1]:
             raise InputError(f"{where} has no area; correct or remove it")
-        if min(box) < -1 or box[2] > width + 1 or box[3] > height + 1:
+        if _reaches_beyond(box, item.size, 1.0):
             raise InputError(f"{where} reaches beyond the image of {width}x{height}; clip it, or correct the size")
+
+
+def _reaches_beyond(box: tuple[float, ...], size: tuple[int, int], by: float) -> bool:
+    return min(box) < -by or box[2] > size[0] + by or box[3] > size[1] + by
 
 
 def _pixels(item: Item, side: int) -> Any:

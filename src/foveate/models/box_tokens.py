@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from foveate import noise
-from foveate.geometry import Boxes
+from foveate.geometry import Boxes, check_boxes
 from foveate.models.encoder_decoder import SPREAD, EncoderDecoder, Tokens, waves
 from foveate.types import InputError, RewardOutput
 
@@ -70,8 +70,9 @@ class BoxTokens:
         The texts are as long as the longest of them.
 
         Raises:
-            InputError: an image with more than `most` boxes, or a class out of range.
+            InputError: an image with more than `most` boxes, a class out of range, or a box beyond the image.
         """
+        check_boxes(boxes, "boxes", self.size)
         counts = boxes.mask.sum(1)
         if counts.numel() and int(counts.max()) > self.most:
             row = int(counts.argmax())

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.classification import check_rgb
-from foveate.data.detection import Detections, chosen, load_detections, views
+from foveate.data.detection import Detections, check_objects, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes, joined
 from foveate.learn.answers import Precision, Reward, Tuning
@@ -132,8 +132,10 @@ def resolve(config: Config) -> Config:
     if not 0 <= config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
     _tuning(config)
-    data, *others = (_data(config, part) for part in ("train", "val", "test"))
-    counts = [int(each.boxes.mask.sum(1).max()) for each in (data, *others)]
+    parts = data, *_ = [_data(config, part) for part in ("train", "val", "test")]
+    for part in parts:
+        check_objects(part, config.root or config.data)
+    counts = [int(part.boxes.mask.sum(1).max()) for part in parts]
     most = config.most or max(25, max(counts) * 5 // 4)
     if most < counts[0]:
         raise InputError(f"most: found {most}, but an image has {counts[0]} boxes; raise it")
@@ -314,8 +316,7 @@ def predict(
         InputError: the images break the convention, or are not RGB.
     """
     check_rgb(images, "images")
-    height, width = images.shape[2:]
-    side = config.image_size
+    (height, width), side = images.shape[2:], config.image_size
     seen = F.interpolate(images.to(policy.where.device), (side, side), mode="bilinear", antialias=True)
     found = policy.detect(seen, _greedy(seen))
     assert found.scores is not None

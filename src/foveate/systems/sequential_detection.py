@@ -29,7 +29,7 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.classification import check_rgb
-from foveate.data.detection import Detections, chosen, load_detections, views
+from foveate.data.detection import Detections, check_objects, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes
 from foveate.learn.answers import Scored, Tuning, repeat
@@ -118,7 +118,8 @@ def resolve(config: Config) -> Config:
     if not config.std > 0:
         raise InputError(f"std: found {config.std}, expected a number above 0")
     _tuning(config, PART)
-    data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours
+    for part in ("train", "val", "test"):  # now, not after hours
+        check_objects(data := _data(config, part), config.root or config.data)
     return replace(config, classes=data.classes)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.classification import check_rgb
-from foveate.data.detection import Detections, chosen, load_detections, views
+from foveate.data.detection import Detections, check_objects, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes
 from foveate.learn.answers import Reward, Scored, Tuning
@@ -138,7 +138,8 @@ def resolve(config: Config) -> Config:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
     if config.candidates < 1:
         raise InputError(f"candidates: found {config.candidates}, expected at least 1")
-    data, *_ = (_data(config, split) for split in ("train", "val", "test"))  # now, not after hours
+    for split in ("train", "val", "test"):  # now, not after hours
+        check_objects(data := _data(config, split), config.root or config.data)
     return replace(config, classes=data.classes)
 
 
