@@ -72,7 +72,7 @@ GOOD = {"reward": (1.0, 2.0), "kl": (0.0, 3.0), "alike": (0.1, 0.3), "distinct":
         ({"alike": (0.5, 1.0)}, "all answers score alike"),
         ({"length": (9.0, 1.0)}, "is that what you want"),
         ({"distinct": (1.0, 0.125)}, "nearly one"),
-        ({"ratio": (1.0, 1.1)}, "sampling and scoring disagree"),
+        ({"ratio": (1.0, 1.1)}, "scores the same answers differently"),
     ],
 )
 def test_what_is_unusual_about_a_curve_is_said(changed: dict[str, tuple[float, float]], said: str) -> None:

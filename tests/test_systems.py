@@ -167,6 +167,15 @@ def test_tuning_goes_on_from_what_another_run_was_tuned_to(system: str, tmp_path
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize("system", ["tune-detector", "tune-segmenter"])
+def test_half_precision_leaves_the_ratio_at_one(system: str, tmp_path: Path) -> None:
+    agent = foveate.train(system, steps=8, device="cpu", out=tmp_path / "run", precision="bf16", **QUICK[system])
+    rows = [json.loads(line) for line in (agent.folder / "metrics.jsonl").open()]
+    ratios = [row["ratio"] for row in rows if row.get("ratio") is not None]
+    assert ratios == pytest.approx([1.0] * len(ratios), abs=1e-5)
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in agent.policy.parameters())
+
+
 def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
@@ -184,6 +193,9 @@ def test_what_a_start_is_taken_from_is_asked_for(tmp_path: Path) -> None:
 def test_the_report_shows_pictures_and_curves(trained: agents.Agent) -> None:
     page = (trained.folder / "report.html").read_text()
     assert page.count("data:image/") >= 2
+    if hasattr(agents.system_module(trained.system), "compared"):
+        assert "The reward of drawn answers went from" in page, "it says whether the curve is normal"
+        assert "<figcaption>reward</figcaption>" in page
     assert any(path.suffix == ".png" for path in (trained.folder / "pictures").iterdir())
 
 

@@ -89,6 +89,15 @@ def along_training(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[fl
     return found
 
 
+def looks_at_reward(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Step and held-out reward at each look of a run's log, for every phase that has it."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get("held_out_reward") is not None:
+            found.setdefault(row["phase"], []).append((float(row["step"]), row["held_out_reward"]))
+    return found
+
+
 def curve_page(folder: Path, config: Mapping[str, Any]) -> Path:
     """Write report.html of a run of `foveate.tune`: what the curve shows, the reward against the KL, all curves.
 
@@ -97,14 +106,7 @@ def curve_page(folder: Path, config: Mapping[str, Any]) -> Path:
         config: its settings.
     """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    drawn = [(row["step"], row["reward"]) for row in rows if row.get("reward") is not None]
-    held_out = [(row["step"], row["held_out_reward"]) for row in rows if row.get("held_out_reward") is not None]
-    against = [(row["kl"], row["reward"]) for row in rows if row.get("kl") is not None]
-    series = {"drawn answers": drawn} | ({"greedy, held out": held_out} if held_out else {})
-    shown = {"reward": plots.line_plot(series, "step", "reward")}
-    if against:
-        title = "the price of the reward"
-        shown["reward against KL"] = plots.line_plot({"drawn answers": against}, "nats", "reward", title, dots=True)
+    series, shown = _rewards(rows), reward_curves(rows)
     if (curves := plots.training_curves(rows)) is not None:
         shown["training"] = curves
     scores = {name: [reward for _, reward in points] for name, points in series.items()}
@@ -119,6 +121,25 @@ def curve_page(folder: Path, config: Mapping[str, Any]) -> Path:
     command = "foveate.tune(model, reward, batches, ...)"
     report.write_report(path, "Tuned on a reward", "\n\n".join(findings(rows)), table, shown, config, command)
     return path
+
+
+def _rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Points (step, reward) of drawn answers, and of greedy ones to held-out inputs if there are any."""
+    named = {"drawn answers": "reward", "greedy, held out": "held_out_reward"}
+    found = {
+        what: [(float(row["step"]), row[name]) for row in rows if row.get(name) is not None]
+        for what, name in named.items()
+    }
+    return {what: points for what, points in found.items() if points}
+
+
+def reward_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The reward along the steps of a tuning, and against the KL to the start if that was logged: name → picture."""
+    shown = {"reward": plots.line_plot(_rewards(rows), "step", "reward")}
+    if against := [(row["kl"], row["reward"]) for row in rows if row.get("kl") is not None]:
+        title = "the price of the reward"
+        shown["reward against KL"] = plots.line_plot({"drawn answers": against}, "nats", "reward", title, dots=True)
+    return shown
 
 
 def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:

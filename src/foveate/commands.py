@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from foveate import agents, pictures, plots, report
-from foveate.analysis import along_training, compare_models
+from foveate.analysis import along_training, compare_models, findings, looks_at_reward, reward_curves
 from foveate.data.comparisons import Comparisons
 from foveate.preferring import Asked, Choose, collect_by_script, opened
 from foveate.rewards.named_images import picture_score
@@ -145,8 +145,9 @@ def analyse(
     """Draw what tuning did to a model: many answers of the start and of the tuned model to a few held-out inputs.
 
     Three figures (Pinto et al. 2023, section 5): how the rewards of answers are distributed, the best hundredth marked;
-    the reward against the field's metric along the training; and what N answers are worth by their best and by their
-    most probable one, N up to `samples`. They are written to the run's folder `analysis`.
+    the reward against the field's metric along the training (or the reward alone, where nothing else was looked at);
+    and what N answers are worth by their best and by their most probable one, N up to `samples`. They are written to
+    the run's folder `analysis`.
 
     Returns:
         The numbers of each model, and the files.
@@ -171,8 +172,11 @@ def analyse(
         "rewards of answers": plots.histogram(values, "reward"),
         "best of N": plots.line_plot(curves, "N answers", "reward", logx=True),
     }
-    if along := along_training(_metrics(run.folder)):
+    rows = _metrics(run.folder)
+    if along := along_training(rows):
         drawn["reward against metric"] = plots.line_plot(along, "held-out reward", "held-out metric", dots=True)
+    elif looks := looks_at_reward(rows):  # nothing else was measured: no metric is made up
+        drawn["reward along training"] = plots.line_plot(looks, "step of the phase", "held-out reward", dots=True)
     return numbers, list(_save_pictures(run.folder / "analysis", drawn).values())
 
 
@@ -300,16 +304,22 @@ def _save_pictures(folder: Path, drawn: dict[str, Any]) -> dict[str, Path]:
 
 
 def _write_report(config: Any, run: Run, evaluation: Evaluation, drawn: dict[str, Path]) -> Path:
-    shown: dict[str, Any] = dict(drawn)
+    shown, summary, rows = dict[str, Any](drawn), [SYSTEMS[run.system]], _metrics(run.folder)
+    if hasattr(module := agents.system_module(run.system), "compared"):
+        phase = "reward" if any(row["phase"] == "reward" for row in rows) else module.PART
+        tuned = [row for row in rows if row["phase"] == phase]
+        if any(row.get("reward") is not None for row in tuned):
+            summary += findings(tuned)
+            shown |= reward_curves(tuned)
     for name, series in evaluation.curves.items():
         value, over = name.split(" against ")
         shown[name] = plots.line_plot(series, over, value)
-    curves = plots.training_curves(_metrics(run.folder))
+    curves = plots.training_curves(rows)
     if curves is not None:
         shown["training"] = curves
     path = run.folder / "report.html"
     report.write_report(
-        path, run.system, SYSTEMS[run.system], evaluation, shown, asdict(config), command(run.system, config)
+        path, run.system, "\n\n".join(summary), evaluation, shown, asdict(config), command(run.system, config)
     )
     return path
 

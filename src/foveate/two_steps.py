@@ -66,15 +66,27 @@ def check_reward(run: Run, policy: Sampler, reward: Reward, batch: tuple[Tree, T
 
 
 def held_out_scores(
-    policy: Sampler, reward: Reward, batches: Iterable[tuple[Tree, Tree]], seed: int, precision: Precision = "fp32"
+    policy: Sampler,
+    reward: Reward,
+    batches: Iterable[tuple[Tree, Tree]],
+    seed: int,
+    precision: Precision = "fp32",
+    **metrics: Reward,
 ) -> dict[str, Tensor]:
-    """Mean reward of greedy answers and its parts, "held_out_reward" and "held_out part ..."."""
-    outputs = []
+    """Mean reward of greedy answers and its parts, "held_out_reward" and "held_out part ...".
+
+    And of the same answers what nothing is tuned on: "held_out_NAME" of every metric.
+    """
+    outputs, others = [], dict[str, list[Tensor]]()
     with torch.no_grad(), answering(policy, precision):
         for inputs, targets in batches:
             keys = noise.key(seed, "held out", torch.arange(rows_of(inputs))).to(next(policy.parameters()).device)
-            outputs.append(reward(policy.decode(policy.sample(inputs, 1, True, keys)), targets))
+            answers = policy.decode(policy.sample(inputs, 1, True, keys))
+            outputs.append(reward(answers, targets))
+            for name, metric in metrics.items():
+                others.setdefault(f"held_out_{name}", []).append(metric(answers, targets).total)
     found = {"held_out_reward": torch.cat([output.total for output in outputs]).mean()}
+    found |= {name: torch.cat(totals).mean() for name, totals in others.items()}
     names = outputs[0].parts
     return found | {
         f"held_out part {name}": torch.cat([output.parts[name] for output in outputs]).mean() for name in names

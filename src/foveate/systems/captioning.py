@@ -221,10 +221,11 @@ def train(config: Config, run: Run) -> None:
         run.say(line)
     reward = _reward(references)
     held_out = _seen(start, val), _references(val, every_word, run.device)
+    metric = _reward(held_out[1])  # with the document frequencies of what it is scored against, as on test
 
     def look(policy: Captioner) -> dict[str, Any]:
         some = ((_inputs(policy, seen), references) for seen, references in split(held_out, AT_ONCE))
-        return held_out_scores(policy, reward, some, config.seed, config.precision)
+        return held_out_scores(policy, reward, some, config.seed, config.precision, cider=metric)
 
     def rows(step: int, batch: int) -> Tensor:
         return noise.examples(config.seed, step, batch, len(data))[run.rows(batch)].to(run.device)

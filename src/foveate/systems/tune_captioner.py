@@ -215,16 +215,14 @@ def train(config: Config, run: Run) -> None:
     (average,), (start, *_) = run.track(average=MovingAverage()), parts["likelihood"]
     words, _ = vocabulary((*data.sentences, *val.sentences), 1)
     references, targets = (_numbered(part.sentences, words, run.device) for part in (data, val))
-    reward, learned = (
-        _reward(references, words),
-        map_tree(lambda leaf: leaf.to(run.device), start.answers(_texts(data))),
-    )
+    reward, metric = _reward(references, words), _reward(targets, words)  # each with its own document frequencies
+    learned = map_tree(lambda leaf: leaf.to(run.device), start.answers(_texts(data)))
     for line in not_learned(_left_out(config), references.mask, learned[1]):
         run.say(line)
 
     def look(policy: TextCaptioner) -> dict[str, Any]:
         parts = ((_images(pixels, run.device), wanted) for pixels, wanted in split((val.pixels, targets), AT_ONCE))
-        return held_out_scores(policy, reward, parts, config.seed, config.precision)
+        return held_out_scores(policy, reward, parts, config.seed, config.precision, cider=metric)
 
     def some(step: int, batch: int, tree: Any) -> tuple[Tensor, Any]:
         here = noise.examples(config.seed, step, batch, len(data))[run.rows(batch)]

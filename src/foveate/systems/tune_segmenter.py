@@ -36,7 +36,7 @@ from foveate import noise, pictures
 from foveate.data.classification import check_rgb, read_pictures
 from foveate.data.picture_folders import Split
 from foveate.data.segmentation import Segmented, crops, load_segmented, masks_of
-from foveate.learn.answers import Reward, Tuning
+from foveate.learn.answers import Precision, Reward, Tuning
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.models.dense import dense_network
@@ -108,6 +108,8 @@ class Config:
     """updates between looks at the val split"""
     looks: int = 32
     """windows of it that are looked at"""
+    precision: Precision = "fp32"
+    """bf16 is faster on processors that compute in it"""
     names: tuple[str, ...] | None = None
     """of the classes; taken from the data"""
     left_out: int | None = None
@@ -156,7 +158,8 @@ def build(config: Config, pretrained: bool = False) -> Segmenter:
 
 def _tuning(config: Config) -> Tuning:
     credit: Any = "difference" if config.exclusive and config.credit == "flip" else config.credit
-    return Tuning(config.samples, anchor=config.anchor, learning_rate=config.tuning_rate, anneal=True, credit=credit)
+    how: dict[str, Any] = {"anchor": config.anchor, "learning_rate": config.tuning_rate, "precision": config.precision}
+    return Tuning(config.samples, anneal=True, credit=credit, **how)
 
 
 def _reward(config: Config) -> Reward:
@@ -189,6 +192,8 @@ def train(config: Config, run: Run) -> None:
     optimizers = {name: torch.optim.Adam(learner.parameters()) for name, learner in learners.items()}
     average, reward = MovingAverage(), _reward(config)
     held_out = _windows(config, val, config.looks)
+    other = "iou" if config.reward == "dice" else "dice"
+    metric = {other: _reward(replace(config, reward=other))}  # looked at beside the reward
     looks = split(held_out, max(1, PIXELS // held_out[0][0, 0].numel()))
     run.track(**{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}, average=average)
 
@@ -203,19 +208,16 @@ def train(config: Config, run: Run) -> None:
         return images, start.labels(*targets)
 
     def arguments(name: str, phase: str, share: float, batches: Callable[..., Any]) -> dict[str, Any]:
-        return {
-            **{"run": run, "phase": phase, "share": share, "every": config.every},
-            "policy": learners[name],
-            "optimizer": optimizers[name],
-            "batches": partial(batches, phase=phase),
-            "validate": partial(held_out_scores, learners[name], reward, looks, config.seed),
-        }
+        how: dict[str, Any] = {"run": run, "phase": phase, "share": share, "every": config.every}
+        how |= {"policy": learners[name], "optimizer": optimizers[name], "batches": partial(batches, phase=phase)}
+        look = partial(held_out_scores, learners[name], reward, looks, config.seed, config.precision, **metric)
+        return how | {"validate": look}
 
     first_scores = check_reward(run, start, reward, windows(0, "reward"), config.samples)  # now, not after a phase
     check_output(first_scores, len(first_scores.total), config.reward)
     rest = (1 - config.likelihood_share) / 2
     first = arguments("likelihood", "likelihood", config.likelihood_share, answers)
-    learn_likelihood(**first, learning_rate=config.learning_rate)
+    learn_likelihood(**first, learning_rate=config.learning_rate, precision=config.precision)
     tune_on_reward(
         **arguments(PART, "reward", rest, windows),
         reward=reward,
@@ -225,7 +227,8 @@ def train(config: Config, run: Run) -> None:
         keeper=keepers["keeper"],
     )
     further = arguments("control", "control", rest, answers)
-    learn_likelihood(**further, learning_rate=config.control_rate, start=start, keeper=keepers["control_keeper"])
+    further |= {"learning_rate": config.control_rate, "precision": config.precision}
+    learn_likelihood(**further, start=start, keeper=keepers["control_keeper"])
 
 
 def _windows(config: Config, data: Segmented, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
