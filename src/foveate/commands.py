@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from foveate import agents, pictures, plots, report
-from foveate.analysis import along_training, compare_models, findings, looks_at_reward, reward_curves
+from foveate.analysis import along_training, compare_models, findings, looks_at_reward, reward_curves, still_learning
 from foveate.data.comparisons import Comparisons
 from foveate.preferring import Asked, Choose, collect_by_script, opened
 from foveate.rewards.named_images import picture_score
@@ -309,7 +309,7 @@ def _write_report(config: Any, run: Run, evaluation: Evaluation, drawn: dict[str
         phase = "reward" if any(row["phase"] == "reward" for row in rows) else module.PART
         tuned = [row for row in rows if row["phase"] == phase]
         if any(row.get("reward") is not None for row in tuned):
-            summary += findings(tuned)
+            summary += [*findings(tuned), *still_learning(evaluation)]
             shown |= reward_curves(tuned)
     for name, series in evaluation.curves.items():
         value, over = name.split(" against ")
