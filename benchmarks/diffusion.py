@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from foveate.learn.answers import Tuning, score
 from foveate.learn.baselines import MovingAverage
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.rewards.images import compressibility
+from foveate.run import Run
 from foveate.two_steps import _update
 
 INPUTS, SAMPLES, STEPS, SIDE, PIECE = 4, 4, 12, 16, 2
@@ -67,7 +67,8 @@ def our_step(policy: ClassDenoiser) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
 
-    run: Any = SimpleNamespace(optimise=optimise)
+    run: Any = Run.__new__(Run)  # nothing else of it is asked for
+    run.optimise = optimise
 
     def step() -> None:
         scored = score(policy, compressibility, labels, labels, keys, tuning, average)

@@ -24,9 +24,11 @@ from foveate.envs.glimpse import GlimpseEnv, SingleGlimpseEnv
 from foveate.envs.landmark_walk import LandmarkWalkEnv, SingleLandmarkWalkEnv
 from foveate.envs.painting import PaintingEnv, SinglePaintingEnv
 from foveate.envs.registration import RegistrationEnv, SingleRegistrationEnv
+from foveate.envs.seeds import SeedsEnv, SingleSeedsEnv
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.geometry import Boxes
+from foveate.learn.replay import Replay
 
 COPIES, CLASSES, SIDE, GLIMPSES = 256, 10, 28, 6
 STEPS = GLIMPSES + 1  # one whole cycle of an episode, the step that resets the copies included
@@ -44,13 +46,13 @@ def glimpses() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.nda
     return GlimpseEnv, SingleGlimpseEnv, {"images": images, "glimpses": GLIMPSES}, actions
 
 
-def boxes() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
-    """Images of 128 pixels with four objects each, and moves drawn once; an episode ends before the last step."""
-    keys = noise.key(0, torch.arange(256))
-    corners = noise.uniform(keys, 4, 4) * 128
-    corners = torch.cat((corners[..., :2] / 2, 64 + corners[..., 2:] / 2), -1)
-    found = Boxes(corners, torch.zeros(256, 4).long(), torch.ones(256, 4, dtype=torch.bool))
-    pixels = noise.integers(keys, 256, 3, 128, 128).to(torch.uint8)
+def boxes(side: int = 128, count: int = 256) -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Images of `side` pixels with four objects each, and moves drawn once; an episode ends before the last step."""
+    keys = noise.key(0, torch.arange(count))
+    corners = noise.uniform(keys, 4, 4) * side
+    corners = torch.cat((corners[..., :2] / 2, side / 2 + corners[..., 2:] / 2), -1)
+    found = Boxes(corners, torch.zeros(count, 4).long(), torch.ones(count, 4, dtype=torch.bool))
+    pixels = noise.integers(keys, 256, 3, side, side).to(torch.uint8)
     shown = Detections(pixels, found, ("thing",), "synthetic", "train")
     actions = np.random.default_rng(0).integers(0, TRIGGER, (STEPS, COPIES))
     actions[-2] = TRIGGER
@@ -68,11 +70,27 @@ def volumes(side: int) -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any]
     return LandmarkWalkEnv, SingleLandmarkWalkEnv, {"volumes": shown, "horizon": STEPS - 1}, actions
 
 
-def compare_sizes(large: int = 192, small: int = 48, rounds: int = 5) -> Rates:
-    """Steps/s of all copies in large volumes, and in small ones of a 64th of the voxels: the cost is the same."""
-    ours, theirs = (lockstep(partial(volumes, side), COPIES) for side in (large, small))
+def compare_sizes(task: Callable[[int], Any], large: int, small: int, rounds: int = 5) -> Rates:
+    """Steps/s of all copies in large images or volumes, and in small ones: the cost is the same."""
+    ours, theirs = (lockstep(partial(task, side), COPIES) for side in (large, small))
     fast, slow = best_seconds(ours, theirs, rounds=rounds)
-    return COPIES * STEPS / fast, COPIES * STEPS / slow, f"steps/s in volumes of {large}³, peer {small}³"
+    return COPIES * STEPS / fast, COPIES * STEPS / slow, f"steps/s at {large} a side, peer {small}"
+
+
+def compare_memory(task: Task) -> Rates:
+    """Transitions in a megabyte of replay: states, which are coordinates, and what is seen in them."""
+    kind, _, options, _ = task()
+    env = kind(COPIES, **options)
+    seen, _ = env.reset(seed=0)
+    ours, theirs = (Replay(each, 40).size / 1e6 for each in (env.state, seen))
+    count = 40 * COPIES
+    return count / ours, count / theirs, f"transitions/MB; a million take {1e6 * ours / count:.0f} MB"
+
+
+def seeds() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
+    """Rendered scenes of 40 pixels, and seeds drawn once: the random walker walks anew at each."""
+    actions = np.random.default_rng(0).integers(0, 800, (STEPS, COPIES))
+    return SeedsEnv, SingleSeedsEnv, {"scenes": 20, "horizon": STEPS - 1}, actions
 
 
 def cuttings() -> tuple[type[TensorEnv], type[SingleEnv], dict[str, Any], np.ndarray]:
@@ -175,7 +193,11 @@ ROWS: dict[str, Callable[[], Rates]] = {
     "box-search-env-sync": partial(compare, boxes, sync_vector),
     "landmark-env": partial(compare, partial(volumes, 48), one_by_one),
     "landmark-env-sync": partial(compare, partial(volumes, 48), sync_vector),
-    "landmark-env-size": compare_sizes,
+    "box-search-env-size": partial(compare_sizes, partial(boxes, count=32), 512, 128),
+    "landmark-env-size": partial(compare_sizes, volumes, 192, 48),
+    "box-search-replay": partial(compare_memory, boxes),
+    "landmark-replay": partial(compare_memory, partial(volumes, 48)),
+    "seeds-env": partial(compare, seeds, one_by_one),
     "cutting-env": partial(compare, cuttings, one_by_one),
     "registration-env": partial(compare, pairs, one_by_one),
     "box-tracking-env": partial(compare, tracks, one_by_one),

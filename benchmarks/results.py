@@ -28,8 +28,8 @@ KEY = ("system", "data", "variant", "settings", "seed", "budget", "processes")
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def read_row(run: Path) -> Row:
-    """The entry of a run.
+def read_rows(run: Path) -> list[Row]:
+    """The entry of a run, and one for each other data that it was scored on (`evaluation-NAME.json`).
 
     Raises:
         InputError: the folder holds no run, or one that was not scored.
@@ -45,7 +45,7 @@ def read_row(run: Path) -> Row:
         phases[phase], before = (until - before) / 60, until
     config = {name: _without_folders(value) for name, value in record["config"].items() if name != "root"}
     data, root = config["data"], record["config"].get("root")
-    return {
+    row = {
         "system": record["system"],
         "data": f"{data} ({Path(root).name})" if data in LAYOUTS and root else data,
         "variant": config.get("variant"),
@@ -57,6 +57,10 @@ def read_row(run: Path) -> Row:
         "run": {**record, "config": config, "source": Path(record["source"]).name if record.get("source") else None},
         "evaluation": evaluation,
     }
+    others = {path.stem.removeprefix("evaluation-"): path for path in sorted(run.glob("evaluation-*.json"))}
+    tested = {name: _read_json(path, f"score it with foveate eval {run}") for name, path in others.items()}
+    found = [row | {"data": f"{row['data']}, tested on {name}", "evaluation": found} for name, found in tested.items()]
+    return [row, *found]
 
 
 def _without_folders(value: Any) -> Any:
@@ -82,9 +86,9 @@ def update(runs: Sequence[Path], docs: Path) -> None:
     """Add runs to results.json and results.md of a folder, and to the pages of systems that have markers.
 
     Raises:
-        InputError: as `read_row`, or a results.md without markers; all files are then as they were.
+        InputError: as `read_rows`, or a results.md without markers; all files are then as they were.
     """
-    new = [read_row(run) for run in runs]
+    new = [row for run in runs for row in read_rows(run)]
     source = docs / "results.json"
     known = json.loads(source.read_text()) if source.is_file() else []
     for row in known:  # a default may have changed since

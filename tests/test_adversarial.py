@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate import noise
+from foveate import commands, noise
 from foveate.data.classification import Images, load_images
 from foveate.envs.painting import FINER, PaintingEnv, apart, shown, stroke
 from foveate.envs.painting_play import painted, traced
@@ -22,6 +23,7 @@ from foveate.learn.adversarial import discriminator_loss, generator_loss, gradie
 from foveate.learn.rollout import rollout
 from foveate.models.adversaries import Discriminator, ImageGenerator
 from foveate.models.painter import Painter, Scribbler
+from foveate.run import Run
 from foveate.systems import adversarial
 from foveate.types import InputError
 
@@ -275,6 +277,26 @@ def test_a_painter_learns_from_a_discriminators_score_alone() -> None:
     there = discriminator.reward(real[rows], kinds[rows]).mean()
     assert reached > before + 0.5 * (there - before)
     assert last > 0
+
+
+def test_a_run_shows_how_its_paintings_come_about(tmp_path: Path) -> None:
+    """A frame a stroke after the empty canvas, and the same as a row a class."""
+    config = adversarial.resolve(adversarial.Config(strokes=3, batch=4, steps=3, looks=10))
+    run = Run(tmp_path / "run", system="adversarial", config=asdict(config), steps=3, device="cpu", quiet=True)
+    adversarial.train(config, run)
+    policy = adversarial.build(config)
+    assert run.restore(adversarial.PART, policy)
+    drawn = adversarial.picture(config, policy, run)
+    assert set(drawn) == {"paintings", "step by step", "painting"}
+    assert len(drawn["painting"]) == 1 + config.strokes
+    assert len({frame.size for frame in drawn["painting"]}) == 1
+    assert drawn["painting"][0].tobytes() != drawn["painting"][-1].tobytes()
+    files = commands._save_pictures(tmp_path / "pictures", drawn)
+    with Image.open(files["painting"]) as moving:
+        assert moving.format == "GIF"
+        assert moving.n_frames == 1 + config.strokes
+    with Image.open(files["step by step"]) as steps:
+        assert steps.size[1] > steps.size[0] / 2, "ten classes below each other"
 
 
 # ---- what a user may do wrong ----

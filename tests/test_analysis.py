@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from foveate import noise
-from foveate.analysis import best_of, draw_answers, findings, likeliest_of
+from foveate.analysis import best_of, draw_answers, findings, likeliest_of, still_learning
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
-from foveate.types import RewardOutput
+from foveate.types import Evaluation, RewardOutput
 
 
 def test_best_and_likeliest_of_are_means_over_all_subsets() -> None:
@@ -80,3 +80,21 @@ def test_what_is_unusual_about_a_curve_is_said(changed: dict[str, tuple[float, f
     assert told[0].startswith("The reward of drawn answers went from")
     assert len(told) == 2
     assert said in told[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "control", "tuned", "told"),
+    [
+        ("map", 0.5, 0.6, 0.55, True),
+        ("map", 0.5, 0.6, 0.65, False),
+        ("map", 0.5, 0.49, 0.4, False),
+        ("error", 5.0, 4.0, 4.5, True),
+        ("error", 5.0, 4.0, 3.5, False),
+    ],
+)
+def test_a_start_that_was_still_learning_is_told(
+    name: str, start: float, control: float, tuned: float, told: bool
+) -> None:
+    evaluation = Evaluation({name: tuned}, {"mle": {name: start}, "control": {name: control}})
+    assert bool(still_learning(evaluation)) == told
+    assert not still_learning(Evaluation({name: tuned}, {"random": {name: start}}))

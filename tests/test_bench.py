@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,16 @@ def test_both_write_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_denoising_rows_in_the_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"INPUTS": 2, "SAMPLES": 2, "STEPS": 3, "SIDE": 8}.items():
+        monkeypatch.setattr(diffusion, name, value)
+    for row in (diffusion.update, diffusion.bound):
+        ours, peer, unit = row()
+        assert ours > 0
+        assert peer > 0
+        assert unit == "image-steps/s"
+
+
 def test_both_denoising_loops_have_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published loop averages log-probabilities over pixels; ours is their number times as long, and no other."""
     monkeypatch.setattr(diffusion, "STEPS", 3)
@@ -179,3 +190,17 @@ def test_both_denoising_loops_have_the_same_gradient(monkeypatch: pytest.MonkeyP
     (-(found.log_probs * advantages[:, None]).sum() / 4).backward()
     ours = torch.cat([weight.grad.flatten() for weight in policy.network.parameters()])
     torch.testing.assert_close(64 * theirs, ours, rtol=1e-2, atol=1e-3 * float(ours.abs().max()))
+
+
+def test_a_replay_of_states_is_a_small_part_of_one_of_what_is_seen() -> None:
+    for task, most in ((environments.boxes, 300), (partial(environments.volumes, 24), 200)):
+        ours, theirs, unit = environments.compare_memory(task)
+        assert ours > 10 * theirs
+        assert 1e6 / ours < most, unit
+
+
+def test_sizes_are_compared_on_the_same_steps() -> None:
+    ours, theirs, unit = environments.compare_sizes(partial(environments.boxes, count=4), 64, 32, rounds=1)
+    assert ours > 0
+    assert theirs > 0
+    assert "64" in unit

@@ -461,6 +461,11 @@ def test_what_is_wrong_with_a_users_video_is_named(davis: Path, tmp_path: Path) 
     resave(alone / "0.jpg", (32, 24))
     with pytest.raises(InputError, match=r"mask\.png: not found"):
         read_video(alone)
+    resave(alone / "mask.png", (32, 24))
+    resave(alone / "1.jpg", (32, 20))
+    with pytest.raises(InputError, match=r"1\.jpg: .*32x20.*32x24"):
+        read_video(alone)
+    (alone / "1.jpg").unlink()
     resave(alone / "mask.png", (32, 24), 0)
     with pytest.raises(InputError, match=r"mask\.png: found no foreground"):
         read_video(alone)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.distributions import Normal, kl_divergence
 
 import foveate
 from foveate import noise
+from foveate.judging import CHAINS, Contest
 from foveate.learn.answers import (
     Tuning,
     answering,
@@ -29,6 +32,7 @@ from foveate.learn.keeper import Keeper
 from foveate.models.denoising import gaussian_steps
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.models.low_rank import Unadapted, add_low_rank, take_start
+from foveate.pictures.denoising import along
 from foveate.run import Run
 from foveate.two_steps import tune_on_reward
 from foveate.types import InputError, RewardOutput
@@ -133,6 +137,35 @@ def test_log_probabilities_are_sums_over_pixels_of_the_step_that_was_drawn(kind:
     assert found.mask.sum(1).tolist() == [4] * 6
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("clip_sample", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_scored_is_what_was_drawn(precision: Any, guidance: float, clip_sample: bool, training: bool) -> None:
+    """Around the mean of the scoring pass lies the noise of the key, whatever the network is like in between."""
+    torch.manual_seed(0)
+    network = small_unet(8, 1, 3, (8, 16))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    scheduler = DDIMScheduler(**COSINE, clip_sample=clip_sample)
+    policy = ClassDenoiser(network, scheduler, 5, (1, 8, 8), guidance=guidance, chunk=2).train(training)
+    assert any(isinstance(module, torch.nn.Dropout) for module in network.modules())
+    with torch.no_grad(), answering(policy, precision):
+        chain = policy.sample(LABELS, 3, False, KEYS)
+    streams = noise.fold(KEYS[:, None], "sample", torch.arange(3)).flatten()
+    with answering(policy, precision):
+        for steps in policy.pieces(chain):
+            found = policy(LABELS, chain, steps)
+            for place, step in enumerate(range(steps.start, steps.stop)):
+                distribution = found.distribution
+                drawn = chain.drawn[:, step].flatten(1)
+                around = (drawn - distribution.mean[:, place]) / distribution.std[:, place]
+                expected = noise.normal(noise.fold(streams, "step", step), 1, 8, 8).flatten(1)
+                torch.testing.assert_close(around, expected, rtol=0, atol=1e-3)
+    assert policy.training == training
+
+
 def test_draws_depend_on_keys_alone() -> None:
     policy = denoiser()
     whole, alone = policy.sample(LABELS, 3, False, KEYS), policy.sample(LABELS[1:], 3, False, KEYS[1:])
@@ -215,6 +248,40 @@ def test_the_anchor_is_the_exact_divergence_in_the_units_of_the_log_probability(
     )
 
 
+def test_a_look_tells_the_divergence_of_a_few_chains() -> None:
+    start, policy = denoiser(), denoiser()
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    kinds, keys = torch.arange(CHAINS + 4) % 3, noise.key(1, torch.arange(CHAINS + 4))
+    for at_once in (100, 3):
+        policy.at_once = start.at_once = at_once
+        contest = Contest(brightness, None, start, kinds, keys)
+        found = contest.look(policy, 0.4)
+        chain = policy.sample(kinds[:CHAINS], 1, False, keys[:CHAINS])
+        expected = divergence(policy, start, kinds[:CHAINS], chain).mean()
+        assert expected > 0
+        torch.testing.assert_close(found["held_out_kl"], expected, rtol=1e-3, atol=1e-4)
+        assert contest.look(start, 0.4)["held_out_kl"] == 0
+        assert contest.model(policy, CHAINS)["kl"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_curves_of_a_log_are_told_apart_by_anchor(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"phase": "likelihood", "held_out_likelihood": -1.0},
+        {"phase": "reward", "held_out_reward": 1.0, "held_out_distance": 2.0, "held_out_accuracy": 0.9},
+        {"phase": "reward, anchor 0", "held_out_reward": 3.0, "held_out_distance": 4.0, "held_out_kl": 5.0},
+        {"phase": "reward", "reward": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"phase": "rew')
+    assert along(tmp_path, 0.3) == {
+        "frechet distance against reward": {"anchor 0.3 (kept)": [(1.0, 2.0)], "anchor 0": [(3.0, 4.0)]},
+        "judge accuracy against reward": {"anchor 0.3 (kept)": [(1.0, 0.9)]},
+        "frechet distance against kl": {"anchor 0": [(5.0, 4.0)]},
+    }
+    assert along(tmp_path / "nowhere", 0.3) == {}
+
+
 def test_an_adapter_that_is_off_is_the_start() -> None:
     start, policy = denoiser(), denoiser()
     with torch.no_grad():
@@ -278,6 +345,43 @@ def test_the_denoising_loss_is_that_of_the_scheduler() -> None:
         errors = (output - wanted).square().flatten(1).mean(1)
         expected = (errors * torch.tensor([1.0, 2.0, 0.0, 1.0])).mean()
         torch.testing.assert_close(likelihood_loss(policy(torch.tensor([0, 1]), given)), expected)
+
+
+def test_the_ratio_of_a_later_epoch_is_to_what_drew_the_answers(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped, of half of the steps, two inputs to a backward pass: all that is compared is as before the update."""
+    policy, labels = denoiser(steps=9, chunk=2), torch.tensor([0, 2, 1])
+    reference = frozen(policy)
+    seen: list[tuple[slice, Any, Tensor, dict[str, Tensor]]] = []
+    forward, steps_of = policy.forward, []
+
+    def noted(inputs: Any, actions: Any, steps: slice = slice(None)) -> Any:
+        steps_of.append((inputs, steps))
+        return forward(inputs, actions, steps)
+
+    def compared(decisions: Any, scored: Any, *others: Any) -> Any:
+        inputs, steps = steps_of[-1]
+        loss, told = reward_loss(decisions, scored, *others)
+        with torch.no_grad():
+            before = reference(inputs, scored.actions, steps).log_probs
+        seen.append((steps, scored.behaviour, before, told))
+        return loss, told
+
+    policy.forward = noted  # type: ignore[method-assign]
+    monkeypatch.setattr("foveate.two_steps.reward_loss", compared)
+    run = Run(tmp_path / "run", system="test", config={}, steps=1, device="cpu", quiet=True)
+    tuning = Tuning(samples=2, epochs=2, clip=0.2, subset=0.5, chunk=2, learning_rate=1e-3, warmup=1)
+    optimizer = torch.optim.Adam(policy.parameters())
+    run.track(policy=policy, optimizer=optimizer)
+    batches = lambda step: (labels, labels)  # noqa: E731
+    tune_on_reward(run, "reward", 1.0, policy, brightness, batches, tuning, optimizer, MovingAverage(), reference)
+    assert len(seen) == 8
+    first, second = seen[:4], seen[4:]  # two pieces of four, of two chunks
+    assert len({steps.start for steps, *_ in first}) == 2
+    assert [steps for steps, *_ in first] == [steps for steps, *_ in second]
+    assert all(behaviour is None and float(told["ratio"]) == 1 for _, behaviour, _, told in first)
+    for _, behaviour, before, told in second:
+        torch.testing.assert_close(behaviour, before, rtol=1e-6, atol=1e-4)
+        assert float(told["ratio"]) != 1
 
 
 def test_a_subset_of_the_steps_has_the_expectation_of_all(tmp_path: Any) -> None:

@@ -543,3 +543,25 @@ def test_stable_baselines_learns_on_the_single_form():
     assert found["ppo"] > found["random"] + 0.25
     for field in ("first", "reward", "output", "autoreset"):
         assert re.fullmatch(rf"{field}: found 'nonesuch', expected one of .*", found["mistakes"][field])
+
+
+AGENTS = ("BoxSearch", "BoxTracking", "LandmarkWalk", "Seeds", "Registration", "Cutting")
+DQN = """
+import gymnasium
+from stable_baselines3 import DQN
+
+import foveate.envs
+
+for name in NAMES:
+    env = gymnasium.make(f"foveate/{name}-v0")
+    agent = DQN("MultiInputPolicy", env, learning_starts=8, batch_size=8, buffer_size=40, device="cpu", seed=0)
+    before = next(agent.q_net.parameters()).clone()
+    agent.learn(24)
+    assert not (before == next(agent.q_net.parameters())).all(), name
+"""
+
+
+def test_a_learner_of_another_library_takes_every_agent_s_environment() -> None:
+    told = DQN.replace("NAMES", repr(AGENTS))
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", told], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

@@ -211,7 +211,7 @@ def test_a_folder_is_read_split_and_resampled(tmp_path: Path) -> None:
         (
             3,
             "30,4,5",
-            r"landmarks\.csv: 'tip' of s2 lies at voxel 30\.0, 4\.0, 5\.0, outside of the volume of 24, 28, 20",
+            r"landmarks\.csv, line \d+: 'tip' of s2 lies at voxel 30\.0, 4\.0, 5\.0, outside of the volume of 24, 28",
         ),
         (2, "3,4,5", r": 2 volumes are too few to hold out split"),
         (0, "3,4,5", r": no volumes \(\*\.nii\.gz, \*\.nii\) in it"),
@@ -574,6 +574,8 @@ def test_predict_gives_places_in_the_voxels_and_the_space_it_was_given(config: s
 
 def test_volumes_that_break_the_convention_are_named(config: system.Config) -> None:
     names = config.landmarks
+    with pytest.raises(InputError, match=r"^volume: not given, only spacing"):
+        system.predict(config, system.build(config), {"spacing": torch.ones(1, 3)})
     with pytest.raises(InputError, match=r"^volumes: found values of 0 to 300"):
         volumes_of(torch.linspace(0, 300, 60).view(1, 1, 3, 4, 5), torch.ones(1, 3), 1.0, names)
     with pytest.raises(InputError, match=r"^spacing: found 0 mm"):

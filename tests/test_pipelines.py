@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -20,15 +21,20 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 
 import foveate
 from foveate import commands, noise
 from foveate.agents import Agent, policy_of
 from foveate.cli import main
+from foveate.judging import drawn_images
+from foveate.learn.answers import divergence
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.models.named_denoisers import read_prompts
 from foveate.models.pipelines import TextDenoiser, read_pipeline
 from foveate.parts import restored
+from foveate.rewards.images import ClipMatch
 from foveate.run import Run
 from foveate.systems import diffusion
 from foveate.types import InputError
@@ -81,6 +87,14 @@ def text_pipeline(folder: Path, scheduler: Any = None, vae: bool = True) -> Path
     ).save_pretrained(folder)
     if not vae:
         shutil.rmtree(folder / "vae")
+        relisted(folder, vae=[None, None])
+    return folder
+
+
+def relisted(folder: Path, **parts: Any) -> Path:
+    """With other entries in its index."""
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | parts))
     return folder
 
 
@@ -131,6 +145,40 @@ def test_scores_guidance_and_codes_go_through(text: Path) -> None:
     assert not any("vae" in name or "prompts" in name for name in policy.state_dict())
 
 
+def test_large_images_are_drawn_and_decoded_a_few_at_a_time(text: Path) -> None:
+    policy = read_pipeline(str(text), ["a bad cab", "feed a face"], 4, guidance=2.0, chunk=2)
+    rows: list[int] = []
+    policy.network.register_forward_hook(lambda module, given, made: rows.append(len(given[0])))
+    vae = policy._vae[0]
+    whole = (vae.decode, vae.encode)
+    for name, call in zip(("decode", "encode"), whole, strict=True):
+        setattr(vae, name, lambda x, call=call, **how: rows.append(2 * len(x)) or call(x, **how))
+    inputs, found = torch.tensor([0, 1]), []
+    for at_once in (100, 3):
+        policy.at_once = at_once
+        rows.clear()
+        with torch.no_grad():
+            chain = policy.sample(inputs, 4, False, KEYS)
+            images = policy.decode(chain)
+            found.append((chain.drawn, images, policy.encode(images)))
+            assert max(rows) == 2 * min(8, at_once)
+            far = divergence(policy, policy, inputs, chain)
+            assert max(rows) == 2 * 2 * min(8, at_once), "of both steps of a piece"
+        assert far.shape == (8,)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    rows.clear()
+    policy(inputs, chain, slice(0, 1))
+    assert max(rows) == 16, "with a graph the batch is whole: `Tuning.chunk` is what makes it smaller"
+    policy.at_once = None
+    for side, most in ((16, 100), (64, 100), (128, 25), (512, 1), (1024, 1)):
+        policy.image = (3, side, side)
+        assert policy.together() == most
+    config = diffusion.Config(samples=4)
+    chunks = [diffusion._tuning(replace(config, at_once=at_once), 0.0).chunk for at_once in (1, 4, 9, 100)]
+    assert chunks == [1, 1, 2, 25]
+
+
 def test_a_pipeline_without_text_is_told_classes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = small_unet(8, 1, 10, (8, 16))
@@ -156,7 +204,7 @@ def test_what_is_missing_or_of_another_kind_is_named(text: Path, tmp_path: Path)
         with pytest.raises(InputError, match=message):
             read_pipeline(str(folder), words, 4, **how)
 
-    for part in ("unet", "scheduler", "text_encoder", "tokenizer"):
+    for part in ("unet", "scheduler", "text_encoder", "tokenizer", "vae"):
         copied = shutil.copytree(text, tmp_path / part)
         shutil.rmtree(copied / part)
         refused(copied, rf"has no '{part}', expected unet, scheduler, text_encoder, tokenizer")
@@ -169,13 +217,76 @@ def test_what_is_missing_or_of_another_kind_is_named(text: Path, tmp_path: Path)
     weights = cut / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     refused(cut, "its unet cannot be read")
-    other = shutil.copytree(text, tmp_path / "other")
-    index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet1DModel"]}))
-    refused(other, "has the denoiser 'UNet1DModel', expected one of UNet2DModel, UNet2DConditionModel")
+    for number, (entry, message) in enumerate(
+        (
+            ({"unet": ["diffusers", "UNet1DModel"]}, "has the denoiser 'UNet1DModel', expected one of UNet2DModel, UN"),
+            ({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, r"draws by 'text_encoder_2' too"),
+            ({"vqvae": ["diffusers", "VQModel"]}, r"draws by 'vqvae' too, a VQModel, expected unet, .* alone"),
+            ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder of .* is a T5Enc.*expected CLIPTextM"),
+            ({"vae": ["diffusers", "AsymmetricAutoencoderKL"]}, "vae of .* is a Asym.*, expected AutoencoderKL"),
+            ({"scheduler": [None, None]}, "has no 'scheduler', expected unet, scheduler, text_encoder, tokenizer"),
+            ({"vae": [None, None]}, "denoises 4 channels and has no 'vae' that makes images of them, expected 1 or 3"),
+        )
+    ):
+        refused(relisted(shutil.copytree(text, tmp_path / f"other{number}"), **entry), message)
+    unused = {"safety_checker": ["diffusers", "Checker"], "requires_safety_checker": True, "image_encoder": [None] * 2}
+    read_pipeline(str(relisted(shutil.copytree(text, tmp_path / "unused"), **unused)), ["a"], 4)
     refused(text, r"^prompts: .* reads prompts: add --prompts FILE", None)
     refused(text, r"^eta: found 0", eta=0.0)
     refused(tmp_path / "nowhere", "is no folder, and no repository OWNER/NAME")
+
+
+def test_a_text_pipeline_of_pixels_is_tuned_as_one_of_latents(prompts: Path, tmp_path: Path) -> None:
+    folder = text_pipeline(tmp_path / "pixels", vae=False)
+    policy = read_pipeline(str(folder), ["a bad cab", "feed a face"], 4)
+    assert policy.image == policy.shape == (3, 8, 8)
+    chain = policy.sample(torch.tensor([1, 0]), 1, False, KEYS)
+    torch.testing.assert_close(policy.decode(chain), ((chain.drawn[:, -1] + 1) / 2).clamp(0, 1))
+    *_, rows = trained(tmp_path / "run", model=f"hf:{folder}", prompts=prompts, anchors=(), **TINY)
+    assert any(row["phase"] == "reward" and row["reward"] < 0 for row in rows)
+
+
+def test_of_a_repository_only_what_is_read_is_fetched(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository with what Stable Diffusion's has beside: copies in half precision, a checker, one large file."""
+    repository = shutil.copytree(text, tmp_path / "repository")
+    relisted(repository, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    beside = ["v1-5-pruned.safetensors", "safety_checker/model.safetensors", "unet/diffusion_pytorch_model.bin"]
+    for part in ("unet", "vae"):
+        beside += [f"{part}/diffusion_pytorch_model.{copy}.safetensors" for copy in ("fp16", "non_ema")]
+    for name in beside:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("large")
+    fetched: list[str] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert name == "owner/name"
+        paths = [str(path.relative_to(repository)) for path in sorted(repository.rglob("*")) if path.is_file()]
+        for path in filter_repo_objects(paths, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / "cache" / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / path, tmp_path / "cache" / path)
+            fetched.append(path)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    policy = read_pipeline("owner/name", ["a"], 4)
+    assert fetched[0] == "model_index.json", "what cannot be read is refused before the weights come"
+    assert not set(fetched) & set(beside)
+    for name, weight in read_pipeline(str(text), ["a"], 4).state_dict().items():
+        assert torch.equal(policy.state_dict()[name], weight)
+    fetched.clear()
+    relisted(repository, text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+    with pytest.raises(InputError, match=r"^model: owner/name draws by 'text_encoder_2' too"):
+        read_pipeline("owner/name", ["a"], 4)
+    assert fetched == ["model_index.json"]
+
+    def fails(*_: Any, **__: Any) -> str:
+        raise OSError("\nthere is no network\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(InputError, match=r"^model: owner/name cannot be fetched: there is no network$"):
+        read_pipeline("owner/name", ["a"], 4)
 
 
 def test_a_scheduler_without_chance_is_named_and_replaced_if_asked(text: Path, tmp_path: Path) -> None:
@@ -197,7 +308,9 @@ def test_prompts_are_read_a_line_each(tmp_path: Path) -> None:
     for content, message in (
         ("one\n\nthree\n", r"prompts.txt: line 2 is empty"),
         ("one\n \n", r"prompts.txt: line 2 is empty"),
+        ("one\ntwo\n\n\n", r"prompts.txt: line 3 is empty"),
         ("", r"prompts.txt: is empty"),
+        ("\n", r"prompts.txt: is empty"),
     ):
         path.write_text(content)
         with pytest.raises(InputError, match=message):
@@ -207,6 +320,18 @@ def test_prompts_are_read_a_line_each(tmp_path: Path) -> None:
         read_prompts(path)
     with pytest.raises(InputError, match="cannot be read as UTF-8 text"):
         read_prompts(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(("content", "said"), [("one\n\nthree\n", "line 2 is empty"), ("one\n\n\n", "line 2 is empty")])
+def test_an_empty_prompt_stops_the_command(
+    content: str, said: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text(content)
+    words = ["--model", f"hf:{text}", "--prompts", str(tmp_path / "prompts.txt"), "--steps", "4"]
+    assert main(["train", "diffusion", *words, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"prompts.txt: {said}, expected a prompt a line" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +391,29 @@ def test_clip_rewards_read_the_prompts(text: Path, prompts: Path, tmp_path: Path
     assert found["clip_reward"] + found["colorfulness_reward"] == pytest.approx(found["reward"], abs=1e-3)
 
 
+def test_clip_watches_beside_prompts_unless_it_is_what_is_optimised(text: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = tiny_clip(tmp_path / "clip")
+    watched = {}
+    for name, reward, clip in (
+        ("plain", "colorfulness", None),
+        ("seen", "colorfulness", folder),
+        ("sought", "clip", folder),
+    ):
+        config = diffusion.resolve(
+            diffusion.Config(model=f"hf:{text}", prompts=prompts, denoising=3, reward=(reward,), clip=clip)
+        )
+        start = diffusion.build(config)
+        contest = diffusion._contest(config, {}, start, "val", 6, torch.device("cpu"))
+        watched[name] = contest.watch.real
+        if name == "seen":
+            images, _ = drawn_images(start, contest.kinds, noise.fold(contest.keys, "real"))
+            own = ClipMatch(folder, ("a",)).embed(images)
+            torch.testing.assert_close(contest.watch.real, own)
+            assert contest.look(start, 0.4)["held_out_distance"].isfinite()
+    assert torch.equal(watched["plain"], watched["sought"])
+    assert watched["plain"].shape == (6, 108), "colours of 6x6 regions"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -281,6 +429,12 @@ def test_clip_rewards_read_the_prompts(text: Path, prompts: Path, tmp_path: Path
         ({"reward": ("sharp",)}, r"^reward: no 'sharp'"),
         ({"image_size": 10}, r"^image_size, widths: 10 pixels"),
         ({"data": "digit"}, r"^data: no 'digit'"),
+        ({"estimator": "weighted"}, r"^anchor, anchors: estimator weighted has no KL .* add --anchor 0 --anchors$"),
+        ({"estimator": "weighted", "anchor": 0.0, "anchors": (1.0,)}, r"^anchor, anchors: estimator weighted"),
+        ({"inputs": 11}, r"^inputs: found 11, expected at most 10: each class or prompt once"),
+        ({"at_once": 0}, r"^at_once: found 0"),
+        ({"judge_share": 0.0}, r"^judge_share: 0, but what it teaches knows nothing yet; raise it, or add --from RUN"),
+        ({"reward": (f"{__name__}:dim",)}, r"^dim: found 16x16, expected 4x4"),
     ],
 )
 def test_settings_that_teach_nothing_are_refused_before_anything_is_written(
@@ -289,6 +443,26 @@ def test_settings_that_teach_nothing_are_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         foveate.train("diffusion", out=tmp_path / "run", **{**TINY, **settings})
     assert not (tmp_path / "run").exists()
+
+
+def dim(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if images.shape[2:] != (4, 4):
+        raise InputError(f"dim: found {images.shape[3]}x{images.shape[2]}, expected 4x4")
+    return -images.flatten(1).mean(1)
+
+
+def test_a_reward_that_prompts_do_not_have_is_refused(text: Path, prompts: Path, tmp_path: Path) -> None:
+    for settings, message in (
+        ({"reward": ("class",)}, r"^reward: 'class' needs classes"),
+        ({"inputs": 4}, r"^inputs: found 4, expected at most 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            foveate.train(
+                "diffusion", model=f"hf:{text}", prompts=prompts, out=tmp_path / "run", **{**TINY, **settings}
+            )
+        assert not (tmp_path / "run").exists()
+    config = diffusion.Config(model=f"hf:{text}", prompts=prompts)
+    assert diffusion.resolve(config).inputs == 3, "as many as there are, if nothing is said"
 
 
 def test_a_start_of_another_run_is_tuned_without_learning_it_again(tmp_path: Path) -> None:
@@ -307,8 +481,13 @@ def test_a_start_of_another_run_is_tuned_without_learning_it_again(tmp_path: Pat
     )
     for here, there in zip(mine.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(here, there)
-    with pytest.raises(InputError, match=r"^likelihood_share, judge_share: 0, but model small knows nothing yet"):
-        foveate.train("diffusion", out=tmp_path / "nothing", **own)
+    for settings, message in (
+        ({}, r"^judge_share, likelihood_share: 0, but what it teaches knows nothing yet"),
+        ({"image_size": 16}, r"^reward preference:.*: judges pictures of 8x8, found 16x16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            foveate.train("diffusion", out=tmp_path / "nothing", **{**own, **settings})
+        assert not (tmp_path / "nothing").exists()
 
 
 def dark_fails(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -327,7 +506,9 @@ def test_a_reward_that_fails_stops_the_run_or_skips_the_image(tmp_path: Path) ->
     assert [row["part skipped"] for row in rows if "part skipped" in row] == [pytest.approx(0.1)]
 
 
-@pytest.mark.parametrize("settings", [{"estimator": "clipped", "epochs": 2, "lora": 2}, {"estimator": "weighted"}])
+@pytest.mark.parametrize(
+    "settings", [{"estimator": "clipped", "epochs": 2, "lora": 2}, {"estimator": "weighted", "anchor": 0.0}]
+)
 def test_every_estimator_trains(settings: dict[str, Any], tmp_path: Path) -> None:
     config, run, rows = trained(tmp_path / "run", **SMALL, **settings)
     (row,) = [row for row in rows if row["phase"] == "reward"]
@@ -338,6 +519,50 @@ def test_every_estimator_trains(settings: dict[str, Any], tmp_path: Path) -> Non
     for name in ("likelihood", "control"):
         assert run.restore(name, diffusion.build(config, False))
     assert run.restore("policy", diffusion.build(config))
+
+
+def test_an_evaluation_and_its_pictures_show_every_anchor_on_the_same_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {**SMALL, "steps": 8, "every": 1, "looks": 4, "anchors": (0.0, 1.0)}
+    config, run, rows = trained(tmp_path / "run", **how)
+    looks = [row for row in rows if "held_out_kl" in row]
+    assert {row["phase"] for row in looks} == {"reward", "reward, anchor 0", "reward, anchor 1"}
+    assert max(row["held_out_kl"] for row in looks) > 0
+    start = restored(run, {"start": "likelihood"}, partial(diffusion.build, config, False))["start"]
+    curves = diffusion.evaluate(config, start, run).curves
+    assert set(curves) == {
+        "frechet distance against reward",
+        "judge accuracy against reward",
+        "frechet distance against kl",
+    }
+    assert all(set(curve) == {"anchor 0.3 (kept)", "anchor 0", "anchor 1"} for curve in curves.values())
+    drawn: dict[str, list[torch.Tensor]] = {}
+    monkeypatch.setattr(diffusion.denoising, "frames", lambda steps, names: drawn.update(steps) or ["last"])
+    assert diffusion.picture(config, start, run)["before and after"] == "last"
+    assert list(drawn) == ["start", "control", "anchor 0", "anchor 1", "tuned"]
+    for before, after in zip(drawn["start"], drawn["tuned"], strict=True):
+        assert torch.equal(before, after), "the same weights on the same noise"
+    assert not torch.equal(drawn["start"][0][0], drawn["start"][0][1])
+    assert not torch.equal(drawn["start"][-1], drawn["control"][-1])
+
+
+def test_a_run_on_coloured_pictures(tmp_path: Path) -> None:
+    for number in range(60):
+        pixels = 255 * noise.uniform(noise.key("coloured", number), 8, 8, 3)
+        path = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.byte().numpy()).save(path)
+    how = {**SMALL, "data": "folder", "root": tmp_path / "pictures", "inputs": 2, "reward": ("colorfulness",)}
+    config, run, rows = trained(tmp_path / "run", **how)
+    assert (config.channels, config.classes) == (3, ("a", "b"))
+    assert [row["reward"] > 0 for row in rows if "reward" in row] == [True]
+    policy = policy_of(diffusion, config, run)
+    found = diffusion.evaluate(config, policy, run).metrics
+    assert found["reward"] > 0
+    assert found["frechet_distance"] > 0
+    assert diffusion.predict(config, policy, torch.rand(2, 3, 8, 8))["images"].shape == (2, 3, 8, 8)
+    assert diffusion.picture(config, policy, run)["before and after"].mode == "RGB"
 
 
 CALLS: list[int] = []  # what is left of the calls of `interrupted`; empty: it is never

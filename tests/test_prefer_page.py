@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -114,6 +115,37 @@ def test_files_large_requests_and_other_hosts_are_refused(served: tuple[prefer.P
         assert client.get("", headers={"host": "elsewhere.example"}).status_code == 421
     config = httpx.get(f"{address}config", timeout=60).json()
     assert {part["type"] for part in config["components"]}.isdisjoint({"file", "image", "uploadbutton", "gallery"})
+
+
+def test_a_page_for_all_who_reach_the_machine_says_so_and_lets_in_no_more_than_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = page_of(tmp_path)
+    store, asked = page.store, page.asked
+    monkeypatch.setattr(prefer.commands, "preferences", lambda *_: (store, asked))
+    told: list[int] = []
+
+    def asks(seconds: float) -> None:
+        """In place of waiting for ever: a reader who comes by another name, and Ctrl-C."""
+        address = f"http://127.0.0.1:{ports[0]}/"
+        with httpx.Client(base_url=address, timeout=60, headers={"host": "elsewhere.example"}) as client:
+            told.append(client.get("").status_code)
+            told.append(client.get(f"gradio_api/file={tmp_path / FILE}").status_code)
+        raise KeyboardInterrupt
+
+    ports: list[int] = []
+    launch = prefer.launch
+
+    def launched(*given: Any) -> tuple[Any, str]:
+        blocks, address = launch(*given)
+        ports.append(blocks.server_port)
+        return blocks, address
+
+    monkeypatch.setattr(prefer, "launch", launched)
+    monkeypatch.setattr(prefer, "time", SimpleNamespace(sleep=asks))
+    prefer.serve(tmp_path, host="0.0.0.0", port=0)
+    assert told == [200, 404]
+    assert "whoever reaches 0.0.0.0 can look and answer; there is no password" in capsys.readouterr().err
 
 
 def test_it_ends_when_enough_is_compared_and_goes_on_for_more(tmp_path: Path) -> None:

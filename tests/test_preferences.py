@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,7 @@ def filled(folder: Path, pairs: int = 6, run: str = "a") -> Comparisons:
 
 
 def test_what_was_answered_comes_back(tmp_path: Path) -> None:
-    store = filled(tmp_path)
+    store, before = filled(tmp_path), datetime.now(UTC).replace(microsecond=0)
     for number, answer in enumerate(ANSWERS):
         pair = store.claim("window")
         assert pair is not None
@@ -202,6 +203,9 @@ def test_what_was_answered_comes_back(tmp_path: Path) -> None:
         assert torch.equal(found.pictures[found.right[row]], two(row)[1])
     with sqlite3.connect(tmp_path / FILE) as database:
         (name,) = set(database.execute("SELECT judge FROM answers").fetchall())
+        times = [datetime.fromisoformat(at) for (at,) in database.execute("SELECT at FROM answers ORDER BY id")]
+    assert all(time.tzinfo == UTC for time in times)
+    assert before <= times[0] <= times[-1] <= datetime.now(UTC)
     assert name[0].startswith("Ann of the long xxx")
     assert len(name[0]) == 40
     assert again.next_id() == 6
@@ -449,6 +453,33 @@ def test_a_script_that_is_none_is_refused(tmp_path: Path) -> None:
         collect_by_script(store, asked(), red, "red", 0)
     with pytest.raises(InputError, match="reward red: is 0 for all"):
         collect_by_script(store, asked(), lambda pictures, _: red(0 * pictures, None), "red", 3)
+
+    for output, message in (
+        (lambda pictures: [1.0] * len(pictures), "reward red: found list, expected RewardOutput"),
+        (lambda pictures: pictures, r"reward red: its total is \[16, 3, 6, 6\], expected \[16\]"),
+        (lambda pictures: 1 // 0, r"reward red: raises ZeroDivisionError\(.*\) for example 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            collect_by_script(store, asked(), lambda pictures, _, output=output: output(pictures), "red", 3)
+
+
+@pytest.mark.parametrize("fails", ["is nan", "raises ZeroDivisionError"])
+def test_a_pair_on_which_a_script_fails_is_not_answered(fails: str, tmp_path: Path) -> None:
+    store, pairs = Comparisons(tmp_path, "a", make=True), Counter[int]()
+
+    def failing(pictures: Tensor, targets: object) -> Tensor:
+        assert targets is None
+        pairs[len(pictures)] += 1
+        later = pairs[2] > 3
+        if later and fails != "is nan":
+            raise ZeroDivisionError
+        return red(pictures, targets).total + (torch.nan if later else 0.0)
+
+    with pytest.raises(InputError, match=f"^reward red: {fails}"):
+        collect_by_script(store, asked(), failing, "red", 10)
+    counts = store.counts()
+    assert sum(counts[answer] for answer in ANSWERS) == 3
+    assert counts["waiting"] > 0
 
 
 def test_what_pairs_teach_is_held_against_pairs_that_nobody_saw() -> None:

@@ -210,16 +210,19 @@ def solve(folder: Path, updates: int, horizon: int, guided: bool = False, length
     """Learn the chain; the network, and how many steps of the replay brought the end of the chain."""
     run = Run(folder / f"run{guided}", system="test", config={}, steps=updates, device="cpu", quiet=True)
     env, network, target, optimizer, replay = learner(run, horizon, length)
-    acting = Acting(batch=64, learning_rate=5e-3, follow=0.05, share=1.0, last=0.1, warmup=20, **how)
+    acting = Acting(**{"follow": 0.05, **how}, batch=64, learning_rate=5e-3, share=1.0, last=0.1, warmup=20)
     good = (lambda state: torch.nn.functional.one_hot(torch.full_like(state, RIGHT), 2).bool()) if guided else None
     learn_by_acting(run, "learn", 1.0, env, network, target, optimizer, replay, acting, good=good)
     return network, int((replay.rewards == 1).sum())
 
 
-@pytest.mark.parametrize(("double", "n"), [(False, 1), (True, 1), (True, 3)])
-def test_a_chain_is_solved_to_its_optimum(double: bool, n: int, tmp_path: Path) -> None:
-    """The value of going right from place k is 0.9^(4 - k): less than a limit of 12 steps would let through."""
-    network, _ = solve(tmp_path, 450, 12, double=double, steps=n)
+@pytest.mark.parametrize(("double", "n", "period"), [(False, 1, 1), (True, 1, 1), (True, 3, 1), (True, 1, 20)])
+def test_a_chain_is_solved_to_its_optimum(double: bool, n: int, period: int, tmp_path: Path) -> None:
+    """The value of going right from place k is 0.9^(4 - k): less than a limit of 12 steps would let through.
+
+    With a target that follows softly, or is a copy of the network every twenty updates.
+    """
+    network, _ = solve(tmp_path, 450, 12, double=double, steps=n, period=period, follow=0.05 if period == 1 else 1.0)
     values = network(torch.eye(LENGTH)[:-1])
     assert (values.argmax(1) == RIGHT).all()
     torch.testing.assert_close(values[:, RIGHT], 0.9 ** torch.arange(4.0, -1, -1), atol=0.12, rtol=0)

@@ -91,6 +91,19 @@ def test_the_same_run_again_replaces_its_row_and_another_one_is_added(
     assert (docs / "results.md").read_text() == before
 
 
+def test_what_a_run_scored_on_other_data_is_a_row_of_its_own(results: ModuleType, docs: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 1.25)
+    other = {"metrics": {"error": 3.5}, "baselines": {"random": {"error": 7.0}}, "curves": {}}
+    (run / "evaluation-letters.json").write_text(json.dumps(other))
+    results.update([run], docs)
+    assert [(row["data"], row["error"]) for row in cells(docs)] == [
+        ("mnist plain", "1.25"),
+        ("", "5.50"),
+        ("mnist, tested on letters plain", "3.50"),
+        ("", "7.00"),
+    ]
+
+
 def test_what_is_not_a_scored_run_changes_nothing(results: ModuleType, docs: Path, tmp_path: Path) -> None:
     good, bad = make_run(tmp_path / "good"), make_run(tmp_path / "bad")
     (bad / "evaluation.json").unlink()

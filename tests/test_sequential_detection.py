@@ -273,7 +273,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> agents.Agent:
 
 def test_the_run_has_its_controls_curves_and_pictures(agent: agents.Agent) -> None:
     found = json.loads((agent.folder / "evaluation.json").read_text())
-    assert set(found["baselines"]) == {"start", "all", "random", "raster"}
+    assert set(found["baselines"]) == {"mle", "control", "all", "random", "raster"}
     assert found["baselines"]["raster"]["glimpses"] == 3
     assert set(found["curves"]) == {
         "map against glimpses",
@@ -282,7 +282,7 @@ def test_the_run_has_its_controls_curves_and_pictures(agent: agents.Agent) -> No
     }
     assert {path.suffix for path in (agent.folder / "pictures").iterdir()} == {".png", ".gif"}
     rows = [json.loads(line) for line in (agent.folder / "metrics.jsonl").open()]
-    assert all(row["ratio"] == pytest.approx(1, abs=1e-5) for row in rows if row["phase"] != "start")
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-5) for row in rows if row["phase"] not in ("start", "control"))
 
 
 def test_boxes_are_in_pixels_of_the_users_images(agent: agents.Agent) -> None:

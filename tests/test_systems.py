@@ -234,3 +234,35 @@ def test_the_command_of_a_run_makes_its_config_again() -> None:
     words = commands.command("tune-segmenter", config)
     assert {"--skip-bad", "--no-flip", "--classes", "disk", "ring"} <= set(words.split())
     assert tyro.cli(module.Config, args=words.split()[3:]) == config
+
+
+@pytest.mark.parametrize("system", ["localization", "tracking", "landmarks", "seednet", "cutting"])
+def test_an_agent_that_was_stopped_ends_as_one_that_was_not(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it acts, its replay filled: the weights are equal to the last bit."""
+    module = agents.system_module(system)
+    config = module.resolve(module.Config(**QUICK[system], steps=36))
+    kept = {"system": system, "config": {}, "steps": 36, "device": "cpu", "checkpoint_steps": 6, "quiet": True}
+    whole, cut = (Run(tmp_path / name, **kept) for name in ("whole", "cut"))
+    module.train(config, whole)
+    log, calls = Run.log, []
+
+    def stopped(run: Run, **told: object) -> None:
+        calls.append(1)
+        if len(calls) == 25:
+            raise KeyboardInterrupt
+        log(run, **told)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "log", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            module.train(config, cut)
+    again = Run(tmp_path / "cut", **{**kept, "resume": True})
+    module.train(config, again)
+    ends = [module.build(config).state_dict() for _ in range(2)]
+    for run, end in zip((whole, again), ends, strict=True):
+        policy = module.build(config)
+        assert run.restore(module.PART, policy)
+        end.update(policy.state_dict())
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())

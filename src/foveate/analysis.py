@@ -219,3 +219,18 @@ def _last_of(ordered: Float[Tensor, "batch samples"]) -> Float[Tensor, " samples
         all_ways = logs[count] - logs[size] - logs[count - size]
         found.append((values[size - 1 :] * (ways - all_ways).exp()).sum())
     return torch.stack(found).to(ordered)
+
+
+def still_learning(evaluation: Evaluation) -> list[str]:
+    """A sentence if as much more likelihood brought the start further than the reward did, by the first metric."""
+    rows = evaluation.baselines
+    name, found = next(iter(evaluation.metrics.items()))
+    start = next((rows[row][name] for row in ("mle", "start") if name in rows.get(row, {})), None)
+    control = rows.get("control", {}).get(name)
+    way = report.direction(name)
+    if start is None or control is None or way * (control - start) <= max(0.0, way * (found - start)):
+        return []
+    said = f"{name} {start:.3g} to {control:.3g}, the reward to {found:.3g}"
+    return [
+        f"As much more likelihood gained more ({said}): the start was still learning; give likelihood its time first."
+    ]

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from foveate import agents, pictures, plots, report
-from foveate.analysis import along_training, compare_models, findings, looks_at_reward, reward_curves
+from foveate.analysis import along_training, compare_models, findings, looks_at_reward, reward_curves, still_learning
 from foveate.data.comparisons import Comparisons
 from foveate.preferring import Asked, Choose, collect_by_script, opened
 from foveate.rewards.named_images import picture_score
@@ -113,7 +113,8 @@ def evaluate(
     """Score a run's agent and its baselines on test data.
 
     With `data` or `root` the agent is scored on data it was not trained on: the split test if there is one, else val,
-    else all.
+    else all. The scores are written to `evaluation.json` of the run's folder, those on other data to
+    `evaluation-NAME.json`, by the name of the folder or of the data.
     """
     run, module, config = agents.opened(folder, device)
     policy = agents.policy_of(module, config, run)
@@ -122,7 +123,9 @@ def evaluate(
         evaluation = module.evaluate(config, policy, run)
         _save_evaluation(run.folder, evaluation)
         return evaluation
-    return module.evaluate(there, policy, run, elsewhere=True)
+    evaluation = module.evaluate(there, policy, run, elsewhere=True)
+    _save_evaluation(run.folder, evaluation, f"evaluation-{Path(root).resolve().name if root else there.data}.json")
+    return evaluation
 
 
 def show(folder: Path | str, images: Path | str | None = None, device: str = "auto") -> list[Path]:
@@ -283,8 +286,8 @@ def _absolute(root: Path | None) -> Path | None:
     return None if root is None else root.resolve()
 
 
-def _save_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    write_atomically(folder / "evaluation.json", json.dumps(asdict(evaluation), indent=1).encode())
+def _save_evaluation(folder: Path, evaluation: Evaluation, name: str = "evaluation.json") -> None:
+    write_atomically(folder / name, json.dumps(asdict(evaluation), indent=1).encode())
 
 
 def _save_pictures(folder: Path, drawn: dict[str, Any]) -> dict[str, Path]:
@@ -306,7 +309,7 @@ def _write_report(config: Any, run: Run, evaluation: Evaluation, drawn: dict[str
         phase = "reward" if any(row["phase"] == "reward" for row in rows) else module.PART
         tuned = [row for row in rows if row["phase"] == phase]
         if any(row.get("reward") is not None for row in tuned):
-            summary += findings(tuned)
+            summary += [*findings(tuned), *still_learning(evaluation)]
             shown |= reward_curves(tuned)
     for name, series in evaluation.curves.items():
         value, over = name.split(" against ")

@@ -15,6 +15,7 @@ from foveate.learn.keeper import Keeper
 from foveate.models.diffusion import Denoiser, Noised
 from foveate.run import Run
 from foveate.two_steps import Batches, learn_likelihood
+from foveate.types import split
 
 UNTOLD = 0.1  # of the images, those whose class is left out, so that there is guidance
 NOISED = 4  # times an own image is noised for an update
@@ -68,7 +69,8 @@ def learn_to_denoise(
 
     def likely() -> dict[str, Any]:
         with torch.no_grad(), answering(policy, precision):
-            return {"held_out_likelihood": policy(val[1], exercise).log_probs.mean()}
+            turns = split((val[1], exercise), policy.together())
+            return {"held_out_likelihood": torch.cat([policy(*some).log_probs for some in turns]).mean()}
 
     how: Any = {"keeper": keeper, "validate": likely, "start": start, "precision": precision}
     learn_likelihood(run, phase, share, policy, batches, optimizer, learning_rate, **how)

@@ -20,11 +20,13 @@ from foveate import noise
 from foveate.learn.answers import Precision, Reward, answering, divergence
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.classifier import ImageClassifier
+from foveate.models.diffusion import Denoiser
 from foveate.rewards.generated import diversity, frechet_distance
 from foveate.run import Run
-from foveate.types import Sampler
+from foveate.types import map_tree
 
-AT_ONCE = 100  # images drawn or looked at together
+AT_ONCE = 100  # images looked at together
+CHAINS = 10  # of a look, of which the KL is told
 POINTS = 0.05  # of accuracy, the loss of which weighs as much as a standard deviation of the reward
 
 
@@ -98,19 +100,31 @@ def _rolled(
 
 
 def drawn_images(
-    policy: Sampler, inputs: Int[Tensor, " batch"], keys: Int[Tensor, " batch"], precision: Precision = "fp32"
-) -> Float[Tensor, "batch channels height width"]:
-    """An image of each input, drawn with its key."""
-    with torch.no_grad(), answering(policy, precision):
-        pieces = zip(inputs.split(AT_ONCE), keys.split(AT_ONCE), strict=True)
-        return torch.cat([policy.decode(policy.sample(some, 1, False, each)) for some, each in pieces])
+    policy: Denoiser,
+    inputs: Int[Tensor, " batch"],
+    keys: Int[Tensor, " batch"],
+    precision: Precision = "fp32",
+    start: Denoiser | None = None,
+    chains: int = 0,
+) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " chains"]]:
+    """An image of each input, drawn with its key; and the KL to the start of the first `chains` of them, in nats."""
+    images, far = [], [torch.zeros(0, device=keys.device)]
+    most = policy.together()
+    for first, (some, each) in enumerate(zip(inputs.split(most), keys.split(most), strict=True)):
+        with torch.no_grad(), answering(policy, precision):
+            answers = policy.sample(some, 1, False, each)
+            images.append(policy.decode(answers))
+        if start is not None and (left := chains - first * most) > 0:
+            asked, answers = map_tree(lambda leaf: leaf[:left], (some, answers))
+            far.append(divergence(policy, start, asked, answers, precision))
+    return torch.cat(images), torch.cat(far)
 
 
 class Watch:
     """Scores of images beside real ones.
 
     Args:
-        judge: a `Judge`, or `Thumbnails` where there are no classes.
+        judge: a `Judge`; where there are no classes `Thumbnails`, or CLIP.
         real: images in [0, 1] that the drawn ones should lie near; as many as are drawn, or more.
         kinds: their classes, or what each shows.
     """
@@ -167,35 +181,40 @@ class Contest:
 
     Args:
         reward: what is optimised.
-        watch: what is not.
+        watch: what is not; None: what `eyes` sees, beside other images of the start.
         start: of the tuning.
         kinds: the classes or prompts of the images that are drawn.
         keys: of their noise.
         precision: of the models.
         named: parts of the reward that an evaluation tells apart; those it does not have are passed over.
+        eyes: what has `features` of images, where there are no classes; None: `Thumbnails`.
     """
 
     def __init__(
         self,
         reward: Reward,
-        watch: Watch,
-        start: Sampler,
+        watch: Watch | None,
+        start: Denoiser,
         kinds: Int[Tensor, " batch"],
         keys: Int[Tensor, " batch"],
         precision: Precision = "fp32",
         named: Sequence[str] = (),
+        eyes: Any = None,
     ) -> None:
+        if watch is None:
+            others, _ = drawn_images(start, kinds, noise.fold(keys, "real"), precision)
+            watch = Watch(eyes or Thumbnails(), others, kinds)
         self.reward, self.watch, self.start, self.kinds, self.keys = reward, watch, start, kinds, keys
         self.precision, self.named = precision, named
         self._first: dict[str, Tensor] = {}
 
-    def scores(self, policy: Sampler) -> dict[str, Tensor]:
-        """Mean "reward", its "spread", and what the watch says."""
-        images = drawn_images(policy, self.kinds, self.keys, self.precision)
+    def scores(self, policy: Denoiser) -> dict[str, Tensor]:
+        """Mean "reward", its "spread", what the watch says, and the "kl" of a few chains to the start, in nats."""
+        images, far = self._drawn(policy, CHAINS)
         total = self.reward(images, self.kinds).total
-        return {"reward": total.mean(), "spread": total.std(), **self.watch(images, self.kinds)}
+        return {"reward": total.mean(), "spread": total.std(), **self.watch(images, self.kinds), "kl": far}
 
-    def look(self, policy: Sampler, strict: float) -> dict[str, Tensor]:
+    def look(self, policy: Denoiser, strict: float) -> dict[str, Tensor]:
         """The scores as "held_out_...", and their `mix` beside the start's, which is scored once."""
         self._first = self._first or self.scores(self.start)
         found = self.scores(policy)
@@ -210,11 +229,11 @@ class Contest:
         row |= {"judge_accuracy": beside["accuracy"]} if "accuracy" in beside else {}
         return {name: float(value) for name, value in row.items()}
 
-    def model(self, policy: Sampler, chains: int = 100) -> dict[str, float]:
-        """Of an evaluation: the scores of a model, and the "kl" of so many answers to the start, in nats."""
-        some = slice(min(len(self.kinds), chains))
-        with answering(policy, self.precision):
-            answers = policy.sample(self.kinds[some], 1, False, self.keys[some])
-        far = divergence(policy, self.start, self.kinds[some], answers, self.precision).mean()
-        images = drawn_images(policy, self.kinds, self.keys, self.precision)
+    def model(self, policy: Denoiser, chains: int = 100) -> dict[str, float]:
+        """Of an evaluation: the scores of a model, and the "kl" of so many chains to the start, in nats."""
+        images, far = self._drawn(policy, chains)
         return self.row(images, self.kinds) | {"kl": float(far)}
+
+    def _drawn(self, policy: Denoiser, chains: int) -> tuple[Tensor, Tensor]:
+        images, far = drawn_images(policy, self.kinds, self.keys, self.precision, self.start, chains)
+        return images, far.mean()

@@ -26,7 +26,7 @@ from foveate.learn.preferences import bootstrap_counts, bradley_terry_loss, chan
 from foveate.learn.schedule import set_learning_rate
 from foveate.models.picture_judges import PictureJudges
 from foveate.rewards.colors import colorfulness
-from foveate.rewards.combine import check_output
+from foveate.rewards.combine import check_output, guarded
 from foveate.run import Run
 from foveate.run import folder as run_folder
 from foveate.types import InputError, RewardOutput, Sampler, Tree, map_tree, rows_of
@@ -34,6 +34,7 @@ from foveate.types import InputError, RewardOutput, Sampler, Tree, map_tree, row
 Choose = Literal["random", "uncertain"]
 
 FOLDER = "preferences"  # of a run's folder
+AT_ONCE = 25  # pairs drawn together
 CANDIDATES = 8  # pairs that are looked at for each that is asked about
 FIRST = 20  # comparisons from which uncertainty is told; random before
 STEPS = 100  # of the members that tell it
@@ -94,7 +95,7 @@ def draw_pairs(asked: Asked, ids: Int[Tensor, " pairs"]) -> Pairs:
     rows = noise.integers(noise.fold(keys, "input"), rows_of(asked.inputs))
     pictures = []
     with answering(asked.policy):
-        for some, draws in zip(rows.split(100), keys.split(100), strict=True):
+        for some, draws in zip(rows.split(AT_ONCE), keys.split(AT_ONCE), strict=True):
             inputs = map_tree(lambda leaf: leaf[some.to(leaf.device)], asked.inputs)  # noqa: B023
             answers = asked.policy.decode(asked.policy.sample(inputs, 2, False, draws.to(device)))
             images = asked.shown(answers, repeat(inputs, 2))
@@ -192,18 +193,26 @@ def answer_by_script(store: Comparisons, score: Reward, name: str, flip: float, 
         flip: probability that an answer is the other way round, of a judge who errs.
         seed: of the errors.
         count: answer at most so many.
+
+    Raises:
+        InputError: the score raises or is NaN; that pair is not answered.
     """
     window = f"script {name}"
     answered = 0
     while answered < count and (pair := store.claim(window)) is not None:
-        pictures = torch.stack([store.picture(pair.left), store.picture(pair.right)]).float() / 255
-        output = score(pictures, None)
-        left, right = (output if isinstance(output, Tensor) else output.total).tolist()
+        pictures = torch.stack([store.picture(pair.left), store.picture(pair.right)])
+        left, right = _told(score, name, pictures).total.tolist()
         wrong = bool(noise.uniform(noise.key(seed, "error", pair.id)) < flip)
         answer: Answer = "tie" if left == right else ("left", "right")[(left < right) != wrong]
         store.answer(pair.id, answer, window, window, (left, right))
         answered += 1
     return answered
+
+
+def _told(score: Reward, name: str, pictures: UInt8[Tensor, "batch 3 height width"]) -> RewardOutput:
+    """What a judge says of pictures; where it fails it is told which. Its own targets are None, which has no rows."""
+    shown = pictures.float() / 255
+    return guarded(lambda predictions, _: score(predictions, None), name=name)(shown, shown)
 
 
 def collect_by_script(
@@ -237,7 +246,7 @@ def collect_by_script(
     if count < 1:
         raise InputError(f"comparisons: found {count}, expected at least 1")
     sample = draw_pairs(asked, torch.arange(8))
-    check_output(score(torch.cat((sample.left, sample.right)).float() / 255, None), 16, name)
+    check_output(_told(score, name, torch.cat((sample.left, sample.right))), 16, name)
     while (have := sum((counts := store.counts())[answer] for answer in ANSWERS)) < count:
         if not counts["waiting"]:
             propose(store, asked, every, choose)

@@ -39,7 +39,8 @@ class Acting:
         steps: over which rewards are summed before a value is bootstrapped.
         discount: γ, a step.
         learning_rate: peak of its one-cycle schedule.
-        follow: part of the way that the target goes to the network after each update.
+        follow: part of the way that the target goes to the network; 1: it becomes the network.
+        period: updates from one time that it does to the next.
         first: part of the actions that explore at the start.
         last: the same, in the end.
         share: of the phase, in which it falls from the one to the other.
@@ -53,6 +54,7 @@ class Acting:
     discount: float = 0.9
     learning_rate: float = 1e-3
     follow: float = 0.01
+    period: int = 1
     first: float = 1.0
     last: float = 0.1
     share: float = 0.5
@@ -65,7 +67,7 @@ class Acting:
         Raises:
             InputError: a number out of its range.
         """
-        for name in ("batch", "acts", "steps"):
+        for name in ("batch", "acts", "steps", "period"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
         for name in ("discount", "first", "last"):
@@ -216,7 +218,8 @@ def learn_by_acting(
             values, losses = (network(seen), {}) if beside is None else beside(seen, drawn.states)
             losses = {"loss": q_loss(values, drawn.actions, wanted), **losses}
             run.optimise(torch.stack(list(losses.values())).sum(), optimizer, clip=10.0)
-            follow(target, network, how.follow)
+            if (step + 1) % how.period == 0:
+                follow(target, network, how.follow)
             run.log(value=values.detach().amax(1).mean(), **{name: loss.detach() for name, loss in losses.items()})
         run.log(explores=part)
         if validate is not None and (step + 1) % every == 0:

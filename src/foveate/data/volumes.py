@@ -179,7 +179,8 @@ def _of_template(
     for volume, (path, points) in templates.items():
         grid = _whole(path, spacing)
         check_memory(str(path), (count, *grid.voxels.shape), 1)
-        where = located(grid, points, names, path)
+        table = path.parent / f"{volume}_afids.fcsv"
+        where = located(grid, points, names, table if name == "afids" else path)
         keys = noise.key("volumes", name, volume, split, torch.arange(count))
         parts.append((grid, where, keys, [f"{volume} {split} {row}" for row in range(count)]))
     made = [_varied(grid, where, keys, strength) for grid, where, keys, _ in parts]
@@ -240,12 +241,18 @@ def located(
     for name, place in zip(names, where, strict=True):
         if bool(((place < -0.5) | (place > last + 0.5)).any()):
             said = ", ".join(f"{number:.1f}" for number in place.tolist())
-            size = ", ".join(map(str, grid.size))
+            size, line = ", ".join(map(str, grid.size)), _line(table, name, volume)
             raise InputError(
-                f"{table}: {name!r} of {volume or 'its volume'} lies at voxel {said}, outside of the volume of {size}; "
-                "expected mm to the right, anterior and superior: correct the point or its coordinate system"
+                f"{table}{line}: {name!r} of {volume or 'its volume'} lies at voxel {said}, outside of the volume of "
+                f"{size}; expected mm to the right, anterior and superior: correct the point or its coordinates"
             )
     return torch.minimum(where.clamp(min=0), last)
+
+
+def _line(table: Path, *words: str) -> str:
+    """Where a text file says these words, if it is one."""
+    lines = [] if table.suffix == ".gz" else table.read_text().splitlines()
+    return next((f", line {row}" for row, text in enumerate(lines, 1) if all(word in text for word in words)), "")
 
 
 def _varied(grid: Grid, where: Tensor, keys: Tensor, strength: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from foveate import noise
 from foveate.models.denoising import GaussianStep, gaussian_steps, target_of
 from foveate.models.low_rank import MARK
-from foveate.types import Decisions, InputError, Sampler, Tree, map_tree
+from foveate.types import Decisions, InputError, Sampler, Tree, map_tree, split
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Denoiser(Sampler):
 
     Attributes:
         classes: how many inputs there are, beside the one of this number that means none; None: it is told nothing.
+        at_once: images that go through the network together where no graph is kept; None: as `together` says.
         light: what does not learn stays where it came from: states hold what learns, and copies share the rest.
 
     Raises:
@@ -83,6 +84,7 @@ class Denoiser(Sampler):
 
     light = False
     classes: int | None = None
+    at_once: int | None = None
 
     def __init__(
         self,
@@ -150,6 +152,10 @@ class Denoiser(Sampler):
     def none(self, classes: int) -> int | None:
         """The input that means none of so many classes; None if there is no such input."""
         return self.classes if self.classes == classes else None
+
+    def together(self) -> int:
+        """`at_once`, or as many as have the pixels of 100 images of 64×64, and at most 100."""
+        return self.at_once or max(1, 100 * 64**2 // max(64**2, self.image[1] * self.image[2]))
 
     def encode(self, images: Float[Tensor, "rows channels height width"]) -> Tensor:
         """Images in [0, 1] as the network has them."""
@@ -245,7 +251,11 @@ class Denoiser(Sampler):
         return Decisions(None, None, -(given.weight * error)[:, None], mask)
 
     def _outputs(self, x: Float[Tensor, "rows time channels height width"], steps: slice, known: Tree) -> Tensor:
-        """What the network makes of several steps of chains at once, in fp32."""
+        """What the network makes of several steps of chains at once, in fp32; without a graph, of some in turn."""
+        most = self.together()
+        if len(x) > most and not torch.is_grad_enabled():
+            turns = zip(x.split(most), split(known, most), strict=True)
+            return torch.cat([self._outputs(some, steps, told) for some, told in turns])
         rows, count = x.shape[:2]
         times = self.table.times[steps].to(x.device).repeat(rows)
         flat, known = x.flatten(0, 1), map_tree(lambda leaf: leaf.repeat_interleave(count, 0), known)

@@ -25,6 +25,7 @@ def named_denoiser(
     classes: tuple[str, ...] | None,
     prompts: Path | None,
     image_size: int | None,
+    at_once: int | None,
 ) -> Denoiser:
     """A denoiser by its name; the fields are those of `foveate train diffusion`.
 
@@ -49,6 +50,7 @@ def named_denoiser(
             check_classes(policy, model, classes)
     else:
         raise InputError(f"model: no {model!r}, expected {SMALL} or hf:FOLDER_OR_REPOSITORY; correct --model")
+    policy.at_once = at_once
     if lora:
         add_low_rank(
             policy.network, lora, (*ATTENTION, *CONVOLUTIONS) if isinstance(policy, ClassDenoiser) else ATTENTION
@@ -70,14 +72,28 @@ def check_classes(policy: ClassDenoiser, model: str, classes: tuple[str, ...]) -
         )
 
 
+def check_drawn(policy: Denoiser, model: str, data: tuple[int | None, int | None, int | None]) -> None:
+    """Data of another shape (channels, rows, columns; None: any) than what is drawn teaches nothing.
+
+    Raises:
+        InputError: they differ.
+    """
+    wanted = tuple(drawn if size is None else size for size, drawn in zip(data, policy.image, strict=True))
+    if wanted != policy.image:
+        raise InputError(
+            f"data: {wanted} (channels, rows, columns), but {model} draws {policy.image}: leave --image-size out, and "
+            "convert grey pictures or coloured ones"
+        )
+
+
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """A prompt a line, as UTF-8; an empty last line is none.
+    """A prompt a line, as UTF-8.
 
     Raises:
         InputError: the file is missing, is no text, is empty, or has an empty line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts: {path} cannot be read as UTF-8 text ({error}): correct --prompts") from error
     for number, line in enumerate(lines, 1):

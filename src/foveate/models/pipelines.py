@@ -21,11 +21,20 @@ from torch import Tensor, nn
 from foveate.models.diffusion import ClassDenoiser, Denoiser, diffusers
 from foveate.types import InputError, Tree
 
+INDEX = "model_index.json"
 NEEDED = {
     "UNet2DModel": ("unet", "scheduler"),
     "UNet2DConditionModel": ("unet", "scheduler", "text_encoder", "tokenizer"),
 }
-FILES = ("*.json", "*.txt", "*.safetensors", "*.model")
+OPTIONAL: dict[str, tuple[str, ...]] = {"UNet2DModel": (), "UNet2DConditionModel": ("vae",)}
+KNOWN = {  # part → what it may be; schedulers say themselves what they are not
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "vae": ("AutoencoderKL",),
+}
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+COPIES = ("*.fp16*", "*.non_ema*")  # of weights that are there as well
 
 
 class TextDenoiser(Denoiser):
@@ -92,14 +101,16 @@ class TextDenoiser(Denoiser):
         if vae is None:
             return pixels
         with torch.no_grad():
-            return (vae.encode(pixels).latent_dist.mean - _shift(vae)) * vae.config.scaling_factor
+            means = [vae.encode(some).latent_dist.mean for some in pixels.split(self.together())]
+            return (torch.cat(means) - _shift(vae)) * vae.config.scaling_factor
 
     def finish(self, x: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows colors tall wide"]:
         """Images in [0, 1] of latents."""
         vae = self._vae[0]
         if vae is None:
             return super().finish(x)
-        return super().finish(vae.decode(x / vae.config.scaling_factor + _shift(vae), return_dict=False)[0].float())
+        ready = (x / vae.config.scaling_factor + _shift(vae)).split(self.together())
+        return super().finish(torch.cat([vae.decode(some, return_dict=False)[0].float() for some in ready]))
 
 
 def read_pipeline(
@@ -115,22 +126,21 @@ def read_pipeline(
         **how: eta, guidance and chunk of `Denoiser`.
 
     Raises:
-        InputError: parts are missing or of other kinds, weights that are no safetensors, prompts for a pipeline that
-            reads none or the other way round.
+        InputError: parts are missing, unknown or of other kinds, weights that are no safetensors, latents without what
+            makes images of them, prompts for a pipeline that reads none or the other way round.
     """
-    package, folder = diffusers(), _folder(name)
-    index = _json(folder / "model_index.json", name)
-    kind = str((index.get("unet") or ["", "none"])[1])
-    if kind not in NEEDED:
-        raise InputError(f"model: {name} has the denoiser {kind!r}, expected one of {', '.join(NEEDED)}")
-    for part in NEEDED[kind]:
-        if part not in index or not (folder / part).is_dir():
-            raise InputError(
-                f"model: {name} has no {part!r}, expected {', '.join(NEEDED[kind])}: save the whole pipeline"
-            )
+    package, folder = diffusers(), Path(name).expanduser()
+    here = folder.is_dir()
+    folder = folder if here else _fetched(name, [INDEX])
+    parts = _parts(_json(folder / INDEX, name), name)
+    kind = parts["unet"]
     if (prompts is None) != (kind == "UNet2DModel"):
         remedy = "reads prompts: add --prompts FILE" if prompts is None else "reads none: leave prompts out"
         raise InputError(f"prompts: {name} with its {kind} {remedy}")
+    folder = folder if here else _fetched(name, [f"{part}/{files}" for part in parts for files in FILES])
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise InputError(f"model: {name} has no {part!r}, expected {', '.join(parts)}: save the whole pipeline")
     network = _part(getattr(package, kind), folder / "unet", name)
     drawn = _scheduler(package, folder / "scheduler", name, scheduler)
     side = network.config.sample_size
@@ -138,9 +148,14 @@ def read_pipeline(
     if len(sides) != 2:
         raise InputError(f"model: {name} says no sample_size; set it in unet/config.json")
     shape = (network.config.in_channels, *sides)
+    if "vae" not in parts and shape[0] not in (1, 3):
+        raise InputError(
+            f"model: {name} denoises {shape[0]} channels and has no 'vae' that makes images of them, expected 1 or 3: "
+            "save the whole pipeline"
+        )
     if prompts is None:
         return ClassDenoiser(network, drawn, steps, shape, **how)
-    vae = _part(package.AutoencoderKL, folder / "vae", name) if (folder / "vae").is_dir() else None
+    vae = _part(package.AutoencoderKL, folder / "vae", name) if "vae" in parts else None
     return TextDenoiser(network, drawn, encoded(folder, name, prompts), vae, steps, shape, **how)
 
 
@@ -160,19 +175,38 @@ def encoded(folder: Path, name: str, prompts: Sequence[str]) -> Float[Tensor, "p
     return torch.cat([encoder.eval()(some)[0] for some in ids["input_ids"].split(50)])
 
 
-def _folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+def _fetched(name: str, files: Sequence[str]) -> Path:
+    """The folder to which files of a repository are downloaded, if they are not there yet."""
     if name.count("/") != 1 or name[0] in "./~":
         raise InputError(f"model: {name} is no folder, and no repository OWNER/NAME; correct hf:{name}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(COPIES)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(f"model: {name} cannot be fetched: {_line(error)}") from error
+
+
+def _parts(index: dict[str, Any], name: str) -> dict[str, str]:
+    """Part → its class, of what draws; an index that lists anything else would draw other images than without it."""
+    listed = {part: kind for part, kind in index.items() if isinstance(kind, list) and len(kind) == 2 and kind[1]}
+    found = {part: str(kind[1]) for part, kind in listed.items() if part not in UNUSED}
+    kind = found.get("unet", "none")
+    if kind not in NEEDED:
+        raise InputError(f"model: {name} has the denoiser {kind!r}, expected one of {', '.join(NEEDED)}")
+    needed = NEEDED[kind]
+    for part in needed:
+        if part not in found:
+            raise InputError(f"model: {name} has no {part!r}, expected {', '.join(needed)}: save the whole pipeline")
+    for part, of in found.items():
+        if part not in (*needed, *OPTIONAL[kind]):
+            raise InputError(
+                f"model: {name} draws by {part!r} too, a {of}, expected {', '.join((*needed, *OPTIONAL[kind]))} alone"
+            )
+        if of not in KNOWN.get(part, (of,)):
+            raise InputError(f"model: the {part} of {name} is a {of}, expected {' or '.join(KNOWN[part])}")
+    return {part: found[part] for part in (*needed, *found)}
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:

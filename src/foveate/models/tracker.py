@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -51,11 +53,21 @@ class TrackingNetwork(nn.Module):
 
     def forward(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch outputs"]:
         """What the head says of what `foveate.envs.box_tracking.observed` makes."""
+        return self.head(self.features(seen))
+
+    def both(self, seen: dict[str, Tensor]) -> tuple[Float[Tensor, "batch actions"], Float[Tensor, "batch actions"]]:
+        """Values, and the head's belief (`foveate.learn.q_learning.Believing`)."""
+        head: Any = self.head
+        values, belief = head.both(self.features(seen))
+        return values, belief
+
+    def features(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
+        """What the head is told."""
         own = self.look(_plain(seen["view"]))
         found = [own, self.past(seen["history"].flatten(1))]
         if self.communicate:
             found.append(self.heard(own, seen))
-        return self.head(torch.cat(found, 1))
+        return torch.cat(found, 1)
 
     def heard(self, own: Float[Tensor, "batch hidden"], seen: dict[str, Tensor]) -> Float[Tensor, "batch hidden"]:
         """The neighbours' messages, as much of each as it is attended to; zeros for who is alone."""
@@ -77,6 +89,7 @@ class Follower(nn.Module):
         network: (what agents see) → values of their actions, or offsets of their boxes.
     """
 
+    network: Any
     rules: Tensor
 
     def __init__(self, network: nn.Module) -> None:

@@ -14,6 +14,11 @@ from torch import Tensor
 from foveate.pictures.canvas import image_grid
 
 CELL = 96
+AXES = {
+    "frechet distance against reward": ("reward", "distance"),
+    "judge accuracy against reward": ("reward", "accuracy"),
+    "frechet distance against kl": ("kl", "distance"),
+}
 Along = dict[str, dict[str, list[tuple[float, float]]]]
 
 
@@ -46,13 +51,15 @@ def labelled(images: Float[Tensor, "batch channels height width"], names: Sequen
 
 
 def along(folder: Path, anchor: float) -> Along:
-    """Points (reward, Fréchet distance) of every look in the log of a run, a curve an anchor: what the reward costs."""
+    """Points of every look in the log of a run, a curve an anchor: what the reward costs, and what the KL tells."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    curves: dict[str, list[tuple[float, float]]] = {}
+    plots: Along = {}
     for row in (json.loads(line) for line in lines if line.endswith("\n")):
-        phase, point = str(row.get("phase")), (row.get("held_out_reward"), row.get("held_out_distance"))
-        if phase.startswith("reward") and None not in point:
-            name = f"anchor {anchor:g} (kept)" if phase == "reward" else phase.removeprefix("reward, ")
-            curves.setdefault(name, []).append(point)
-    return {"frechet distance against reward": curves} if curves else {}
+        phase = str(row.get("phase"))
+        name = f"anchor {anchor:g} (kept)" if phase == "reward" else phase.removeprefix("reward, ")
+        for title, axes in AXES.items():
+            x, y = (row.get(f"held_out_{axis}") for axis in axes)
+            if phase.startswith("reward") and x is not None and y is not None:
+                plots.setdefault(title, {}).setdefault(name, []).append((x, y))
+    return plots

@@ -130,6 +130,8 @@ class ClipMatch:
         seen = self.model.get_image_features(pixel_values=(shown.clamp(0, 1) - self.mean) / self.std)
         return F.normalize(_pooled(seen), dim=1)
 
+    features = embed  # for `foveate.judging.Watch`
+
     def __call__(
         self, predictions: Float[Tensor, "batch channels height width"], targets: Int[Tensor, " batch"]
     ) -> RewardOutput:

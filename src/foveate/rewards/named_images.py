@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foveate import noise
 from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.rewards.combine import Reward, guarded, load_reward, weighted_sum
 from foveate.rewards.images import Aesthetic, ClassMatch, ClipMatch, compressibility, incompressibility, sharpness
@@ -86,6 +87,27 @@ def image_reward(
     if len(found) == 1:
         return next(iter(found.values()))
     return weighted_sum(found, dict(zip(names, weights or [1.0] * len(names), strict=True)))
+
+
+def onlooker(
+    names: Sequence[str], texts: Sequence[str], clip: Path | None, device: torch.device | str = "cpu"
+) -> ClipMatch | None:
+    """CLIP, to watch what rewards do to images: None if it is not given, or is what one of these rewards sees by."""
+    return None if clip is None or {"clip", "aesthetic"} & set(names) else ClipMatch(clip, texts, device)
+
+
+def try_reward(reward: Reward, image: tuple[int, int, int], targets: int) -> None:
+    """Ask a reward once, of two images of noise, before anything is trained for it.
+
+    Args:
+        reward: of images and the numbers of what they show.
+        image: channels, rows and columns of what it will be asked of.
+        targets: how many things there are to show.
+
+    Raises:
+        InputError: what the reward says against such images.
+    """
+    reward(noise.uniform(noise.key("tried", torch.arange(2)), *image), torch.arange(2) % targets)
 
 
 def _unknown(images: Tensor) -> Tensor:

@@ -7,10 +7,10 @@
 | reward | ten times the change of the mask's IoU, within -1 and 1; of the stop 3 times that since the start |
 | horizon | `horizon` actions a frame; the next frame begins at the box of the mask made in this one |
 | learner | Q-learning with guided exploration; cross-entropy and Dice for the masks |
-| corner | policy |
+| corner | value |
 
-Han, Yang, Zhang, Chang, Liang 2018, "Reinforcement cutting-agent learning for video object segmentation" (CVPR). What
-differs here and why, and the numbers: docs/systems/cutting.md.
+Han, Yang, Zhang, Chang, Liang 2018, "Reinforcement cutting-agent learning for video object segmentation" (CVPR). Here:
+the stop is paid for the change since the frame began; why, and the rest: docs/systems/cutting.md.
 
     foveate train cutting --data davis --root DAVIS --minutes 30
 """
@@ -301,9 +301,11 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     Returns `masks` [time, height, width]; `boxes` and `contexts` [time, 4], both boxes in pixels of the frames.
 
     Raises:
-        InputError: as `foveate.data.masked_videos.as_video`.
+        InputError: one is missing, or as `foveate.data.masked_videos.as_video`.
     """
     assert config.image_size is not None
+    if missing := {"frames", "mask"} - set(images):
+        raise InputError(f"{min(missing)}: not given; expected frames, and the mask of the first")
     count, _, height, width = images["frames"].shape
     video = as_video(images["frames"], images["mask"], config.image_size).to(policy.executor.factors.device)
     clips = clips_of(video, config.likeness)

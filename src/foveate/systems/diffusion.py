@@ -10,8 +10,7 @@
 | corner | policy |
 
 Black et al. 2023, "Training diffusion models with reinforcement learning" (DDPO, arXiv 2305.13301); the anchor is that
-of Fan et al. 2023, "DPOK" (arXiv 2305.16381), exact at every step. Scores that are not optimised stand beside it. What
-differs here and why, and the numbers: docs/systems/diffusion.md and docs/results.md.
+of Fan et al. 2023, "DPOK" (arXiv 2305.16381), exact at every step. More is told in docs/systems/diffusion.md.
 
     foveate train diffusion --minutes 10                                        embedded digits, compressibility
     foveate train diffusion --reward class --likelihood-share 0.15 --minutes 10
@@ -34,15 +33,15 @@ from foveate import noise
 from foveate.data.classification import Images, check_shape, evaluation_split, held_out_split, load_images, shuffled
 from foveate.data.picture_folders import read_pictures
 from foveate.generation import kinds_asked, learn_to_denoise, own_examples
-from foveate.judging import Contest, Judge, Thumbnails, Watch, drawn_images, learn_to_judge
+from foveate.judging import Contest, Judge, Watch, learn_to_judge
 from foveate.learn.answers import Precision, Reward, Tuning, answering
 from foveate.learn.baselines import MovingAverage
 from foveate.models.diffusion import Denoiser
 from foveate.models.low_rank import Unadapted, take_start
-from foveate.models.named_denoisers import SMALL, named_denoiser, read_prompts
+from foveate.models.named_denoisers import SMALL, check_drawn, named_denoiser, read_prompts
 from foveate.parts import learning, restored, tracked
 from foveate.pictures import denoising
-from foveate.rewards.named_images import image_reward
+from foveate.rewards.named_images import image_reward, onlooker, try_reward
 from foveate.run import Run
 from foveate.two_steps import learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError
@@ -93,15 +92,15 @@ class Config:
     weights: tuple[float, ...] = ()
     """of several rewards, which are added; 1 each if not given"""
     clip: Path | None = None
-    """folder of a CLIPModel for the rewards clip and aesthetic"""
+    """folder of a CLIPModel for the rewards clip and aesthetic; if neither is optimised, it watches beside prompts"""
     aesthetic: Path | None = None
     """safetensors with the linear layers of a head on its embeddings"""
     skip_bad: bool = False
     """leave out images for which the reward raises or is NaN, and count them, instead of stopping"""
     estimator: Literal["score", "clipped", "weighted"] = "score"
     """score: an update on the images of a batch (DDPO-SF); clipped: several (DDPO-IS); weighted: denoising (RWR)"""
-    inputs: int = 10
-    """classes or prompts in an update on the reward"""
+    inputs: int | None = None
+    """classes or prompts in an update on the reward; None: 10, or all if there are fewer"""
     samples: int = 8
     """images of each of them"""
     epochs: int = 4
@@ -130,6 +129,8 @@ class Config:
     """images drawn for each look"""
     images: int = 500
     """images drawn of each model to evaluate it"""
+    at_once: int | None = None
+    """images in one pass through the networks; None: 100 of at most 64x64 pixels, fewer of larger ones"""
     precision: Precision = "fp32"
     """bf16 is faster on processors that compute in it"""
     channels: int | None = None
@@ -146,15 +147,15 @@ load = lru_cache(maxsize=6)(load_images)
 
 def resolve(config: Config) -> Config:
     """Check the fields, and fill in what model and data decide; `InputError` if they do not fit or are not there."""
-    for name in ("batch", "inputs", "every", "looks", "images"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    for name in ("batch", "inputs", "every", "looks", "images", "at_once", "temperature"):
+        if (found := getattr(config, name)) is not None and found <= 0:
+            raise InputError(f"{name}: found {found:g}, expected more than 0")
     if min(config.judge_share, config.likelihood_share) < 0 or config.judge_share + config.likelihood_share >= 1:
         raise InputError("judge_share, likelihood_share: one is below 0, or nothing is left for the reward; change one")
-    if config.temperature <= 0:
-        raise InputError(f"temperature: found {config.temperature:g}, expected more than 0")
     if config.anchor in config.anchors or len(set(config.anchors)) < len(config.anchors):
         raise InputError(f"anchors: found {config.anchors} beside anchor {config.anchor:g}, expected different ones")
+    if config.estimator == "weighted" and (config.anchor, *config.anchors) != (0,):
+        raise InputError("anchor, anchors: estimator weighted has no KL to weigh; add --anchor 0 --anchors")
     _tuning(config, config.anchor)
     if config.model == SMALL:
         if config.prompts is not None:
@@ -167,19 +168,20 @@ def resolve(config: Config) -> Config:
         splits = "train", "val", held_out_split(config.data, config.root)
         train, *_ = (load(config.data, config.root, split, size) for split in splits)  # now, not after hours
         config = replace(config, image_size=size, classes=train.classes, channels=train.pixels.shape[1])
-    channels, height, width = build(config).image
-    given = (config.channels or channels, config.image_size or height, config.image_size or width)
-    if given != (channels, height, width):
-        raise InputError(
-            f"data: {given} (channels, rows, columns), but {config.model} draws {(channels, height, width)}"
-        )
-    _reward(config, None, torch.device("cpu"))
-    return replace(config, image_size=height, channels=channels)
+    policy, known = build(config), len(config.classes or ())
+    check_drawn(policy, config.model, (config.channels, config.image_size, config.image_size))
+    if (config.inputs or 0) > known:
+        raise InputError(f"inputs: found {config.inputs}, expected at most {known}: each class or prompt once")
+    reward = _reward(config, None if config.prompts else _judge(config), torch.device("cpu"))
+    if not config.skip_bad:  # on what is no image it may fail and still be right
+        try_reward(reward, policy.image, known)
+    (channels, size, _), most, inputs = policy.image, policy.together(), config.inputs or min(10, known)
+    return replace(config, channels=channels, image_size=size, at_once=most, inputs=inputs)
 
 
 def build(config: Config, tuned: bool = True) -> Denoiser:
     """The denoiser of a resolved config, untrained or as its pipeline has it; tuned: with the adapter that learns."""
-    how = {name: getattr(config, name) for name in (*FIELDS, "image_size")} | ({} if tuned else {"lora": 0})
+    how = {name: getattr(config, name) for name in (*FIELDS, "image_size", "at_once")} | ({} if tuned else {"lora": 0})
     policy = named_denoiser(config.model, **how)
     policy.light |= config.lora > 0 and not (tuned or config.likelihood_share)  # it stays in its folder
     return policy
@@ -188,6 +190,7 @@ def build(config: Config, tuned: bool = True) -> Denoiser:
 def _tuning(config: Config, anchor: float) -> Tuning:
     how: dict[str, Any] = {"learning_rate": config.tuning_rate, "precision": config.precision, "subset": config.subset}
     how |= {"epochs": config.epochs, "clip": config.ratio_clip} if config.estimator == "clipped" else {}
+    how |= {"chunk": max(1, (config.at_once or 100) // max(1, config.samples))}
     return Tuning(config.samples, "normalised", anchor, anchored=config.anchored, warmup=5, anneal=True, **how)
 
 
@@ -212,19 +215,17 @@ def _contest(
     """Who draws better: beside real images, or, with prompts, beside those of the start."""
     kinds = torch.arange(count, device=device) % len(config.classes or ())
     keys = noise.key(config.seed, split, torch.arange(count)).to(device)
-    if config.prompts is None:
-        watch = Watch(judges["judge"], *_pixels(config, split, device))
-    else:
-        real = drawn_images(start, kinds, noise.fold(keys, "real"), config.precision)
-        watch = Watch(Thumbnails(), real, kinds)
+    watch = None if config.prompts else Watch(judges["judge"], *_pixels(config, split, device))
+    eyes = onlooker(config.reward, config.classes or (), config.clip, device) if config.prompts else None
     reward = _reward(config, judges.get("rewarder"), device)
-    return Contest(reward, watch, start, kinds, keys, config.precision, config.reward)
+    return Contest(reward, watch, start, kinds, keys, config.precision, config.reward, eyes)
 
 
 def train(config: Config, run: Run) -> None:
     """Judges, denoising loss, the reward with each anchor, then the control; the agent ends with its best weights."""
-    if config.model == SMALL and not (run.source or (config.likelihood_share and config.judge_share)):
-        raise InputError("likelihood_share, judge_share: 0, but model small knows nothing yet; raise it, or --from RUN")
+    needed = {"judge_share": config.prompts is None, "likelihood_share": config.model == SMALL}
+    if not run.source and (none := [name for name in needed if needed[name] and not getattr(config, name)]):
+        raise InputError(f"{', '.join(none)}: 0, but what it teaches knows nothing yet; raise it, or add --from RUN")
     weights = {PART: config.anchor} | {f"anchor {weight:g}": weight for weight in config.anchors}
     taught = ("likelihood", "control") if config.likelihood_share or config.model == SMALL else ()
     parts: dict[str, tuple[Any, ...]] = {}
@@ -248,7 +249,7 @@ def train(config: Config, run: Run) -> None:
         learn_to_denoise(run, "likelihood", config.likelihood_share, *parts["likelihood"], **how)
     contest = _contest(config, judges, start, "val", config.looks, run.device)
     share = (1 - config.judge_share - config.likelihood_share) / (len(weights) + bool(taught))
-    asked = partial(kinds_asked, run, config.inputs, len(config.classes or ()))
+    asked = partial(kinds_asked, run, config.inputs or 10, len(config.classes or ()))
     for name, weight in weights.items():
         policy, optimizer, keeper = parts[name]
         if config.lora:
@@ -271,20 +272,23 @@ def evaluate(config: Config, policy: Denoiser, run: Run, elsewhere: bool = False
     """Images drawn with the same noise by every model: the reward, and what is not optimised.
 
     `judge_accuracy`: of a classifier that the reward never saw. `frechet_distance`: to test images in its features;
-    `diversity`: distance of two images of a class there, 1 is theirs (with prompts: colours of regions, the start's
-    images). `kl`: to the start, nats an image. Rows: the start, other anchors at their end, more denoising loss
-    (`control`), real validation images (`data`). The curve shows each look along the training.
+    `diversity`: of images of a class there, 1 is theirs. With prompts: in colours of regions or CLIP, to the start's.
+    `kl`: to the start, nats an image. Rows: start, other anchors' end, more denoising loss (`control`), real `data`.
     """
     split = (evaluation_split if elsewhere else held_out_split)(config.data, config.root)
-    known = restored(run, ROWS, partial(build, config, False))
+    known = _others(config, run)
     contest = _contest(config, _judges(config, run), known["start"], split, config.images, run.device)
-    anchored = {name: name for name in (f"anchor {weight:g}" for weight in config.anchors)}
-    known |= restored(run, anchored, partial(build, config))
     metrics, baselines = contest.model(policy), {name: contest.model(other) for name, other in known.items()}
     if config.prompts is None:
         pixels, labels = _pixels(config, "val", run.device)
         baselines["data"] = contest.row(pixels[: config.images], labels[: config.images])
     return Evaluation(metrics, baselines, denoising.along(run.folder, config.anchor))
+
+
+def _others(config: Config, run: Run) -> dict[str, Denoiser]:
+    """The start, the control and the other anchors, those that there are."""
+    anchored = {name: name for name in (f"anchor {weight:g}" for weight in config.anchors)}
+    return restored(run, ROWS, partial(build, config, False)) | restored(run, anchored, partial(build, config))
 
 
 def _judges(config: Config, run: Run) -> dict[str, Any]:
@@ -321,18 +325,16 @@ def picture(
     config: Config, policy: Denoiser, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
 ) -> dict[str, Any]:
     """Images of the same noise before and after, and the chains of them; or pictures of the user, redrawn."""
-    models = restored(run, {"start": "likelihood"}, partial(build, config, False))
+    models = _others(config, run) | {"tuned": policy}
     if images is not None:
-        shown = {name: predict(config, model, images)["images"] for name, model in (models | {"tuned": policy}).items()}
+        shown = {name: predict(config, model, images)["images"] for name, model in models.items()}
         return {"redrawn": denoising.columns({"given": images} | shown)}
-    models |= restored(run, {"anchor 0": "anchor 0"}, partial(build, config)) | {"tuned": policy}
     kinds, names = posed(config, run, min(10, len(config.classes or ())))[0], (config.classes or ())[:10]
     keys = noise.key(config.seed, "picture", kinds)
     with torch.no_grad(), answering(policy, config.precision):
-        chains = {name: model.sample(kinds, 1, False, keys) for name, model in models.items()}
-        steps = {name: [policy.finish(x) for x in chain.drawn.unbind(1)] for name, chain in chains.items()}
-    drawn = {name: policy.decode(chain) for name, chain in chains.items()}
-    return {"before and after": denoising.rows(drawn, names), "denoising": denoising.frames(steps, names)}
+        chains = {name: model.sample(kinds, 1, False, keys).drawn.unbind(1) for name, model in models.items()}
+        frames = denoising.frames({name: list(map(policy.finish, states)) for name, states in chains.items()}, names)
+    return {"before and after": frames[-1], "denoising": frames}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:

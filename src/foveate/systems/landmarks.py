@@ -11,7 +11,7 @@
 
 Ghesu et al. 2019, "Multi-scale deep reinforcement learning for real-time 3D-landmark detection in CT scans" (TPAMI);
 Alansary et al. 2019, "Evaluating reinforcement learning agents for anatomical landmark detection" (Medical Image
-Analysis). What differs here and why, and the numbers: docs/systems/landmarks.md.
+Analysis). Here: small cubes, a cut reward, a belief beside the values; why, and the rest: docs/systems/landmarks.md.
 
     foveate train landmarks --minutes 10
 """
@@ -141,20 +141,17 @@ def _walking(config: Config, data: Volumes, policy: CubeQ, starts: int, absent: 
 
 
 def _acting(config: Config) -> Acting:
-    settings: dict[str, Any] = {"batch": config.batch, "steps": config.returns, "discount": config.discount}
-    return Acting(**settings, learning_rate=config.learning_rate)
+    return Acting(config.batch, steps=config.returns, discount=config.discount, learning_rate=config.learning_rate)
 
 
 def build(config: Config) -> CubeQ:
     """The policy of a resolved config, untrained."""
-    assert config.landmarks
     assert config.scales
-    return CubeQ(config.cube, len(config.landmarks), config.scales, config.width, config.hidden)
+    return CubeQ(config.cube, len(config.landmarks or ()), config.scales, config.width, config.hidden)
 
 
 def _regressor(config: Config) -> VolumeRegressor:
-    assert config.landmarks is not None
-    return VolumeRegressor(config.side, len(config.landmarks))
+    return VolumeRegressor(config.side, len(config.landmarks or ()))
 
 
 def train(config: Config, run: Run) -> None:
@@ -304,28 +301,32 @@ def predict(config: Config, policy: CubeQ, volumes: Tree) -> dict[str, Tensor]:
 def _given(config: Config, volumes: Tree) -> tuple[dict[str, Tensor], Volumes]:
     assert config.landmarks
     assert config.spacing
-    given = {"volume": volumes} if isinstance(volumes, Tensor) else dict(volumes)
-    given = {name: value.cpu() for name, value in given.items()}
+    given = {"volume": volumes} if isinstance(volumes, Tensor) else map_tree(lambda leaf: leaf.cpu(), dict(volumes))
+    if "volume" not in given:
+        raise InputError(f"volume: not given, only {', '.join(given)}; add it: [batch, 1, depth, height, width]")
     given.setdefault("spacing", torch.ones(len(given["volume"]), 3))
     return given, volumes_of(given["volume"], given["spacing"], config.spacing, config.landmarks, given.get("size"))
 
 
 def picture(config: Config, policy: CubeQ, run: Run, images: Tree | None = None) -> dict[str, Any]:
-    """Walks to the landmarks of a volume, of the test split or of the user; the longest one as an animation."""
+    """Walks to the landmarks of a volume, of the test split or of the user (in mm); the longest one as an animation."""
     data = (_data(config, "test") if images is None else _given(config, images)[1]).first(1)
     env = _walking(config, data, policy, 1)
     found = search(policy, env, data, 1)
-    tiles, lines, truth = [], [], None
-    counts = found.walks.taken.sum(1).tolist()
+    tiles, lines, counts = [], [], found.walks.taken.sum(1).tolist()
+    if images is None:
+        said = [f"{off:.1f} mm off" for off in away(found.points, data)[0].tolist()]
+    else:
+        said = [
+            "{:.1f} {:.1f} {:.1f} mm".format(*at) for at in predict(config, policy, images)["points_mm"][0].tolist()
+        ]
     for number, name in enumerate(data.names[:SHOWN]):
         states = map_tree(lambda leaf, row=number: leaf[row, : counts[row] + 1], found.walks.states)
         path, told = torch.cat((env.voxel(states).cpu(), found.points[:, number])), f"{name}: {counts[number]} steps"
-        if images is None:
-            truth = data.landmarks[0, number]
-            told += f", {float(away(found.points, data)[0, number]):.1f} mm off"
+        truth = data.landmarks[0, number] if images is None else None
         tiles.append(walk_slices(data.cut(0), path, truth, through=truth))
-        lines.append(told if found.present[0, number] else f"{told}; left")
-    row = max(range(len(tiles)), key=lambda number: counts[number])
+        lines.append(f"{told}, {said[number]}" if found.present[0, number] else f"{told}; left")
+    row = max(range(len(tiles)), key=counts.__getitem__)
     states = map_tree(lambda leaf: leaf[row, : counts[row] + 1].cpu(), found.walks.states)
     steps = [f"step {step}, {2 ** int(one) * data.spacing:g} mm long" for step, one in enumerate(states.scale)]
     truth = data.landmarks[0, row] if images is None else None

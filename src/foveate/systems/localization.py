@@ -9,8 +9,9 @@
 | learner | Q-learning with a replay: double, dueling, guided exploration |
 | corner | value |
 
-Caicedo and Lazebnik 2015, "Active object localization with deep reinforcement learning" (ICCV; arXiv 1511.06015). What
-differs here and why, and the numbers: docs/systems/localization.md.
+Caicedo and Lazebnik 2015, "Active object localization with deep reinforcement learning" (ICCV; arXiv 1511.06015). Here:
+one map an image, one network for all classes, a belief beside the values, searches given up; why, and the rest:
+docs/systems/localization.md.
 
     foveate train localization --minutes 20
 """

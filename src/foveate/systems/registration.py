@@ -10,7 +10,7 @@
 | corner | policy |
 
 Sun, Hu, Yao, Hu, Wu, Song, Hu 2018, "Robust multimodal image registration using deep recurrent reinforcement learning"
-(ACCV; arXiv 2002.03733). What differs here and why, and the numbers: docs/systems/registration.md.
+(ACCV; arXiv 2002.03733). Here: an expert copied first, features correlated; the rest: docs/systems/registration.md.
 
     foveate train registration --minutes 60
 """

@@ -10,7 +10,8 @@
 | corner | value |
 
 Song, Myeong, Lee 2018, "SeedNet: automatic seed generation with deep reinforcement learning for robust interactive
-segmentation" (CVPR). What differs here and why, and the numbers: docs/systems/seednet.md.
+segmentation" (CVPR). Here: paid for what a seed gains (`--reward level`: as published), seeds of the right side
+explored, a belief beside the values; why, and the rest: docs/systems/seednet.md.
 
     foveate train seednet --minutes 10
 """

@@ -70,8 +70,8 @@ class Config:
     """wall-clock budget of all phases together"""
     start_share: float = 0.4
     """part of the budget for candidates at random places; the rest is shared evenly by the agent and its controls"""
-    controls: tuple[Literal["random", "raster"], ...] = ("random", "raster")
-    """trained beside the agent from the same start: looking at random places, or at places row after row"""
+    controls: tuple[Literal["control", "random", "raster"], ...] = ("control", "random", "raster")
+    """beside the agent, from the same start: candidates alone, or emission at random places, or at places row by row"""
     glimpses: int = 6
     """in a walk at most"""
     patch: int = 12
@@ -101,7 +101,9 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the policy
-ROWS = {"start": "start", "all": PART, "random": "random", "raster": "raster"}  # baseline → its tracked part
+SUPERVISED = ("start", "control")  # parts that learn candidates alone
+# baseline → its tracked part
+ROWS = {"mle": "start", "control": "control", "all": PART, "random": "random", "raster": "raster"}
 AT_ONCE = 100  # images looked at together where nothing is learned
 _load = lru_cache(maxsize=6)(load_detections)
 
@@ -142,7 +144,7 @@ def _shown(config: Config, part: str, images: Tensor, keys: Tensor, targets: Box
     """Images, and with them the places to look at for parts that do not choose them."""
     if part in (PART, "all"):
         return images
-    if part == "start" and targets is not None:
+    if part in SUPERVISED and targets is not None:
         return images, near_objects(targets, keys, config.glimpses, config.image_size)
     if part == "raster":
         return images, raster(config.glimpses).to(images.device).expand(len(images), -1, -1)
@@ -183,7 +185,7 @@ def _reward(config: Config, share: float = 1.0) -> WalkReward:
 
 def _tuning(config: Config, part: str) -> Tuning:
     settings: dict[str, Any] = {"learning_rate": config.learning_rate, "anneal": True}
-    if part == "start":  # no decision is learned yet, so there is nothing to compare
+    if part in SUPERVISED:  # no decision is learned yet, so there is nothing to compare
         return Tuning(1, "none", **settings)
     return Tuning(config.samples, credit="difference", **settings)
 
@@ -224,7 +226,7 @@ def _batch(config: Config, data: Detections, run: Run, part: str, step: int) -> 
     keys = noise.key(config.seed, part, "view", step, torch.arange(config.batch)[here]).to(run.device)
     # of rendered digits there are views enough
     images, boxes = chosen(data, rows) if config.data == "digits" else views(data, rows, keys)
-    if part == "start":  # as many walks, each by other places
+    if part in SUPERVISED:  # as many walks, each by other places
         keys = noise.fold(keys[:, None], torch.arange(config.samples, device=keys.device)).flatten()
         images, boxes = repeat(images, config.samples), repeat(boxes, config.samples)
     return _shown(config, part, images, keys, boxes), boxes
@@ -233,9 +235,9 @@ def _batch(config: Config, data: Detections, run: Run, part: str, step: int) -> 
 def evaluate(config: Config, policy: SequentialDetector, run: Run, elsewhere: bool = False) -> Evaluation:
     """COCO's metrics of greedy walks on the test split, in [0, 1], and how many boxes and glimpses they take.
 
-    Baselines: `start`, candidates at random places before anything else was learned; `random` and `raster`, as much
-    longer at random places, or at places row after row, with emission learned likewise; `all`, the agent's own walks
-    with every candidate emitted. They take all glimpses, but for the last.
+    Baselines: `mle`, candidates at random places before anything else was learned; `control`, the same for longer;
+    `random` and `raster`, as much longer at random places, or at places row after row, with emission learned likewise;
+    `all`, the agent's own walks with every candidate emitted. They take all glimpses, but for the last.
     """
     data = _data(config, "test")
     if elsewhere and data.classes != config.classes:

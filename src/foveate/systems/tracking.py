@@ -10,7 +10,7 @@
 | corner | value |
 
 Jiang, Hieu, Sun, Wang 2019, "Multi-agent deep reinforcement learning for multi-object tracker" (IEEE Access 7). Tracks
-begin and end by a detector's boxes, and are corrected by them. What differs here and why: docs/systems/tracking.md.
+begin and end by a detector's boxes. Here: moves are rewarded (as there: `--shaping 0`); see docs/systems/tracking.md.
 
     foveate train tracking --minutes 10
 """
@@ -33,7 +33,7 @@ from foveate.data.videos import SIZES, Videos, given, load_videos, on, opening
 from foveate.envs.box_tracking import ACTIONS, BoxTrackingEnv, Walking
 from foveate.envs.joint_tracking import Proposer, regressed
 from foveate.geometry import Boxes, overlaps
-from foveate.learn.q_learning import Dueling
+from foveate.learn.q_learning import Believing
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.association import CHOICES, Propose, Rules, best_rules, follow, moving, rules_tensor, still
@@ -42,7 +42,7 @@ from foveate.parts import restored, tracked
 from foveate.rewards.tracking import tracking_metrics
 from foveate.run import Run
 from foveate.types import Evaluation, InputError, map_tree
-from foveate.value_learning import Acting, Walk, learn_by_acting, walk
+from foveate.value_learning import Acting, Walk, learn_by_acting, walk, with_belief
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ SHOWN = 80  # frames of a video in a picture
 
 def _follower(config: Config, outputs: int) -> Follower:
     sizes = config.patch, PAST, ACTIONS
-    head = Dueling if outputs == ACTIONS else nn.Linear
+    head = Believing if outputs == ACTIONS else nn.Linear
     return Follower(TrackingNetwork(*sizes, head, outputs, config.communicate, config.hidden))
 
 
@@ -163,7 +163,8 @@ def train(config: Config, run: Run) -> None:
     held = _walker(config, "val", run.device)
     validate = partial(_held_out, config, held, policy)
     phase: tuple[Any, ...] = run, "walk", 0.5, env, policy, target, optimizer, replay, _acting(config)
-    learn_by_acting(*phase, good=env.rewarded, keeper=keeper, validate=validate)
+    beside = partial(with_belief, policy.network.both, env.rewarded)
+    learn_by_acting(*phase, good=env.rewarded, beside=beside, keeper=keeper, validate=validate)
     torch.manual_seed(config.seed)
     other, optimizer, keeper = tracked(run, "regressor", _follower(config, 4), by="held_out_iou")
     _regress(config, run, env, other, optimizer, keeper, partial(_held_out, config, held, other))
@@ -220,7 +221,7 @@ def _spread(env: BoxTrackingEnv) -> Tensor:
 
 
 def _regresses(policy: Follower) -> bool:
-    return not isinstance(policy.network.head, Dueling)
+    return not isinstance(policy.network.head, Believing)
 
 
 def _proposer(config: Config, policy: Follower, videos: Videos) -> Propose:
@@ -234,13 +235,13 @@ def _tracks(videos: Videos, propose: Propose, rules: list[Rules]) -> list[Boxes]
 
 
 def _rules(videos: Videos, propose: Propose, plain: bool = False) -> Rules:
-    """The rules under which tracks of these videos have the best HOTA."""
+    """The rules under which tracks of these videos have the best HOTA; agents begin with those of constant velocity."""
 
     def score(found: Boxes) -> float:
         return tracking_metrics(videos.truth, found, videos.sequences)["hota"]
 
     learned = propose not in (still, moving)
-    first = Rules(lead=float(learned), shown=0.0 if plain else Rules.shown)
+    first = replace(_rules(videos, moving), lead=1.0) if learned else Rules(shown=0.0 if plain else Rules.shown)
     fixed = ("shown",) * plain + ("sure",) * (not learned)
     choices = {name: values for name, values in CHOICES.items() if name not in fixed}
     return best_rules(partial(_tracks, videos, propose), score, choices, first)[0]
@@ -249,11 +250,10 @@ def _rules(videos: Videos, propose: Propose, plain: bool = False) -> Rules:
 def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False) -> Evaluation:
     """HOTA (with its parts DetA and AssA), MOTA, IDF1 and identity switches of the test sequences, by TrackEval.
 
-    `iou` is that of single walks from an object's shaken box to its box in the next frame. Baselines from
-    the same detections. With rules chosen for each on the same held-out frames: `iou tracker`, boxes that stay where
-    they were and are shown only where they are detected; `constant velocity`, as SORT; `regressor`, trained for as
-    long. With the agent's rules: `always led`, the agents' boxes count also where constant velocity has foretold the
-    detections better; `no motion`, agents that never move; `untrained`, the network before training.
+    `iou` is that of single walks from an object's shaken box to its box in the next frame. Baselines from the same
+    detections: `iou tracker` (boxes that stay, shown where detected), `constant velocity` (as SORT) and `regressor`,
+    with rules of their own from the same held-out frames; with the agent's `untrained`; `always led`, its boxes also
+    where constant velocity foretold better; `deaf`, the same without hearing neighbours; `no motion`, boxes that stay.
     """
     val, test = (on(_videos(config, part), run.device) for part in ("val", "test"))
     torch.manual_seed(config.seed)
@@ -270,6 +270,7 @@ def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False
         rows[name] |= {"iou": float(_held_out(config, held, network, "iou")["iou"])}
     always = replace(policy.chosen, lead=0.0)
     rows["always led"] = score(_proposer(config, policy, test), always)
+    rows["deaf"] = score(_proposer(replace(config, communicate=False), policy, test), always)
     rows["no motion"] = score(still, always)
     rows["iou tracker"] = score(still, _rules(val, still, plain=True))
     rows["constant velocity"] = score(moving, _rules(val, moving))
