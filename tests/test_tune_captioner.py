@@ -469,3 +469,33 @@ def test_the_captioner_of_the_page_is_one() -> None:
     draws = noise.fold(streams[:, None], "token", torch.arange(drawn.ids.shape[1]))
     again = model(images(3, model.side), drawn).distribution.sample(draws)
     assert torch.equal(again[drawn.mask], drawn.ids[drawn.mask])
+
+
+SEEN: list[tuple[list[str], list[list[str]]]] = []
+
+
+def short(captions: list[str], references: list[list[str]]) -> Tensor:
+    """Of the user's own: as few words as can be."""
+    SEEN.append((captions, references))
+    return torch.tensor([-float(len(caption.split())) for caption in captions])
+
+
+def test_a_reward_of_the_users_own_is_given_texts(tmp_path: Path) -> None:
+    SEEN.clear()
+    how = {"steps": 4, "scenes": 20, "image_size": 16, "reward": "test_tune_captioner:short"}
+    agent = foveate.train("tune-captioner", out=tmp_path / "run", **how, **TINY)
+    captions, references = SEEN[0]
+    assert len(captions) == len(references)
+    assert all(isinstance(text, str) for texts in (captions, *references) for text in texts)
+    known = {
+        " ".join(words)
+        for part in ("train", "val")
+        for each in tune_captioner._data(agent.config, part).sentences
+        for words in each
+    }
+    assert {text for texts in references for text in texts} <= known
+    found = json.loads((agent.folder / "evaluation.json").read_text())
+    assert {"cider", "sampled_cider", "reward", "sampled_reward"} <= found["metrics"].keys()
+    assert found["metrics"]["reward"] <= 0
+    with pytest.raises(InputError, match=r"^reward: test_tune_captioner has no 'tall'"):
+        tune_captioner.resolve(Config(reward="test_tune_captioner:tall", scenes=20, image_size=16))

@@ -10,6 +10,7 @@ Words are ids from 0 to 65,535, so that four of them fit a 64-bit number: n-gram
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,3 +159,21 @@ def _matches(
 ) -> Int[Tensor, "*batch places"]:
     """How often the n-gram of each place occurs in another text."""
     return ((grams[..., :, None] == others[..., None, :]) & there[..., None, :]).sum(-1)
+
+
+def of_texts(
+    score: Callable[[list[str], list[list[str]]], RewardOutput], words: Sequence[str]
+) -> Callable[[list[str], Words], RewardOutput]:
+    """A score of captions and the references of each, all of them texts, as a reward whose targets are `Words`.
+
+    Args:
+        score: of strings; the references are words with spaces between.
+        words: what the ids of the targets say.
+    """
+
+    def reward(captions: list[str], targets: Words) -> RewardOutput:
+        rows = zip(targets.ids.cpu(), targets.mask.cpu(), strict=True)
+        known = [[ids[mask].tolist() for ids, mask in zip(*row, strict=True)] for row in rows]
+        return score(captions, [[" ".join(words[word] for word in ids) for ids in row if ids] for row in known])
+
+    return reward

@@ -40,9 +40,10 @@ from foveate.models.encoder_decoder import Tokens
 from foveate.models.hf_captioner import TextCaptioner
 from foveate.models.named_captioners import SMALL, named_captioner
 from foveate.parts import restored, tracked
-from foveate.rewards.captions import Cider, Words, document_frequency
+from foveate.rewards.captions import Cider, Words, document_frequency, of_texts
+from foveate.rewards.combine import guarded, load_reward
 from foveate.run import Run
-from foveate.two_steps import check_taught, held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, RewardOutput, map_tree, split
 
 
@@ -57,7 +58,7 @@ class Config:
     image_size: int | None = None
     """side in pixels to which pictures are stretched; None: as the model reads them; small: 48 for scenes, else 128"""
     skip_bad: bool = False
-    """leave out pictures and captions with which something is wrong, and count them, instead of stopping"""
+    """leave out pictures and captions that are wrong, and captions on which your reward fails, and count them"""
     scenes: int = 8000
     """how many scenes are rendered to train on"""
     seed: int = 0
@@ -88,6 +89,8 @@ class Config:
     """images in an update of likelihood, each with all its captions"""
     learning_rate: float = 1e-3
     """peak of its one-cycle schedule; for a model that comes trained some 1e-5"""
+    reward: str = "cider"
+    """cider, or package.module:function of captions and their references, all of them texts"""
     tuning_batch: int = 32
     """images in an update on the reward"""
     samples: int = 5
@@ -123,6 +126,8 @@ def resolve(config: Config) -> Config:
         if (value := getattr(config, name)) is not None and value < 1:
             raise InputError(f"{name}: found {value}, expected at least 1")
     _tuning(config)
+    if config.reward != "cider":
+        load_reward(config.reward)
     found = _small(config) if config.model in SMALL else _brought(config)
     data, *_ = (_data(found, part) for part in ("train", "val", "test"))  # now, not after hours
     if not bool(build(found, data).answers(_texts(data))[1].any()):
@@ -192,11 +197,17 @@ def _reward(references: Words, words: tuple[str, ...]) -> Reward:
     return reward
 
 
-def _judge(data: Captioned, device: torch.device) -> tuple[Words, Reward]:
-    """References of a split, and the reward with the document frequencies of these alone, as in pycocoevalcap."""
+def _own(config: Config, words: tuple[str, ...]) -> Reward:
+    """What the user's function says of captions and the list of references of each, all of them texts."""
+    return of_texts(guarded(load_reward(config.reward), config.skip_bad, config.reward), words)
+
+
+def _judge(config: Config, data: Captioned, device: torch.device) -> tuple[Words, dict[str, Reward]]:
+    """References of a split, and the scores of captions, CIDEr-D with the document frequencies of these alone."""
     words, _ = vocabulary(data.sentences, 1)
     references = _numbered(data.sentences, words, device)
-    return references, _reward(references, words)
+    own = {} if config.reward == "cider" else {"reward": _own(config, words)}
+    return references, {"cider": _reward(references, words)} | own
 
 
 def train(config: Config, run: Run) -> None:
@@ -215,7 +226,8 @@ def train(config: Config, run: Run) -> None:
     (average,), (start, *_) = run.track(average=MovingAverage()), parts["likelihood"]
     words, _ = vocabulary((*data.sentences, *val.sentences), 1)
     references, targets = (_numbered(part.sentences, words, run.device) for part in (data, val))
-    reward, metric = _reward(references, words), _reward(targets, words)  # each with its own document frequencies
+    cider, metric = _reward(references, words), _reward(targets, words)  # each with its own document frequencies
+    reward = cider if config.reward == "cider" else _own(config, words)
     learned = map_tree(lambda leaf: leaf.to(run.device), start.answers(_texts(data)))
     for line in not_learned(_left_out(config), references.mask, learned[1]):
         run.say(line)
@@ -239,9 +251,10 @@ def train(config: Config, run: Run) -> None:
         learner = policy, answered, optimizer, config.learning_rate
         learn_likelihood(run, name, share, *learner, precision=config.precision, **how)
 
+    scored = partial(some, batch=config.tuning_batch, tree=references)
+    check_reward(run, start, reward, scored(0), config.samples)  # now, not after the first phase
     learn("likelihood", config.likelihood_share)
     share, (policy, optimizer, keeper) = (1 - config.likelihood_share) / 2, parts[PART]
-    scored = partial(some, batch=config.tuning_batch, tree=references)
     learner = policy, reward, scored, _tuning(config), optimizer, average, start
     how: Any = {"keeper": keeper, "validate": partial(look, policy), "every": config.every}
     tune_on_reward(run, "reward", share, *learner, **how)
@@ -255,8 +268,9 @@ def _left_out(config: Config) -> list[str]:
 def evaluate(config: Config, policy: TextCaptioner, run: Run, elsewhere: bool = False) -> Evaluation:
     """CIDEr-D, from 0 to 10, on the test split; `elsewhere`: on every picture of other data.
 
-    `cider` is that of greedy captions, `sampled_cider` that of one drawn for each image. Baselines: `mle`, the start;
-    `control`, the start with more likelihood instead of the reward. `left_out` counts what `skip_bad` left out.
+    `cider` is that of greedy captions, `sampled_cider` that of one drawn for each image; `reward` and `sampled_reward`
+    are those of the user's own. Baselines: `mle`, the start; `control`, the start with more likelihood instead of the
+    reward. `left_out` counts what `skip_bad` left out.
     """
     data = _data(config, "all" if elsewhere else "test")
     score = _scorer(config, data, run.device)
@@ -271,22 +285,23 @@ def evaluate(config: Config, policy: TextCaptioner, run: Run, elsewhere: bool = 
 def compared(config: Config, policy: TextCaptioner, run: Run, images: int) -> tuple[Reward, Tensor, Words]:
     """The reward, and the first test images with their references: for `foveate analyse`."""
     test = _data(config, "test")
-    references, reward = _judge(test, run.device)
+    references, scores = _judge(config, test, run.device)
     pixels, first = split((test.pixels, references), images)[0]
-    return reward, _images(pixels, run.device), first
+    return scores.get("reward", scores["cider"]), _images(pixels, run.device), first
 
 
 def _scorer(config: Config, data: Captioned, device: torch.device) -> Callable[[TextCaptioner], dict[str, float]]:
-    references, reward = _judge(data, device)
+    references, scores = _judge(config, data, device)
     keys = noise.key(config.seed, "evaluation", torch.arange(len(data))).to(device)
 
     def score(policy: TextCaptioner) -> dict[str, float]:
-        found: dict[str, list[Tensor]] = {"cider": [], "sampled_cider": []}
+        found: dict[str, list[Tensor]] = {}
         for pixels, targets, some in split((data.pixels, references, keys), AT_ONCE):
-            for name, greedy in (("cider", True), ("sampled_cider", False)):
+            for way, greedy in (("", True), ("sampled_", False)):
                 written = policy.decode(policy.sample(_images(pixels, device), 1, greedy, some))
-                found[name].append(reward(written, targets).total)
-        return {name: float(torch.cat(scores).mean()) for name, scores in found.items()}
+                for name, reward in scores.items():
+                    found.setdefault(way + name, []).append(reward(written, targets).total)
+        return {name: float(torch.cat(totals).mean()) for name, totals in found.items()}
 
     return score
 
