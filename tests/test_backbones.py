@@ -1,10 +1,15 @@
 """What sees an image first: the sizes of maps, and weights that are ImageNet's."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 
 from foveate import noise
+from foveate.models import backbones
 from foveate.models.backbones import Pretrained, convolutions
+from foveate.models.cells import Cells
 from foveate.types import InputError
 
 
@@ -57,9 +62,46 @@ def test_features_do_not_depend_on_the_batch_in_training_either() -> None:
     assert network(images).shape == (2, 8, 4, 4)
 
 
+@pytest.mark.parametrize(("name", "channels"), [("resnet18", (64, 128, 256, 512)), ("mobilenet_v3_small", None)])
+def test_maps_of_a_network_of_torchvision(
+    name: str, channels: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without weights, as nothing is fetched here; the maps are those of the network itself."""
+    monkeypatch.setattr(backbones, "_of_torchvision", partial(backbones._of_torchvision, weights=None))
+    images = noise.uniform(noise.key(0, torch.arange(2)), 3, 64, 96)
+    for place, stride in enumerate((4, 8, 16, 32)):
+        network = Pretrained(f"torchvision:{name}", stride)
+        found = network.train().maps(images)
+        assert [each.shape[2:] for each in found][-1] == (64 // stride, 96 // stride)
+        assert found[-1].shape[1] == network.channels
+        if channels is not None:
+            assert network.channels == channels[place]
+        torch.testing.assert_close(copy.deepcopy(network)(images[:1]), found[-1][:1], rtol=1e-4, atol=1e-4)
+    assert Pretrained(f"torchvision:{name}", 16, width=8)(images).shape == (2, 8, 4, 6)
+
+
+def test_a_map_of_torchvision_is_that_of_the_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models import get_model
+
+    monkeypatch.setattr(backbones, "_of_torchvision", partial(backbones._of_torchvision, weights=None))
+    network, whole = Pretrained("torchvision:resnet18", 32), get_model("resnet18", weights=None).eval()
+    missing = whole.load_state_dict(network.network.network.state_dict(), strict=False).missing_keys
+    assert missing == ["fc.weight", "fc.bias"]
+    images = noise.uniform(noise.key(0, torch.arange(2)), 3, 64, 64)
+    pooled = network(images).mean((2, 3))
+    expected = whole((images - network.mean) / network.std)
+    torch.testing.assert_close(whole.fc(pooled), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("name", "stride", "field"), [("efficientnet-lite0", 5, "stride"), ("no-such-network", 16, "backbone")]
+    ("name", "stride", "field"),
+    [("efficientnet-lite0", 5, "stride"), ("no-such-network", 16, "backbone"), ("torchvision:no", 16, "backbone")],
 )
 def test_what_is_not_there_is_named(name: str, stride: int, field: str) -> None:
     with pytest.raises(InputError, match=rf"^{field}: "):
         Pretrained(name, stride)
+
+
+def test_cells_say_that_they_read_timm() -> None:
+    with pytest.raises(InputError, match=r"^backbone: found 'torchvision:resnet18', but cells read networks of timm"):
+        Cells(2, "torchvision:resnet18")

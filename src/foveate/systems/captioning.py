@@ -83,7 +83,7 @@ class Config:
     likelihood_share: float = 0.5
     """part of the budget for maximum likelihood, 0 with --from; the rest is shared evenly by reward and control"""
     backbone: str | None = None
-    """convolutions, efficientnet-lite0 (ImageNet, no download), or a name of timm; None: the first for scenes"""
+    """convolutions, efficientnet-lite0 (no download), torchvision:NAME, a name of timm; None: the first for scenes"""
     tune_backbone: bool = False
     """let a pretrained backbone learn too; else what it sees is computed once for each picture"""
     patch: int | None = None

@@ -89,7 +89,7 @@ class Config:
     order: Literal["random", "raster"] = "random"
     """of the boxes in likelihood: drawn anew each time, or by rows"""
     backbone: str = "convolutions"
-    """what sees the image first: convolutions, efficientnet-lite0 (ImageNet, no download), or a name of timm"""
+    """what sees first: convolutions, efficientnet-lite0 (ImageNet, no download), torchvision:NAME, or a name of timm"""
     patch: int = 8
     """pixels of the image, a side, to a vector that is read"""
     width: int = 96
