@@ -199,7 +199,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"likelihood_share": 0.0}, "likelihood_share: found 0.0"),
+        ({"likelihood_share": 1.0}, "likelihood_share: found 1.0"),
         ({"batch": 0}, "batch: found 0, expected at least 1"),
         ({"length": 1}, "length: found 1, but no caption of training is so short"),
         ({"image_size": 20}, "image_size: 20x20 pixels cannot be cut into patches of 8"),

@@ -215,8 +215,10 @@ def test_a_wrong_box_of_coco_is_named_or_left_out_and_counted(tmp_path: Path, na
 
 def test_boxes_cut_at_the_edge_are_counted(tmp_path: Path) -> None:
     root = three(tmp_path / "set", [("cat", -0.5, 0, 41, 20), ("cat", 0, 0, 40, 20)])
-    found = load_detections("voc", root, "train", 16)
+    told: list[str] = []
+    found = load_detections("voc", root, "train", 16, say=told.append)
     assert found.clipped == 1
+    assert told == [f"{root}: 1 boxes of train reach up to a pixel beyond their picture, and are cut at its edge"]
     check_boxes(found.boxes, "boxes", (16, 16))
 
 

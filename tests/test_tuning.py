@@ -533,6 +533,17 @@ def test_answers_that_score_alike_for_every_input_are_named(tmp_path: Path) -> N
     foveate.tune(Coins(), of_the_input, batches, out=tmp_path / "run", steps=1, baseline="moving-average")
 
 
+def test_a_run_whose_answers_have_become_alike_goes_on(tmp_path: Path) -> None:
+    def tune(steps: int, **how: Any) -> Coins:
+        batches = lambda step: (torch.zeros(4), torch.zeros(4))  # noqa: E731
+        return foveate.tune(Coins(), with_difference, batches, out=tmp_path / "run", steps=steps, **how)  # type: ignore[return-value]
+
+    hard: dict[str, Any] = {"credit": "answer", "learning_rate": 5.0, "warmup": 1}
+    alike = tune(60, **hard)
+    assert (alike.scores.softmax(1).amax(1) > 0.99).all(), "one answer is left"
+    tune(61, resume=True, **hard)
+
+
 def test_a_collapse_is_told_though_nothing_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = small(12, 5, end=0)
     with torch.no_grad():

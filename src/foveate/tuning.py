@@ -100,7 +100,8 @@ def tune(
 
     name = getattr(reward, "__name__", "given")
     checked = guarded(reward, skip_bad, name)
-    _check_start(policy, checked, name, ready(batches(0)), seed, tuning)
+    if not resume:  # what was checked may since have learned to answer all alike
+        _check_start(policy, checked, name, ready(batches(0)), seed, tuning)
 
     def look() -> dict[str, Tensor]:
         return held_out_scores(policy, checked, map(ready, held_out), seed, tuning.precision)

@@ -89,7 +89,7 @@ def load_detections(
         skip_bad: leave out pictures with which something is wrong, and count them.
         scenes: how many to train on.
         most: objects in a scene at most.
-        say: is told what takes long.
+        say: is told what takes long, and how many boxes are cut at the edge of their picture.
 
     Raises:
         InputError: unknown name; missing or damaged files; without `skip_bad`: a box without area, that ends before it
@@ -129,6 +129,8 @@ def load_detections(
         raise InputError(f"{root}: split {split!r} has no picture that can be used; add some")
     boxes = _padded(good, classes, image_size)
     clipped = sum(_reaches_beyond(box, item.size, 0.0) for item in good for box in item.boxes)
+    if clipped and say is not None:
+        say(f"{root}: {clipped} boxes of {split} reach up to a pixel beyond their picture, and are cut at its edge")
     return Detections(torch.from_numpy(np.stack(pixels)), boxes, classes, name, split, skipped, clipped)
 
 

@@ -18,6 +18,7 @@ al. 2022, "Pix2seq". What differs here and why, and the numbers: docs/systems/de
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -120,7 +121,7 @@ PART = "policy"  # the tracked part that holds the policy
 PARTS: dict[Control, str] = {"likelihood": "control", "confidence": "confidence"}  # control → its tracked part
 ROWS = {"mle": "likelihood", "control": "control", "confidence": "confidence"}  # baseline → its tracked part
 TRUSTS = (0.0, 0.5, 1.0)  # how much a confidence that was learned may count in the ranking: chosen on val
-_load = lru_cache(maxsize=6)(load_detections)
+_load = lru_cache(maxsize=6)(partial(load_detections, say=partial(print, file=sys.stderr)))  # before there is a run
 
 
 def resolve(config: Config) -> Config:
@@ -176,8 +177,7 @@ def _reward(config: Config, data: Detections) -> Reward:
 def train(config: Config, run: Run) -> None:
     """Learn by likelihood, then by the reward; then every control from the same start, for as long as the reward."""
     check_taught(run, likelihood_share=config.likelihood_share)
-    data, val = _data(config, "train"), _data(config, "val")
-    parts: dict[str, Any] = {}
+    data, val, parts = _data(config, "train"), _data(config, "val"), dict[str, Any]()
     for name in ("likelihood", PART, *(PARTS[control] for control in config.controls)):
         torch.manual_seed(config.seed)
         kind = torch.optim.Adafactor if name == PART else torch.optim.Adam

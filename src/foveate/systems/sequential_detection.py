@@ -17,6 +17,7 @@ arXiv 1511.06984), carried to images. What differs here and why, and the numbers
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -105,7 +106,7 @@ SUPERVISED = ("start", "control")  # parts that learn candidates alone
 # baseline → its tracked part
 ROWS = {"mle": "start", "control": "control", "all": PART, "random": "random", "raster": "raster"}
 AT_ONCE = 100  # images looked at together where nothing is learned
-_load = lru_cache(maxsize=6)(load_detections)
+_load = lru_cache(maxsize=6)(partial(load_detections, say=partial(print, file=sys.stderr)))  # before there is a run
 
 
 def resolve(config: Config) -> Config:

@@ -19,6 +19,7 @@ detectors, and the numbers: docs/systems/tune-detector.md and docs/results.md.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -127,7 +128,7 @@ class Config:
 PART = "policy"  # the tracked part that holds the policy
 ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 HELD_OUT, AT_ONCE = 100, 50  # images on which weights are chosen; images that are looked at together
-_load = lru_cache(maxsize=6)(load_detections)
+_load = lru_cache(maxsize=6)(partial(load_detections, say=partial(print, file=sys.stderr)))  # before there is a run
 
 
 def resolve(config: Config) -> Config:
