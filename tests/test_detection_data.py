@@ -213,6 +213,16 @@ def test_a_wrong_box_of_coco_is_named_or_left_out_and_counted(tmp_path: Path, na
     assert sum(part.skipped for part in parts) == 1, "both are of one file, which is counted once"
 
 
+def test_parts_of_coco_are_the_same_wherever_it_lies(tmp_path: Path) -> None:
+    """Of one file; told apart by the boxes, of which each picture has its own number."""
+    parts = []
+    for name in ("here", "there", "anywhere", "else"):
+        root = coco(tmp_path / name, more=[{"id": 1, "image_id": 1, "category_id": 9, "bbox": [0, 0, 9, 9]}] * 2)
+        parts.append([load_detections("coco", root, part, 8).boxes.mask.sum(1).tolist() for part in ("train", "val")])
+    assert all(part == parts[0] for part in parts)
+    assert sorted(count for part in parts[0] for count in part) == [1, 1, 3]
+
+
 def test_boxes_cut_at_the_edge_are_counted(tmp_path: Path) -> None:
     root = three(tmp_path / "set", [("cat", -0.5, 0, 41, 20), ("cat", 0, 0, 40, 20)])
     told: list[str] = []

@@ -215,7 +215,7 @@ def _items(
         raise InputError(f"{path}: {of}: add the image, or remove the annotation")
     items: dict[str, Item | InputError] = {}
     for image in content["images"]:
-        name = str(folder / str(image.get("file_name")))
+        name = str(image.get("file_name"))  # without its folder: parts are not to change when the data are moved
         try:
             items[name] = _coco_item(folder, path, image, told.get(image.get("id"), []), named)
         except InputError as error:
