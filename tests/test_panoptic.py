@@ -230,6 +230,13 @@ def test_coco_is_read_with_its_crowds_void_and_stuff(tmp_path: Path) -> None:
     assert not parts[0] & parts[1]
 
 
+def test_parts_are_the_same_wherever_the_data_lie(tmp_path: Path) -> None:
+    """Held out by names, not by paths: each picture has a grey of its own."""
+    roots = [write_layout(tmp_path / name) for name in ("here", "there", "anywhere")]
+    found = [load_panoptic("coco", root, "val", 16).pixels[:, 0, 8, 8].tolist() for root in roots]
+    assert found[0] == found[1] == found[2]
+
+
 def test_supercategories_make_one_segment_of_what_is_one_stuff(tmp_path: Path) -> None:
     data = load_panoptic("coco", write_layout(tmp_path), "test", 16, supercategories=True)
     assert data.classes == ("animal", "plant")

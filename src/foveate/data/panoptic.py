@@ -180,7 +180,8 @@ def _read_coco(root: Path, split: Part, side: int, skip_bad: bool, supercategori
     known = _categories(root, contents, supercategories)
     own = "test" in parts
     source: Part = split if own else "train" if split == "val" else "val" if split == "test" else "train"
-    items = {str(item.picture): item for item in _items(root, parts[source], contents[source])}
+    found = _items(root, parts[source], contents[source])
+    items = {item.picture.relative_to(root).as_posix(): item for item in found}  # the same wherever the data lie
     if not own and source == "train":
         held = set(held_out(list(items), VAL_SHARE, "val"))
         items = {name: item for name, item in items.items() if (name in held) is (split == "val")}
