@@ -132,3 +132,15 @@ def test_a_guard_leaves_credit_as_it_is_and_takes_that_of_a_failed_example() -> 
 def test_a_function_that_gives_another_number_of_scores_is_told() -> None:
     with pytest.raises(InputError, match=r"^reward short: its total is \[2\], expected \[3\]: one an example"):
         guarded(lambda predictions, targets: predictions[1:, 0], name="short")(torch.ones(3, 2), None)
+
+
+def test_a_guard_asks_one_by_one_where_there_are_no_targets() -> None:
+    def small(predictions: Tensor, targets: None) -> Tensor:
+        if (predictions > 2).any():
+            raise ValueError("too large")
+        return predictions.sum(1)
+
+    values = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    with pytest.raises(InputError, match=r"^reward small: raises ValueError\('too large'\) for example 3 \(1 of 4\)"):
+        guarded(small, name="small")(values, None)
+    assert guarded(small, skip=True)(values, None).total.tolist() == [0, 1, 2, 1]

@@ -14,30 +14,21 @@ import pytest
 import foveate
 
 
-def looked_up(code: CodeType) -> Iterator[str]:
-    """Global names that the code of a module, or what is defined in it, reads when it runs."""
+def names(code: CodeType, *operations: str) -> Iterator[str]:
+    """What these operations name in the code of a module, or of what is defined in it."""
     for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if step.opname in operations:
             yield str(step.argval)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from looked_up(constant)
+            yield from names(constant, *operations)
 
 
 def missing(source: str, there: set[str]) -> set[str]:
-    """Names that are read and that nothing defines; names of class bodies count as defined."""
+    """Names that are read when the code runs and that nothing defines; names of class bodies count as defined."""
     code = compile(source, "module", "exec", dont_inherit=True)
-    return set(looked_up(code)) - there - set(dir(builtins)) - set(bound(code))
-
-
-def bound(code: CodeType) -> Iterator[str]:
-    """Names that a module or the classes in it bind."""
-    for step in dis.get_instructions(code):
-        if step.opname in ("STORE_NAME", "STORE_GLOBAL"):
-            yield str(step.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from bound(constant)
+    read, bound = names(code, "LOAD_GLOBAL", "LOAD_NAME"), names(code, "STORE_NAME", "STORE_GLOBAL")
+    return set(read) - there - set(dir(builtins)) - set(bound)
 
 
 @pytest.mark.parametrize("name", [one.name for one in pkgutil.walk_packages(foveate.__path__, "foveate.")])

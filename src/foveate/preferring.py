@@ -197,22 +197,16 @@ def answer_by_script(store: Comparisons, score: Reward, name: str, flip: float, 
     Raises:
         InputError: the score raises or is NaN; that pair is not answered.
     """
-    window = f"script {name}"
+    judge, window = guarded(score, name=name), f"script {name}"
     answered = 0
     while answered < count and (pair := store.claim(window)) is not None:
-        pictures = torch.stack([store.picture(pair.left), store.picture(pair.right)])
-        left, right = _told(score, name, pictures).total.tolist()
+        pictures = torch.stack([store.picture(pair.left), store.picture(pair.right)]).float() / 255
+        left, right = judge(pictures, None).total.tolist()
         wrong = bool(noise.uniform(noise.key(seed, "error", pair.id)) < flip)
         answer: Answer = "tie" if left == right else ("left", "right")[(left < right) != wrong]
         store.answer(pair.id, answer, window, window, (left, right))
         answered += 1
     return answered
-
-
-def _told(score: Reward, name: str, pictures: UInt8[Tensor, "batch 3 height width"]) -> RewardOutput:
-    """What a judge says of pictures; where it fails it is told which. Its own targets are None, which has no rows."""
-    shown = pictures.float() / 255
-    return guarded(lambda predictions, _: score(predictions, None), name=name)(shown, shown)
 
 
 def collect_by_script(
@@ -246,7 +240,7 @@ def collect_by_script(
     if count < 1:
         raise InputError(f"comparisons: found {count}, expected at least 1")
     sample = draw_pairs(asked, torch.arange(8))
-    check_output(_told(score, name, torch.cat((sample.left, sample.right))), 16, name)
+    check_output(guarded(score, name=name)(torch.cat((sample.left, sample.right)).float() / 255, None), 16, name)
     while (have := sum((counts := store.counts())[answer] for answer in ANSWERS)) < count:
         if not counts["waiting"]:
             propose(store, asked, every, choose)

@@ -110,7 +110,8 @@ def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
 def _one_by_one(reward: Reward, predictions: Any, targets: Any) -> tuple[RewardOutput, dict[int, Exception]]:
     """What each example gets alone, NaN where the reward raises; and what it raised."""
     totals, parts, credits, errors = [], [], [], {}
-    for row, (one, wanted) in enumerate(zip(_each(predictions), _each(targets), strict=True)):
+    ones = _each(predictions)
+    for row, (one, wanted) in enumerate(zip(ones, _each(targets, len(ones)), strict=True)):
         try:
             found = reward(one, wanted)
             totals.append(found.total)
@@ -130,8 +131,10 @@ def _one_by_one(reward: Reward, predictions: Any, targets: Any) -> tuple[RewardO
     return RewardOutput(torch.cat([total.to(device) for total in totals]), laid, credit), errors
 
 
-def _each(examples: Any) -> list[Any]:
-    """Batches of one; of a tree of tensors, or of a list of anything else, sentences say."""
+def _each(examples: Any, count: int = 0) -> list[Any]:
+    """Batches of one; of a tree of tensors, of a list of anything else, sentences say, or of `count` times nothing."""
+    if examples is None:
+        return [None] * count
     return [[one] for one in examples] if _listed(examples) else split(examples, 1)
 
 
