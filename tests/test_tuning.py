@@ -399,8 +399,12 @@ def test_what_comes_after_a_decision_leaves_the_gradient_and_takes_the_noise_of_
 def test_credit_that_is_not_given_is_asked_for() -> None:
     settings = Tuning(samples=2, credit="difference")
     plain = lambda answers, targets: RewardOutput(together(answers))  # noqa: E731
-    with pytest.raises(InputError, match=r"^credit: 'difference' asks the reward for one of \[4, 3\], found none"):
+    with pytest.raises(InputError, match=r"^credit: 'difference' asks the reward for one of each decision, found none"):
         score(Coins(), plain, torch.zeros(2), torch.zeros(2), torch.arange(2), settings, MovingAverage())
+    short = lambda answers, targets: replace(with_difference(answers, targets), credit=torch.zeros(4, 2))  # noqa: E731
+    scored = score(Coins(), short, torch.zeros(2), torch.zeros(2), torch.arange(2), settings, MovingAverage())
+    with pytest.raises(InputError, match=r"^credit: 'difference' asks the reward for one of \[4, 3\], found \[4, 2\]"):
+        reward_loss(Coins()(torch.zeros(2), scored.actions), scored, None, settings)
     how = Tuning(baseline="learned")
     with pytest.raises(InputError, match=r"^baseline: found 'learned', but the model has no values"):
         score(Coins(), with_difference, torch.zeros(2), torch.zeros(2), torch.arange(2), how, MovingAverage())

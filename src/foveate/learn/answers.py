@@ -155,12 +155,11 @@ def score(
         actions = policy.sample(inputs, count, False, keys)
         output = reward(policy.decode(actions), repeat(targets, count))
         behaviour = values = None
-        if tuning.credit != "answer" or learned:
+        if tuning.credit == "flip" or learned:
             decisions = list(decided(policy, inputs, actions))
             behaviour = torch.cat([_log_probs(some) for some in decisions], 1)
             values = torch.cat([_values(some) for some in decisions], 1) if learned else None
         if tuning.credit != "answer":
-            assert behaviour is not None
             return Scored(actions, behaviour, output, _own(output, behaviour, tuning))
         group = torch.arange(len(keys), device=keys.device).repeat_interleave(count)
         worth = output.total
@@ -212,21 +211,27 @@ def divergence(
     return torch.stack(found).sum(0)
 
 
-def _own(output: RewardOutput, behaviour: Tensor, tuning: Tuning) -> Float[Tensor, "rows time"]:
+def _own(output: RewardOutput, behaviour: Tensor | None, tuning: Tuning) -> Float[Tensor, "rows time"]:
     """Advantages from the credit of single decisions."""
     credit = output.credit
-    if credit is None or credit.shape != behaviour.shape:
-        found = "none" if credit is None else list(credit.shape)
+    if credit is None:
         raise InputError(
-            f"credit: {tuning.credit!r} asks the reward for one of {list(behaviour.shape)}, found {found}; use 'answer'"
+            f"credit: {tuning.credit!r} asks the reward for one of each decision, found none; use 'answer'"
         )
-    if tuning.credit == "flip":
+    if behaviour is not None:
+        _check_credit(credit, behaviour, tuning)
         return -torch.expm1(behaviour) * credit  # 1 - π(a)
     if tuning.credit == "to-go":
         credit = credit.flip(1).cumsum(1).flip(1)
     groups = credit.unflatten(0, (-1, tuning.samples))
     others = (groups.sum(1, keepdim=True) - groups) / (tuning.samples - 1)
     return (groups - others).flatten(0, 1)
+
+
+def _check_credit(credit: Tensor, decided: Tensor, tuning: Tuning) -> None:
+    if credit.shape != decided.shape:
+        found = f"asks the reward for one of {list(decided.shape)}, found {list(credit.shape)}"
+        raise InputError(f"credit: {tuning.credit!r} {found}; use 'answer'")
 
 
 def reward_loss(
@@ -244,8 +249,13 @@ def reward_loss(
         anchor: the reference's distributions on them.
         tuning: how.
         answers: in the whole batch, if these are a chunk of it; every process has as many.
+
+    Raises:
+        InputError: the reward's credit has another shape than the decisions.
     """
     log_probs, mask = _log_probs(decisions), _mask(decisions)
+    if tuning.credit != "answer":
+        _check_credit(scored.advantages, log_probs, tuning)
     answers = answers or len(mask)
     behaviour = log_probs.detach() if scored.behaviour is None else scored.behaviour
     found = policy_gradient(log_probs, behaviour, scored.advantages, mask, answers, tuning.clip)
