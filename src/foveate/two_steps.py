@@ -330,9 +330,9 @@ def _update(
                 loss.backward()
             anchor = None
             if reference is not None:
-                with torch.no_grad(), answering(reference, tuning.precision):
+                with torch.no_grad(), answering(reference, tuning.precision, tuning.temperature):
                     anchor = reference(some, part.actions, steps).distribution
-            with answering(policy, tuning.precision):
+            with answering(policy, tuning.precision, tuning.temperature):
                 decisions = policy(some, part.actions, steps)
             loss, told = reward_loss(decisions, part.at(steps), anchor, tuning, rows * samples)
             loss = scale * loss if scale > 1 else loss

@@ -107,6 +107,8 @@ class Config:
     """answers to each of them"""
     tuning_rate: float = 1e-3
     """learning rate of the reward, constant after a warm-up"""
+    temperature: float = 0.4
+    """by which scores are divided where texts are drawn for the reward; at 1 they are much worse than the likeliest"""
     credit: Literal["to-go", "answer"] = "to-go"
     """weigh a token by what its box and those after it gain, or by the whole answer"""
     anchor: float = 0.0
@@ -161,8 +163,8 @@ def build(config: Config) -> BoxWriter:
 
 
 def _tuning(config: Config) -> Tuning:
-    how: dict[str, Any] = {"samples": config.samples, "anchor": config.anchor, "learning_rate": config.tuning_rate}
-    return Tuning(**how, credit=config.credit, precision=config.precision)
+    same = "samples", "anchor", "credit", "precision", "temperature"
+    return Tuning(learning_rate=config.tuning_rate, **{name: getattr(config, name) for name in same})
 
 
 def _reward(config: Config, data: Detections) -> Reward:
