@@ -148,10 +148,30 @@ def test_dropout_stands_still_while_answering() -> None:
     assert reference.score.weight is not model.score.weight
 
 
+def test_a_temperature_is_that_of_the_answers_and_of_their_scores_and_is_gone_afterwards(tmp_path: Path) -> None:
+    model, other = small(), small()
+    other.temperature = 0.5
+    image, target, keys = images(8), torch.tensor([[1, 2]]).expand(8, -1), torch.arange(8)
+    cold = Tuning(samples=4, temperature=0.5)
+    found = score(model, agreement, image, target, keys, cold, MovingAverage()).actions
+    expected = score(other, agreement, image, target, keys, Tuning(samples=4), MovingAverage()).actions
+    assert torch.equal(found.ids, expected.ids)
+    with answering(model, temperature=0.5):
+        assert torch.equal(model(image, found).log_probs, other(image, found).log_probs)
+    assert model.temperature == 1
+    greedier, rows = tuned(tmp_path / "run", 60, temperature=0.5)
+    assert greedier.temperature == 1
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-6) for row in rows)
+    assert rows[-1]["reward"] > rows[0]["reward"]
+    with pytest.raises(InputError, match=r"^temperature: found 0\.5, but Coins has none"):
+        score(Coins(), agreement, torch.zeros(2), torch.zeros(2), torch.arange(2), cold, MovingAverage())
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
         ({"samples": 1}, "samples"),
+        ({"temperature": 0.0}, "temperature"),
         ({"samples": 0, "baseline": "none"}, "samples"),
         ({"epochs": 0}, "epochs"),
         ({"epochs": 2}, "clip"),

@@ -100,10 +100,12 @@ class Config:
     """peak of its one-cycle schedule"""
     tuning_batch: int = 32
     """images in an update on the reward"""
-    samples: int = 5
+    samples: int = 8
     """captions of each of them"""
-    tuning_rate: float = 3e-4
-    """learning rate of the reward, constant after a warm-up"""
+    temperature: float = 0.5
+    """by which scores are divided where captions are drawn for the reward; at 1 these are much worse than the likeliest"""
+    tuning_rate: float = 1e-4
+    """learning rate of the reward, which falls evenly to 0"""
     anchor: float = 0.0
     """weight of the KL to the start"""
     every: int = 100
@@ -165,8 +167,8 @@ def _data(config: Config, part: Part) -> Captioned:
 
 
 def _tuning(config: Config) -> Tuning:
-    samples, anchor, rate = config.samples, config.anchor, config.tuning_rate
-    return Tuning(samples=samples, anchor=anchor, learning_rate=rate, precision=config.precision)
+    same = {name: getattr(config, name) for name in ("samples", "anchor", "precision", "temperature")}
+    return Tuning(learning_rate=config.tuning_rate, anneal=True, **same)
 
 
 def build(config: Config) -> Captioner:
