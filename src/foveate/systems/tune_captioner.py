@@ -96,7 +96,7 @@ class Config:
     samples: int = 8
     """captions of each of them"""
     temperature: float = 0.5
-    """by which scores are divided where captions are drawn for the reward; at 1 these are much worse than the likeliest"""
+    """by which scores are divided where captions are drawn for the reward; at 1 they are far from the likeliest"""
     tuning_rate: float = 1e-4
     """learning rate of the reward, which falls evenly to 0; for a large model some 1e-6"""
     anchor: float = 0.0
