@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
@@ -59,6 +59,16 @@ class Captioned:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The sentences of each image, as words with spaces between."""
+        return [[" ".join(words) for words in sentences] for sentences in self.sentences]
+
+    def some(self, count: int = 9) -> tuple[Float[Tensor, "few 3 side side"], list[list[str]]]:
+        """So many images in [0, 1], or as many as there are, spread over all; and the sentences of each."""
+        rows, texts = torch.linspace(0, len(self) - 1, min(count, len(self))).long(), self.texts
+        return self.pixels[rows].float() / 255, [texts[row] for row in rows.tolist()]
 
 
 def load_captions(

@@ -315,17 +315,13 @@ def picture(
     """Test pictures with the captions of the start and of the tuned model and a person's; or pictures of the user."""
     said: dict[str, list[str]] = {}
     if images is None:
-        data = _data(config, "test")
-        rows = torch.linspace(0, len(data) - 1, min(9, len(data))).long()
-        images = data.pixels[rows].float() / 255
-        said["reference"] = [" ".join(data.sentences[row][0]) for row in rows.tolist()]
+        images, texts = _data(config, "test").some()
+        said["reference"] = [several[0] for several in texts]
     for start in restored(run, {"mle": "likelihood"}, partial(build, config)).values():
         said = {"mle": predict(config, start, images)["captions"], **said}
     said = {"tuned": predict(config, policy, images)["captions"], **said}
-    told = [
-        [f"{name}: {each}" for name, each in zip(said, row, strict=True)] for row in zip(*said.values(), strict=True)
-    ]
-    return {"captions": pictures.sentence_grid(images.cpu(), told)}
+    columns = [[f"{name}: {text}" for text in texts] for name, texts in said.items()]
+    return {"captions": pictures.sentence_grid(images.cpu(), list(zip(*columns, strict=True)))}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
@@ -334,11 +330,5 @@ def read(config: Config, path: Path) -> Float[Tensor, "batch channels height wid
 
 
 def check(config: Config) -> dict[str, Any]:
-    """The first pictures, each with its captions."""
-    data = _data(config, "train")
-    rows = torch.linspace(0, len(data) - 1, min(9, len(data))).long().tolist()
-    return {
-        "data": pictures.sentence_grid(
-            data.pixels[rows].float() / 255, [[" ".join(one) for one in data.sentences[k]] for k in rows]
-        )
-    }
+    """Pictures of training, each with its captions."""
+    return {"data": pictures.sentence_grid(*_data(config, "train").some())}

@@ -132,7 +132,7 @@ def resolve(config: Config) -> Config:
         load_reward(config.reward)
     found = _small(config) if config.model in SMALL else _brought(config)
     data, *_ = (_data(found, part) for part in ("train", "val", "test"))  # now, not after hours
-    if not bool(build(found, data).answers(_texts(data))[1].any()):
+    if not bool(build(found, data).answers(data.texts)[1].any()):
         raise InputError(f"length: found {found.length}, but no caption of training is so short; raise it")
     return found
 
@@ -175,10 +175,6 @@ def build(config: Config, data: Captioned | None = None) -> TextCaptioner:
         words, count = vocabulary(data.sentences, config.least_count or 1)
         policy.spell(words[:count])
     return policy
-
-
-def _texts(data: Captioned) -> list[list[str]]:
-    return [[" ".join(words) for words in sentences] for sentences in data.sentences]
 
 
 def _images(pixels: Tensor, device: torch.device) -> Tensor:
@@ -231,7 +227,7 @@ def train(config: Config, run: Run) -> None:
     references, targets = (_numbered(part.sentences, words, run.device) for part in (data, val))
     cider, metric = _reward(references, words), _reward(targets, words)  # each with its own document frequencies
     reward = cider if config.reward == "cider" else _own(config, words)
-    learned = map_tree(lambda leaf: leaf.to(run.device), start.answers(_texts(data)))
+    learned = map_tree(lambda leaf: leaf.to(run.device), start.answers(data.texts))
     for line in not_learned(_left_out(config), references.mask, learned[1]):
         run.say(line)
 
@@ -327,10 +323,8 @@ def picture(
     """Test pictures with the captions of the start and of the tuned model and a person's; or pictures of the user."""
     said: dict[str, list[str]] = {}
     if images is None:
-        data = _data(config, "test")
-        rows = torch.linspace(0, len(data) - 1, min(9, len(data))).long()
-        images = data.pixels[rows].float() / 255
-        said["reference"] = [" ".join(data.sentences[row][0]) for row in rows.tolist()]
+        images, texts = _data(config, "test").some()
+        said["reference"] = [several[0] for several in texts]
     for start in restored(run, {"mle": "likelihood"}, partial(build, config)).values():
         said = {"mle": predict(config, start, images)["captions"], **said}
     said = {"tuned": predict(config, policy, images)["captions"], **said}
@@ -344,7 +338,5 @@ def read(config: Config, path: Path) -> Float[Tensor, "batch channels height wid
 
 
 def check(config: Config) -> dict[str, Any]:
-    """The first pictures, each with its captions."""
-    data = _data(config, "train")
-    rows, texts = torch.linspace(0, len(data) - 1, min(9, len(data))).long().tolist(), _texts(data)
-    return {"data": pictures.sentence_grid(data.pixels[rows].float() / 255, [texts[row] for row in rows])}
+    """Pictures of training, each with its captions."""
+    return {"data": pictures.sentence_grid(*_data(config, "train").some())}
