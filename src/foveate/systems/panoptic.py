@@ -13,7 +13,7 @@ Pinto et al. 2023, "Tuning computer vision models with task rewards" (arXiv 2302
 Kolesnikov et al. 2022, "UViM" (arXiv 2205.10337). What differs here, and the numbers: docs/systems/panoptic.md.
 
     foveate train panoptic --minutes 10                                             rendered scenes
-    foveate train panoptic --data coco --root FOLDER --supercategories --minutes 60
+    foveate train panoptic --data coco --root FOLDER --supercategories --backbone efficientnet-lite0 --minutes 60
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Segments
 from foveate.learn.answers import Reward, Tuning, answering
 from foveate.learn.baselines import MovingAverage
-from foveate.models.backbones import convolutions
+from foveate.models.backbones import stem
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.models.panoptic import Maps, PanopticChannels
@@ -87,6 +87,8 @@ class Config:
     """peak of the one-cycle schedule of the code"""
     least_area: int = 8
     """drawn segments of fewer pixels become void"""
+    backbone: str = "convolutions"
+    """what sees first: convolutions, efficientnet-lite0 (ImageNet, no download), torchvision:NAME, or a name of timm"""
     patch: int = 8
     """pixels of the image, a side, to a vector that is read"""
     width: int = 128
@@ -174,7 +176,7 @@ def build(config: Config) -> Coded:
     image, words = (3, known(config.image_size), known(config.image_size)), Words(config.levels)
     side = image[1] // config.code_patch
     sizes: dict[str, Any] = {"width": config.width, "depth": config.depth, "heads": config.heads}
-    sizes["stem"] = convolutions(3, config.width, config.patch)
+    sizes["stem"] = stem(config.backbone, config.width, config.patch)
     writer = EncoderDecoder(image, config.patch, words.count, side * side, **sizes)
     drawn = _channels(config).count, (side, side), config.code_patch, len(config.levels), config.code_width
     return Coded(writer, words, Base(3, *drawn))
