@@ -127,6 +127,73 @@ def test_the_reward_of_drawn_captions_rises(folder, tmp_path):
     assert rewards[-1] > 1.03 * rewards[0]
 
 
+SEEN: list[tuple[list[str], list[list[str]]]] = []
+
+
+def short(told, references):
+    """Of the user's own: as few words as can be, as whole numbers."""
+    SEEN.append((told, references))
+    return torch.tensor([-len(caption.split()) for caption in told])
+
+
+def test_a_reward_of_the_users_own_is_given_texts_with_words_that_the_model_does_not_know(folder, tmp_path):
+    SEEN.clear()
+    settings = TINY | {"data": "coco", "root": folder, "backbone": "convolutions", "skip_bad": True, "steps": 4}
+    how = {"reward": "test_captioning:short", "least_count": 25, "length": 6}
+    agent = foveate.train("captioning", out=tmp_path / "run", **settings, **how)
+    known = set(agent.policy.words)
+    assert {"a", "thing"} <= known
+    assert not {"red", "blue", "zebra"} & known
+    for told, references in SEEN:
+        assert len(told) == len(references)
+        assert {word for caption in told for word in caption.split()} <= known - {""}
+    given = {text for _, references in SEEN for texts in references for text in texts}
+    parts = [load_captions("coco", folder, part, 16, True) for part in ("train", "val", "test")]
+    train, val, test = ({text for texts in data.texts for text in texts} for data in parts)
+    assert val | test <= given <= train | val | test
+    found = json.loads((agent.folder / "evaluation.json").read_text())
+    for scores in (found["metrics"], *found["baselines"].values()):
+        assert {"cider", "sampled_cider", "reward", "sampled_reward"} <= scores.keys()
+        assert scores["reward"] <= 0
+    rows = [json.loads(line) for line in (agent.folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"held_out_reward", "held_out_cider"} <= set().union(*rows)
+
+
+def test_tuning_on_a_reward_of_the_users_own_makes_captions_short(tmp_path):
+    settings = TINY | {"scenes": 20, "tuning_rate": 3e-3, "every": 1000, "steps": 60}
+    agent = foveate.train("captioning", out=tmp_path / "run", reward="test_captioning:short", **settings)
+    found = json.loads((agent.folder / "evaluation.json").read_text())
+    assert found["metrics"]["sampled_reward"] > found["baselines"]["mle"]["sampled_reward"] + 2
+
+
+def not_a_number(told, references):
+    return torch.full((len(told),), torch.nan)
+
+
+def summed(told, references):
+    return torch.zeros(())
+
+
+def alike(told, references):
+    return torch.full((len(told),), 0.5)
+
+
+@pytest.mark.parametrize("system", ["captioning", "tune-captioner"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("not_a_number", r"is nan for example 0 \(24 of 24\)"),
+        ("summed", r"its total is \[\], expected \[24\]"),
+        ("alike", "is 0.5 for all 32 examples: nothing can be learned from it"),
+    ],
+)
+def test_what_is_wrong_with_a_reward_is_said_before_anything_is_learned(system, name, said, tmp_path):
+    settings = {name: value for name, value in TINY.items() if name != "image_size"} | {"scenes": 20, "steps": 100_000}
+    with pytest.raises(InputError, match=f"^reward test_captioning:{name}: {said}"):
+        foveate.train(system, out=tmp_path / "run", image_size=16, reward=f"test_captioning:{name}", **settings)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_images_of_any_size_are_captioned_and_others_refused(tmp_path):
     agent = foveate.train("captioning", steps=3, out=tmp_path / "run", scenes=20, **TINY)
     found = agent(torch.rand(2, 3, 40, 25))
@@ -207,6 +274,8 @@ def test_a_stopped_run_ends_like_one_that_was_not(tmp_path, monkeypatch):
         ({"samples": 1}, "samples: found 1"),
         ({"tune_backbone": True}, "tune_backbone: convolutions are not pretrained"),
         ({"least_count": 1000}, "least_count: no word occurs 1000 times"),
+        ({"reward": "bleu"}, "reward: found 'bleu', expected package.module:function"),
+        ({"reward": "test_captioning:tall"}, "reward: test_captioning has no 'tall'"),
         ({"data": "flickr"}, "data: found 'flickr', expected one of scenes, coco"),
     ],
 )

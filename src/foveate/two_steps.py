@@ -33,6 +33,7 @@ from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.codes import MapCode, kept_words
+from foveate.rewards.combine import check_output
 from foveate.run import Run
 from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, rows_of, split
 
@@ -54,16 +55,37 @@ def check_taught(run: Run, **shares: float) -> None:
 
 
 @torch.no_grad()
-def check_reward(run: Run, policy: Sampler, reward: Reward, batch: tuple[Tree, Tree], samples: int) -> RewardOutput:
+def check_reward(
+    run: Run,
+    policy: Sampler,
+    reward: Reward,
+    batch: tuple[Tree, Tree],
+    samples: int,
+    name: str = "given",
+    said: Tree | None = None,
+) -> RewardOutput:
     """Ask a reward for answers of a policy that has learned nothing yet: what is wrong with it is then said at once.
 
+    Args:
+        run: whose policy it is.
+        policy: what answers.
+        reward: guarded (`foveate.rewards.combine.guarded`).
+        batch: inputs and targets.
+        samples: answers to each input.
+        name: of the reward, for the message.
+        said: an answer of people to each input, as actions; the reward must tell some of all these answers apart.
+
     Raises:
-        InputError: what a guarded reward says (`foveate.rewards.combine.guarded`).
+        InputError: what a guarded reward says; or it is the same for all answers, those of people among them.
     """
     inputs, targets = batch
     with answering(policy):
         answers = policy.decode(policy.sample(inputs, samples, False, _keys(run, "check", 0, rows_of(inputs))))
-        return reward(answers, repeat(targets, samples))
+        found = reward(answers, repeat(targets, samples))
+        if said is not None:
+            totals = torch.cat((found.total, reward(policy.decode(said), targets).total))
+            check_output(totals, len(totals), name)
+    return found
 
 
 def held_out_scores(

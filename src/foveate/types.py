@@ -32,6 +32,12 @@ class InputError(ValueError):
     """The user's file, field or folder is not usable. One line: what was found, what was expected, the remedy."""
 
 
+def known(value: T | None) -> T:
+    """What was None until somebody decided: a field of a config that `resolve` has filled in."""
+    assert value is not None
+    return value
+
+
 def map_tree(function: Callable[..., Any], first: T, *rest: T) -> T:
     """Apply `function` to the tensors at the same place of one or several trees of the same shape.
 

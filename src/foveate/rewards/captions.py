@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from foveate.types import InputError, RewardOutput
+from foveate.types import InputError, RewardOutput, map_tree
 
 LONGEST = 4  # words in an n-gram
 VOCABULARY = 2**16
@@ -174,6 +174,7 @@ def of_texts(
     def reward(captions: list[str], targets: Words) -> RewardOutput:
         rows = zip(targets.ids.cpu(), targets.mask.cpu(), strict=True)
         known = [[ids[mask].tolist() for ids, mask in zip(*row, strict=True)] for row in rows]
-        return score(captions, [[" ".join(words[word] for word in ids) for ids in row if ids] for row in known])
+        texts = [[" ".join(words[word] for word in ids) for ids in row if ids] for row in known]
+        return map_tree(lambda leaf: leaf.to(targets.ids.device), score(captions, texts))  # of texts it is on the CPU
 
     return reward

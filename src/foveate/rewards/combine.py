@@ -226,7 +226,7 @@ def _shaped(output: Any, batch: int, name: str) -> RewardOutput:
         if values.shape != (batch,):
             raise InputError(f"reward {name}: its {what} is {list(values.shape)}, expected [{batch}]: one an example")
     if isinstance(output, Tensor):
-        return RewardOutput(output)
+        return RewardOutput(output if output.is_floating_point() else output.float())  # counts have no mean
     if output.credit is not None and len(output.credit) != batch:
         raise InputError(f"reward {name}: its credit is {list(output.credit.shape)}, expected [{batch}, decisions]")
     return output

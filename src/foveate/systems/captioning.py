@@ -1,4 +1,4 @@
-"""Captioning: a sentence on an image, first learned from people's sentences, then tuned on CIDEr-D.
+"""Captioning: a sentence on an image, first learned from people's sentences, then tuned on CIDEr-D or your own score.
 
 | | |
 |---|---|
@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +30,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
-from foveate.data.captions import (
-    END,
-    LONGEST,
-    RESERVED,
-    Captioned,
-    Part,
-    answers,
-    load_captions,
-    not_learned,
-    numbered,
-    vocabulary,
-)
+from foveate.data import captions
+from foveate.data.captions import END, LONGEST, RESERVED, Captioned, Part, load_captions
 from foveate.data.classification import check_rgb
 from foveate.data.picture_folders import check_memory, read_pictures
 from foveate.learn.answers import Precision, Reward, Tuning
@@ -50,10 +40,11 @@ from foveate.models.backbones import EMBEDDED
 from foveate.models.captioner import Captioner
 from foveate.models.encoder_decoder import Tokens
 from foveate.parts import restored, tracked
-from foveate.rewards.captions import Cider, Words, document_frequency
+from foveate.rewards.captions import Cider, Words, document_frequency, of_texts
+from foveate.rewards.combine import guarded, load_reward
 from foveate.run import Run
-from foveate.two_steps import check_taught, held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, map_tree, split
+from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
+from foveate.types import Evaluation, InputError, known, map_tree, split
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class Config:
     image_size: int | None = None
     """side in pixels to which pictures are stretched; None: 48 for scenes, 128 for coco"""
     skip_bad: bool = False
-    """leave out pictures and captions with which something is wrong, and count them, instead of stopping"""
+    """leave out pictures and captions that are wrong, and captions on which your reward fails, and count them"""
     scenes: int = 8000
     """how many scenes are rendered to train on"""
     least_count: int | None = None
@@ -98,6 +89,8 @@ class Config:
     """images in an update of likelihood, each with all its captions"""
     learning_rate: float = 1e-3
     """peak of its one-cycle schedule"""
+    reward: str = "cider"
+    """cider, or package.module:function of captions and their references, all of them texts"""
     tuning_batch: int = 32
     """images in an update on the reward"""
     samples: int = 8
@@ -116,7 +109,6 @@ class Config:
     """words that can be written, with the end and the unknown word; taken from the data"""
 
 
-T = TypeVar("T")
 PART = "policy"  # the tracked part that holds the policy
 ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 AT_ONCE = 100  # images looked at together where nothing is learned
@@ -144,8 +136,10 @@ def resolve(config: Config) -> Config:
     if config.tune_backbone and backbone == "convolutions":
         raise InputError("tune_backbone: convolutions are not pretrained and learn anyway; leave it out")
     _tuning(config)
+    if config.reward != "cider":
+        load_reward(config.reward)
     data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours
-    _, count = vocabulary(data.sentences, _known(config.least_count))
+    _, count = captions.vocabulary(data.sentences, known(config.least_count))
     if count == len(RESERVED):
         raise InputError(f"least_count: no word occurs {config.least_count} times in training; lower it")
     lengths = {1 + len(sentence) for sentences in data.sentences for sentence in sentences}
@@ -156,14 +150,8 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def _known(value: T | None) -> T:
-    """A field that `resolve` has filled in."""
-    assert value is not None
-    return value
-
-
 def _data(config: Config, part: Part) -> Captioned:
-    return _load(config.data, config.root, part, _known(config.image_size), config.skip_bad, config.scenes, _say)
+    return _load(config.data, config.root, part, known(config.image_size), config.skip_bad, config.scenes, _say)
 
 
 def _tuning(config: Config) -> Tuning:
@@ -173,8 +161,8 @@ def _tuning(config: Config) -> Tuning:
 
 def build(config: Config) -> Captioner:
     """The policy of a resolved config, untrained."""
-    sizes = _known(config.image_size), _known(config.patch), _known(config.vocabulary), _known(config.length)
-    seen = _known(config.backbone), config.tune_backbone
+    sizes = known(config.image_size), known(config.patch), known(config.vocabulary), known(config.length)
+    seen = known(config.backbone), config.tune_backbone
     return Captioner(*sizes, END, LONGEST, *seen, config.width, config.depth, config.heads)
 
 
@@ -191,13 +179,36 @@ def _inputs(policy: Captioner, seen: Tensor) -> Tensor:
     return policy.look(seen) if seen.dtype == torch.uint8 else seen
 
 
+def _every_word(words: tuple[str, ...], *parts: Captioned) -> tuple[str, ...]:
+    """These, and behind them all others that the references of some parts of the data have."""
+    found, _ = captions.vocabulary([sentences for part in parts for sentences in part.sentences], 1)
+    return tuple(dict.fromkeys((*words, *found)))
+
+
 def _references(data: Captioned, words: tuple[str, ...], device: torch.device) -> Words:
-    return Words(*(tensor.to(device) for tensor in numbered(data.sentences, words)))
+    return Words(*(tensor.to(device) for tensor in captions.numbered(data.sentences, words)))
 
 
 def _reward(references: Words) -> Reward:
     cider = Cider(document_frequency(references))
     return lambda written, targets: cider(Words(written.ids, written.mask & (written.ids != END)), targets)
+
+
+def _own(config: Config, policy: Captioner, words: tuple[str, ...]) -> Reward:
+    """What the user's function says of captions and the list of references of each, all of them texts.
+
+    `words` are those of the references; captions are written in the policy's, which come first among them.
+    """
+    score = of_texts(guarded(load_reward(config.reward), config.skip_bad, config.reward), words)
+    return lambda written, targets: score(policy.sentences(written.ids), targets)
+
+
+def _judge(config: Config, policy: Captioner, data: Captioned) -> tuple[Words, dict[str, Reward]]:
+    """References of a split, and the scores of captions, CIDEr-D with the document frequencies of these alone."""
+    words = _every_word(policy.words, data)
+    references = _references(data, words, policy.letters.device)
+    own = {} if config.reward == "cider" else {"reward": _own(config, policy, words)}
+    return references, {"cider": _reward(references)} | own
 
 
 def train(config: Config, run: Run) -> None:
@@ -207,7 +218,7 @@ def train(config: Config, run: Run) -> None:
     """
     check_taught(run, likelihood_share=config.likelihood_share)
     data, val = _data(config, "train"), _data(config, "val")
-    every_word, count = vocabulary(data.sentences, _known(config.least_count))
+    every_word, count = captions.vocabulary(data.sentences, known(config.least_count))
     parts: dict[str, tuple[Any, ...]] = {}
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
@@ -217,12 +228,13 @@ def train(config: Config, run: Run) -> None:
     (average,), (start, *_) = run.track(average=MovingAverage()), parts["likelihood"]
     if start.words != every_word[:count]:
         raise InputError("from: that run writes other words than this data has; train from the beginning")
-    seen, references = _seen(start, data), _references(data, every_word, run.device)
-    learned = answers(references.ids, references.mask, count, _known(config.length))
-    for line in not_learned(_left_out(config), references.mask, learned[1]):
+    words = _every_word(every_word, val)
+    seen, references = _seen(start, data), _references(data, words, run.device)
+    learned = captions.answers(references.ids, references.mask, count, known(config.length))
+    for line in captions.not_learned(_left_out(config), references.mask, learned[1]):
         run.say(line)
-    reward = _reward(references)
-    held_out = _seen(start, val), _references(val, every_word, run.device)
+    reward = _reward(references) if config.reward == "cider" else _own(config, start, words)
+    held_out = _seen(start, val), _references(val, words, run.device)
     metric = _reward(held_out[1])  # with the document frequencies of what it is scored against, as on test
 
     def look(policy: Captioner) -> dict[str, Any]:
@@ -248,6 +260,9 @@ def train(config: Config, run: Run) -> None:
         here = rows(step, config.tuning_batch)
         return _inputs(policy, seen[here]), map_tree(lambda leaf: leaf[here], references)
 
+    if config.reward != "cider":  # now, not after the first phase
+        said = Tokens(*(each[rows(0, config.tuning_batch)][:, 0] for each in learned))
+        check_reward(run, start, reward, batches(0), config.samples, config.reward, said)
     learn("likelihood", config.likelihood_share)
     share, (policy, optimizer, keeper) = (1 - config.likelihood_share) / 2, parts[PART]
     how = {"keeper": keeper, "validate": lambda: look(policy), "every": config.every}
@@ -262,37 +277,41 @@ def _left_out(config: Config) -> list[str]:
 def evaluate(config: Config, policy: Captioner, run: Run, elsewhere: bool = False) -> Evaluation:
     """CIDEr-D, from 0 to 10, on the test split; `elsewhere`: on every picture of other data.
 
-    `cider` is that of greedy captions, `sampled_cider` that of one drawn for each image. Document frequencies are those
-    of the references that are scored against, as in pycocoevalcap; a word that the policy does not know matches
-    nothing. Baselines: `mle`, the start; `control`, the start with more likelihood instead of the reward. `left_out`
-    counts what `skip_bad` left out of the data.
+    `cider` is that of greedy captions, `sampled_cider` that of one drawn for each image; `reward` and `sampled_reward`
+    are those of the user's own. Document frequencies are those of the references that are scored against, as in
+    pycocoevalcap; a word that the policy does not know matches nothing. Baselines: `mle`, the start; `control`, the
+    start with more likelihood instead of the reward. `left_out` counts what `skip_bad` left out of the data.
     """
     data = _data(config, "all" if elsewhere else "test")
-    shown = _seen(policy, data), _references(data, policy.words, run.device)
-    reward = _reward(shown[1])
-    metrics, baselines = _score(config, policy, shown, reward), {}
+    (references, scores), seen = _judge(config, policy, data), _seen(policy, data)
+    score = partial(_score, config, shown=(seen, references), scores=scores)
+    metrics, baselines = score(policy), {}
     if config.skip_bad:
         metrics["left_out"] = float(len(data.skipped if elsewhere else _left_out(config)))
     for name, other in restored(run, ROWS, partial(build, config)).items():
-        baselines[name] = _score(config, other, shown, reward)
+        baselines[name] = score(other)
     return Evaluation(metrics, baselines)
 
 
 def compared(config: Config, policy: Captioner, run: Run, images: int) -> tuple[Reward, Tensor, Words]:
     """The reward, and the first test images with their references: for `foveate analyse`."""
     test = _data(config, "test")
-    seen, references = _seen(policy, test), _references(test, policy.words, run.device)
-    some, first = split((seen, references), images)[0]
-    return _reward(references), _inputs(policy, some), first
+    references, scores = _judge(config, policy, test)
+    some, first = split((_seen(policy, test), references), images)[0]
+    return scores.get("reward", scores["cider"]), _inputs(policy, some), first
 
 
-def _score(config: Config, policy: Captioner, shown: tuple[Tensor, Words], reward: Reward) -> dict[str, float]:
-    found: dict[str, list[Tensor]] = {"cider": [], "sampled_cider": []}
+def _score(
+    config: Config, policy: Captioner, shown: tuple[Tensor, Words], scores: dict[str, Reward]
+) -> dict[str, float]:
+    found: dict[str, list[Tensor]] = {}
     keys = noise.key(config.seed, "evaluation", torch.arange(len(shown[0]))).to(shown[0].device)
     for seen, references, some in split((*shown, keys), AT_ONCE):
-        for name, greedy in (("cider", True), ("sampled_cider", False)):
-            found[name].append(reward(policy.sample(_inputs(policy, seen), 1, greedy, some), references).total)
-    return {name: float(torch.cat(scores).mean()) for name, scores in found.items()}
+        for way, greedy in (("", True), ("sampled_", False)):
+            written = policy.sample(_inputs(policy, seen), 1, greedy, some)
+            for name, reward in scores.items():
+                found.setdefault(way + name, []).append(reward(written, references).total)
+    return {name: float(torch.cat(totals).mean()) for name, totals in found.items()}
 
 
 def predict(config: Config, policy: Captioner, images: Float[Tensor, "batch channels height width"]) -> dict[str, Any]:
@@ -302,7 +321,7 @@ def predict(config: Config, policy: Captioner, images: Float[Tensor, "batch chan
         InputError: the images break the convention, or are not RGB.
     """
     check_rgb(images, "images")
-    side, device = _known(config.image_size), policy.letters.device
+    side, device = known(config.image_size), policy.letters.device
     stretched = F.interpolate(images.to(device), (side, side), mode="bilinear", antialias=True)
     keys = torch.zeros(len(images), dtype=torch.int64, device=device)  # greedy: nothing is drawn
     written = policy.sample(policy.look((stretched * 255).round().byte()), 1, True, keys)
@@ -326,7 +345,7 @@ def picture(
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
     """The user's picture, or the pictures of a folder."""
-    return read_pictures(path, 3, None if path.is_file() else 4 * _known(config.image_size))
+    return read_pictures(path, 3, None if path.is_file() else 4 * known(config.image_size))
 
 
 def check(config: Config) -> dict[str, Any]:

@@ -13,7 +13,7 @@ Pinto et al. 2023, "Tuning computer vision models with task rewards" (arXiv 2302
 Kolesnikov et al. 2022, "UViM" (arXiv 2205.10337). What differs here, and the numbers: docs/systems/panoptic.md.
 
     foveate train panoptic --minutes 10                                             rendered scenes
-    foveate train panoptic --data coco --root FOLDER --supercategories --minutes 60
+    foveate train panoptic --data coco --root FOLDER --supercategories --backbone efficientnet-lite0 --minutes 60
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Segments
 from foveate.learn.answers import Reward, Tuning, answering
 from foveate.learn.baselines import MovingAverage
-from foveate.models.backbones import convolutions
+from foveate.models.backbones import stem
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.models.panoptic import Maps, PanopticChannels
@@ -46,7 +46,7 @@ from foveate.parts import restored, tracked
 from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
 from foveate.run import Run
 from foveate.two_steps import check_taught, learn_code, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError
+from foveate.types import Evaluation, InputError, known
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class Config:
     """peak of the one-cycle schedule of the code"""
     least_area: int = 8
     """drawn segments of fewer pixels become void"""
+    backbone: str = "convolutions"
+    """what sees first: convolutions, efficientnet-lite0 (ImageNet, no download), torchvision:NAME, or a name of timm"""
     patch: int = 8
     """pixels of the image, a side, to a vector that is read"""
     width: int = 128
@@ -117,7 +119,6 @@ class Config:
     """how many of them are things; taken from the data"""
 
 
-T = TypeVar("T")
 PART = "policy"  # the tracked part that holds the policy
 ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 GAIN = 8.0  # of words: at 1 the base learns some hundred updates later to read the class of a thing from them
@@ -152,16 +153,10 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def _known(value: T | None) -> T:
-    """A field that `resolve` has filled in."""
-    assert value is not None
-    return value
-
-
 def _data(config: Config, part: Part) -> PanopticMaps:
-    most = _known(config.most) if config.data == "scenes" else 0
+    most = known(config.most) if config.data == "scenes" else 0
     how = config.skip_bad, config.scenes, most, config.supercategories, _say
-    return _load(config.data, config.root, part, _known(config.image_size), *how)
+    return _load(config.data, config.root, part, known(config.image_size), *how)
 
 
 def _tuning(config: Config) -> Tuning:
@@ -169,21 +164,21 @@ def _tuning(config: Config) -> Tuning:
 
 
 def _channels(config: Config) -> PanopticChannels:
-    sizes = len(_known(config.classes)), _known(config.things), _known(config.most)
+    sizes = len(known(config.classes)), known(config.things), known(config.most)
     return PanopticChannels(*sizes, config.code_patch, config.least_area)
 
 
 def _code(config: Config) -> MapCode:
-    side, drawn = _known(config.image_size), _channels(config).count
+    side, drawn = known(config.image_size), _channels(config).count
     return MapCode((3, side, side), drawn, drawn, config.code_patch, config.levels, config.code_width, GAIN)
 
 
 def build(config: Config) -> Coded:
     """The policy of a resolved config, untrained."""
-    image, words = (3, _known(config.image_size), _known(config.image_size)), Words(config.levels)
+    image, words = (3, known(config.image_size), known(config.image_size)), Words(config.levels)
     side = image[1] // config.code_patch
     sizes: dict[str, Any] = {"width": config.width, "depth": config.depth, "heads": config.heads}
-    sizes["stem"] = convolutions(3, config.width, config.patch)
+    sizes["stem"] = stem(config.backbone, config.width, config.patch)
     writer = EncoderDecoder(image, config.patch, words.count, side * side, **sizes)
     drawn = _channels(config).count, (side, side), config.code_patch, len(config.levels), config.code_width
     return Coded(writer, words, Base(3, *drawn))
@@ -305,7 +300,7 @@ def predict(config: Config, policy: Coded, images: Float[Tensor, "batch channels
         InputError: the images break the convention, or are not RGB.
     """
     check_rgb(images, "images")
-    side, device = _known(config.image_size), next(policy.parameters()).device
+    side, device = known(config.image_size), next(policy.parameters()).device
     stretched = F.interpolate(images.to(device), (side, side), mode="bilinear", antialias=True)
     keys = torch.zeros(len(images), dtype=torch.int64, device=device)  # greedy: nothing is drawn
     with torch.no_grad(), answering(policy):
@@ -326,12 +321,12 @@ def picture(
     for name, start in restored(run, {"mle": "likelihood"}, partial(build, config)).items():
         sets[name] = Segments(**predict(config, start, images))
     sets["tuned"] = Segments(**predict(config, policy, images))
-    return {"segments": pictures.segment_grid(images, sets, _known(config.classes))}
+    return {"segments": pictures.segment_grid(images, sets, known(config.classes))}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
     """The user's picture, or the pictures of a folder."""
-    return read_pictures(path, 3, None if path.is_file() else 4 * _known(config.image_size))
+    return read_pictures(path, 3, None if path.is_file() else 4 * known(config.image_size))
 
 
 def check(config: Config) -> dict[str, Any]:

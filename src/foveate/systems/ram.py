@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.classifier import ImageClassifier
 from foveate.models.glimpse import GlimpsePolicy
 from foveate.run import Run
-from foveate.types import Evaluation, InputError
+from foveate.types import Evaluation, InputError, known
 
 Control = Literal["random", "centre", "cnn"]
 
@@ -114,7 +114,6 @@ class Config:
     """names of the classes; taken from the data"""
 
 
-T = TypeVar("T")
 PART = "learned"  # the tracked part that holds the policy
 _load = lru_cache(maxsize=4)(load_images)
 
@@ -139,7 +138,7 @@ def resolve(config: Config) -> Config:
         "scales": 1 if side <= 40 else 3 if side <= 80 else 4,
     }
     config = replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
-    if _known(config.patch) > side:
+    if known(config.patch) > side:
         raise InputError(f"patch: {config.patch} pixels are more than the image's {side}; choose a smaller patch")
     if (config.control_share or 0) * len(config.controls) >= 1:
         raise InputError(f"control_share: {config.control_share} for each control leaves nothing for the agent")
@@ -150,14 +149,8 @@ def resolve(config: Config) -> Config:
 
 def _images(config: Config, split: Split) -> Images:
     images = _load(config.data, config.root, split, config.image_size)
-    check_kind(images, _known(config.classes), _known(config.channels))
+    check_kind(images, known(config.classes), known(config.channels))
     return images
-
-
-def _known(value: T | None) -> T:
-    """A field that `resolve` has filled in."""
-    assert value is not None
-    return value
 
 
 def build(config: Config) -> GlimpsePolicy:
@@ -166,9 +159,9 @@ def build(config: Config) -> GlimpsePolicy:
 
 
 def _policy(config: Config, looking: Literal["learned", "random", "centre"]) -> GlimpsePolicy:
-    patch, eye = _known(config.patch), _known(config.glimpse_network)
-    what = _known(config.channels) * _known(config.scales), patch, patch
-    sizes = what, 2, len(_known(config.classes)), config.hidden
+    patch, eye = known(config.patch), known(config.glimpse_network)
+    what = known(config.channels) * known(config.scales), patch, patch
+    sizes = what, 2, len(known(config.classes)), config.hidden
     return GlimpsePolicy(*sizes, eye, config.core, config.std, looking, precision=config.precision)  # type: ignore[arg-type]
 
 
@@ -176,10 +169,10 @@ def _env(config: Config, images: Images, copies: int, looking: str, device: torc
     return GlimpseEnv(
         copies,
         images=images,
-        variant=_known(config.variant),
-        glimpses=_known(config.glimpses),
-        patch=_known(config.patch),
-        scales=_known(config.scales),
+        variant=known(config.variant),
+        glimpses=known(config.glimpses),
+        patch=known(config.patch),
+        scales=known(config.scales),
         factor=config.factor,
         first="centre" if looking == "centre" else config.first,
         reward=config.reward,
@@ -213,7 +206,7 @@ def train(config: Config, run: Run) -> None:
 
 def _control(config: Config, name: str) -> nn.Module:
     if name == "cnn":
-        return ImageClassifier(_known(config.channels), len(_known(config.classes)))
+        return ImageClassifier(known(config.channels), len(known(config.classes)))
     return _policy(config, name)  # type: ignore[arg-type]
 
 
@@ -226,7 +219,7 @@ def _train_cnn(
         index = torch.arange(config.batch)[rows]
         ids = noise.examples(config.seed, step, config.batch, len(images))[rows].to(run.device)
         keys = noise.key(config.seed, "cnn", step, index).to(run.device)
-        scores = learner(render(pixels, ids, keys, _known(config.variant)))
+        scores = learner(render(pixels, ids, keys, known(config.variant)))
         loss = F.cross_entropy(scores, labels[ids])
         set_learning_rate(optimizer, one_cycle(run.progress, config.learning_rate))
         run.optimise(loss, optimizer)
@@ -277,7 +270,7 @@ def _cnn_error(config: Config, control: nn.Module, images: Images, run: Run) -> 
         # the very canvases that the environment shows the agent
         keys = noise.fold(noise.fold(noise.key(config.seed, "evaluation", ids), "initial"), "canvas")
         with torch.no_grad():
-            scores = control(render(pixels, ids, keys, _known(config.variant)))
+            scores = control(render(pixels, ids, keys, known(config.variant)))
         wrong += int((scores.argmax(-1).cpu() != images.labels[ids.cpu()]).sum())
     return 100 * wrong / len(images)
 
@@ -291,11 +284,11 @@ def predict(
         InputError: the images break the convention, or have another number of channels than the agent was trained on.
     """
     check_images(images, "images")
-    if images.shape[1] != _known(config.channels):
-        raise InputError(f"images: {images.shape[1]} channels, but this agent was trained on {_known(config.channels)}")
+    if images.shape[1] != known(config.channels):
+        raise InputError(f"images: {images.shape[1]} channels, but this agent was trained on {known(config.channels)}")
     device = next(policy.parameters()).device
     pixels = (images * 255).round().byte()
-    shown = Images(pixels, torch.zeros(len(images), dtype=torch.int64), _known(config.classes), "images", "all")
+    shown = Images(pixels, torch.zeros(len(images), dtype=torch.int64), known(config.classes), "images", "all")
     env = _env(replace(config, variant="plain"), shown, len(images), "learned", device)
     found = attention.answer(env, policy, config.seed, len(images), greedy=True)
     return {
@@ -313,20 +306,20 @@ def picture(
     if images is None:
         shown = _images(config, held_out_split(config.data, config.root))
         ids = torch.linspace(0, len(shown) - 1, min(12, len(shown))).long()
-        images = render(shown.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
+        images = render(shown.pixels, ids, noise.key(config.seed, "picture", ids), known(config.variant))
         labels = shown.labels[ids]
     found = {name: value.cpu() for name, value in predict(config, policy, images.to(run.device)).items()}
     sure = found["scores"].softmax(-1).amax(-1)
-    guesses = [_known(config.classes)[guess] for guess in found["classes"].tolist()]
+    guesses = [known(config.classes)[guess] for guess in found["classes"].tolist()]
     captions = [f"{guess} ({share:.2f})" for guess, share in zip(guesses, sure.tolist(), strict=True)]
     correct = None
     if labels is not None:
         captions = [
-            f"{_known(config.classes)[label]} → {caption}"
+            f"{known(config.classes)[label]} → {caption}"
             for label, caption in zip(labels.tolist(), captions, strict=True)
         ]
         correct = (labels == found["classes"]).tolist()
-    retina: dict[str, Any] = {"patch": _known(config.patch), "scales": _known(config.scales), "factor": config.factor}
+    retina: dict[str, Any] = {"patch": known(config.patch), "scales": known(config.scales), "factor": config.factor}
     steps = [f"glimpse {step + 1}" for step in range(found["locations"].shape[1])]
     steps[-1] += f": {captions[0]}"
     return {
@@ -339,12 +332,12 @@ def picture(
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
     """The user's picture, or the pictures of a folder, as the agent takes them."""
-    return read_pictures(path, _known(config.channels), config.image_size)
+    return read_pictures(path, known(config.channels), config.image_size)
 
 
 def check(config: Config) -> dict[str, Any]:
     """The first pictures of the data, as the agent will meet them, with their classes."""
     images = _images(config, "train")
     ids = torch.linspace(0, len(images) - 1, min(16, len(images))).long()
-    shown = render(images.pixels, ids, noise.key(config.seed, "picture", ids), _known(config.variant))
+    shown = render(images.pixels, ids, noise.key(config.seed, "picture", ids), known(config.variant))
     return {"data": pictures.image_grid(shown, [images.classes[label] for label in images.labels[ids].tolist()])}

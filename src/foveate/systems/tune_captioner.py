@@ -251,7 +251,9 @@ def train(config: Config, run: Run) -> None:
         learn_likelihood(run, name, share, *learner, precision=config.precision, **how)
 
     scored = partial(some, batch=config.tuning_batch, tree=references)
-    check_reward(run, start, reward, scored(0), config.samples)  # now, not after the first phase
+    _, said = some(0, config.tuning_batch, Tokens(*(each[:, 0] for each in learned)))
+    asked = scored(0), config.samples, config.reward, None if config.reward == "cider" else said
+    check_reward(run, start, reward, *asked)  # now, not after the first phase
     learn("likelihood", config.likelihood_share)
     share, (policy, optimizer, keeper) = (1 - config.likelihood_share) / 2, parts[PART]
     learner = policy, reward, scored, _tuning(config), optimizer, average, start
