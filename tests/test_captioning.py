@@ -120,7 +120,7 @@ def test_the_score_is_the_official_one_of_the_captions_it_gives(tmp_path):
 def test_the_reward_of_drawn_captions_rises(folder, tmp_path):
     """Likelihood says each of two sentences half the time; one of them agrees better with both."""
     settings = TINY | {"tuning_rate": 3e-3, "learning_rate": 1e-2, "samples": 8, "least_count": 2, "patch": 8}
-    data = {"data": "coco", "root": folder, "backbone": "convolutions", "skip_bad": True}
+    data = {"data": "coco", "root": folder, "backbone": "convolutions", "skip_bad": True, "temperature": 1.0}
     agent = foveate.train("captioning", steps=160, out=tmp_path / "run", every=1000, **settings, **data)
     rows = [json.loads(line) for line in (agent.folder / "metrics.jsonl").read_text().splitlines()]
     rewards = [row["reward"] for row in rows if row["phase"] == "reward" and "reward" in row]

@@ -96,7 +96,7 @@ class Config:
     samples: int = 8
     """captions of each of them"""
     temperature: float = 0.5
-    """by which scores are divided where captions are drawn for the reward; at 1 they are far from the likeliest"""
+    """by which scores are divided where these are drawn; at 1 they are far from the likeliest"""
     tuning_rate: float = 1e-4
     """learning rate of the reward, which falls evenly to 0"""
     anchor: float = 0.0
@@ -145,8 +145,7 @@ def resolve(config: Config) -> Config:
     lengths = {1 + len(sentence) for sentences in data.sentences for sentence in sentences}
     if config.length is not None and config.length < min(lengths):
         raise InputError(f"length: found {config.length}, but no caption of training is so short; raise it")
-    config = replace(config, vocabulary=count, length=config.length or max(lengths))
-    build(config)  # sizes that do not go into each other are told now
+    build(config := replace(config, vocabulary=count, length=config.length or max(lengths)))  # told now
     return config
 
 
@@ -284,13 +283,12 @@ def evaluate(config: Config, policy: Captioner, run: Run, elsewhere: bool = Fals
     """
     data = _data(config, "all" if elsewhere else "test")
     (references, scores), seen = _judge(config, policy, data), _seen(policy, data)
-    score = partial(_score, config, shown=(seen, references), scores=scores)
-    metrics, baselines = score(policy), {}
+    score = partial(_score, config.seed, shown=(seen, references), scores=scores)
+    metrics = score(policy)
     if config.skip_bad:
         metrics["left_out"] = float(len(data.skipped if elsewhere else _left_out(config)))
-    for name, other in restored(run, ROWS, partial(build, config)).items():
-        baselines[name] = score(other)
-    return Evaluation(metrics, baselines)
+    others = restored(run, ROWS, partial(build, config))
+    return Evaluation(metrics, {name: score(other) for name, other in others.items()})
 
 
 def compared(config: Config, policy: Captioner, run: Run, images: int) -> tuple[Reward, Tensor, Words]:
@@ -305,7 +303,7 @@ def _score(
     config: Config, policy: Captioner, shown: tuple[Tensor, Words], scores: dict[str, Reward]
 ) -> dict[str, float]:
     found: dict[str, list[Tensor]] = {}
-    keys = noise.key(config.seed, "evaluation", torch.arange(len(shown[0]))).to(shown[0].device)
+    keys = noise.key(seed, "evaluation", torch.arange(len(shown[0]))).to(shown[0].device)
     for seen, references, some in split((*shown, keys), AT_ONCE):
         for way, greedy in (("", True), ("sampled_", False)):
             written = policy.sample(_inputs(policy, seen), 1, greedy, some)
@@ -321,8 +319,8 @@ def predict(config: Config, policy: Captioner, images: Float[Tensor, "batch chan
         InputError: the images break the convention, or are not RGB.
     """
     check_rgb(images, "images")
-    side, device = known(config.image_size), policy.letters.device
-    stretched = F.interpolate(images.to(device), (side, side), mode="bilinear", antialias=True)
+    size, device = (known(config.image_size),) * 2, policy.letters.device
+    stretched = F.interpolate(images.to(device), size, mode="bilinear", antialias=True)
     keys = torch.zeros(len(images), dtype=torch.int64, device=device)  # greedy: nothing is drawn
     written = policy.sample(policy.look((stretched * 255).round().byte()), 1, True, keys)
     return {"captions": policy.sentences(written.ids), "ids": written.ids}
@@ -336,9 +334,8 @@ def picture(
     if images is None:
         images, texts = _data(config, "test").some()
         said["reference"] = [several[0] for several in texts]
-    for start in restored(run, {"mle": "likelihood"}, partial(build, config)).values():
-        said = {"mle": predict(config, start, images)["captions"], **said}
-    said = {"tuned": predict(config, policy, images)["captions"], **said}
+    models = {"tuned": policy, **restored(run, {"mle": "likelihood"}, partial(build, config))}
+    said = {name: predict(config, model, images)["captions"] for name, model in models.items()} | said
     columns = [[f"{name}: {text}" for text in texts] for name, texts in said.items()]
     return {"captions": pictures.sentence_grid(images.cpu(), list(zip(*columns, strict=True)))}
 
