@@ -299,9 +299,7 @@ def compared(config: Config, policy: Captioner, run: Run, images: int) -> tuple[
     return scores.get("reward", scores["cider"]), _inputs(policy, some), first
 
 
-def _score(
-    config: Config, policy: Captioner, shown: tuple[Tensor, Words], scores: dict[str, Reward]
-) -> dict[str, float]:
+def _score(seed: int, policy: Captioner, shown: tuple[Tensor, Words], scores: dict[str, Reward]) -> dict[str, float]:
     found: dict[str, list[Tensor]] = {}
     keys = noise.key(seed, "evaluation", torch.arange(len(shown[0]))).to(shown[0].device)
     for seen, references, some in split((*shown, keys), AT_ONCE):
