@@ -15,15 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 import foveate
-from foveate import noise
+from foveate import noise, pictures
 from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
-from foveate.envs.cutting import ACTIONS, MOVES, STOP, TIGHTER, WIDER, CuttingEnv
+from foveate.envs.box_moves import moves
+from foveate.envs.cutting import ACTIONS, MOVES, NAMES, STOP, TIGHTER, WIDER, CuttingEnv
 from foveate.envs.following import acting, best_margin, clips_of, fixed, follow, truth, unmoved
 from foveate.geometry import enlarged, mask_boxes, overlaps
 from foveate.models.appearance import color_likeness, stacked
 from foveate.models.cutting import Executor, mask_loss
-from foveate.models.regions import changed, changes, counted, cut, jittered, pasted, within
+from foveate.models.regions import changed, changes, counted, cut, jittered, kept_inside, pasted, within
 from foveate.rewards.videos import accuracy, davis_scores, decay, overlap
+from foveate.systems import cutting
 from foveate.types import InputError, map_tree
 from foveate.value_learning import walk
 
@@ -361,6 +363,36 @@ def test_masks_follow_the_box_that_is_placed() -> None:
     assert j(acting(env, Right(), 1, margin=0.15)) == j(unmoved), "what promises little does not move the boxes"
     margin, _ = best_margin(env, Right(), 1, lambda place, _: j(place))
     assert (margin < 0.1) == (j(acting(env, Right(), 1)) > j(unmoved))
+
+
+def test_every_step_to_a_mask_is_told_and_drawn_before_it() -> None:
+    config = cutting.resolve(cutting.Config(image_size=48, scenes=4, length=4, crop=16, width=8, patch=12, horizon=3))
+    torch.manual_seed(0)
+    policy = cutting.build(config)
+    clip = load_videos("scenes", None, "test", 48, 4, 4)
+    inputs = {"frames": clip.pixels[:4] / 255, "mask": clip.masks[:1]}
+    inputs["frames"] = F.interpolate(inputs["frames"], (96, 96))  # boxes are in the user's pixels
+    inputs["mask"] = clip.masks[:1].repeat_interleave(2, 1).repeat_interleave(2, 2)
+    made = cutting.predict(config, policy, inputs)
+    assert made["step_frames"].unique().tolist() == [1, 2, 3], "the first mask is given"
+    for time in (1, 2, 3):
+        rows = (made["step_frames"] == time).nonzero().flatten()
+        assert made["step_actions"][rows].tolist()[0] == -1
+        assert STOP not in made["step_actions"][rows]
+        assert len(rows) <= 4
+        pairs = torch.cat((made["step_boxes"], made["step_contexts"]), 1)[rows]
+        assert (pairs - torch.cat((made["boxes"], made["contexts"]), 1)[time]).abs().amax(1).min() < 1e-3
+        for row in rows.tolist()[1:]:
+            before, action = made["step_boxes"][row - 1, None], int(made["step_actions"][row])
+            if action < len(MOVES):
+                expected = kept_inside(moves(before, config.alpha)[:, action], (96, 96))
+                torch.testing.assert_close(made["step_boxes"][row, None], expected, atol=1e-3, rtol=0)
+            else:
+                torch.testing.assert_close(made["step_boxes"][row, None], before)
+    shown = pictures.step_frames(inputs["frames"], made, NAMES, detailed=2)
+    assert len(shown) == 4 + int((made["step_frames"] <= 2).sum())
+    assert len({frame.size for frame in shown}) == 1
+    assert len(pictures.step_frames(inputs["frames"], made, NAMES, clip.masks[:4].repeat(1, 2, 2), detailed=0)) == 4
 
 
 # ---- data ----

@@ -43,7 +43,8 @@ from foveate.models.regions import counted, cut, jittered, kept_inside, within
 from foveate.types import InputError
 
 WIDER, TIGHTER, STOP = len(MOVES), len(MOVES) + 1, len(MOVES) + 2
-ACTIONS = len(MOVES) + 3
+NAMES = (*MOVES, "wider", "tighter", "stop")  # of the actions
+ACTIONS = len(NAMES)
 PAST = 6  # actions remembered
 FACTORS = (1.2, 1.5, 2.0)
 LARGE = 0.1  # a change of the IoU from which on its reward rises no more

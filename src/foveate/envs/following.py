@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from foveate import noise
 from foveate.data.masked_videos import Videos
-from foveate.envs.cutting import STOP, CuttingEnv
+from foveate.envs.cutting import STOP, CuttingEnv, CuttingState
+from foveate.geometry import enlarged
 from foveate.models.appearance import color_likeness, feature_likeness, stacked
 from foveate.models.backbones import Pretrained
 from foveate.models.regions import Carried, Make, Place, carry, changed, jittered
 from foveate.types import map_tree
 
 Clips: TypeAlias = tuple[Videos, UInt8[Tensor, "frames height width planes"]]
+Step: TypeAlias = tuple[CuttingState, Int[Tensor, " videos"]]
 MARGINS = (0.0, 0.15, 0.3, 0.6, 1.2, 1e4)  # among which the best is chosen; with the last the boxes never move
 ROWS = 240  # pixels of a frame's height as a network of ImageNet sees it
 
@@ -76,19 +78,24 @@ def mask_iou(env: CuttingEnv) -> dict[str, float]:
     return {"held_out_iou": float(env.score(state.frame, boxes, state.context).mean())}
 
 
-def acting(env: CuttingEnv, placer: nn.Module, horizon: int, margin: float = 0.0) -> Place:
+def acting(
+    env: CuttingEnv, placer: nn.Module, horizon: int, margin: float = 0.0, way: list[Step] | None = None
+) -> Place:
     """By the actions of the highest value, until it stops or has taken `horizon` of them.
 
     The mask is made where on this way stopping was worth most, and where it began if that is not by `margin` more than
-    there: a way that leads off costs nothing then.
+    there: a way that leads off costs nothing then. `way` is given the states of every frame, the first and those after
+    each action, with that action; -1 with the first. Of several videos all go on until the last of them has stopped.
     """
 
     @torch.no_grad()
     def place(frames: Tensor, boxes: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
         placer.eval()
         state, going = env.begun(frames, boxes, contexts), torch.ones_like(frames, dtype=torch.bool)
-        best, worth = state, torch.full_like(boxes[:, 0], -torch.inf)
+        best, worth, actions = state, torch.full_like(boxes[:, 0], -torch.inf), torch.full_like(frames, -1)
         for turn in range(horizon + 1):
+            if way is not None:
+                way.append((state, actions))
             values = placer(env.observe(state))
             better = going & (values[:, STOP] > worth)
             worth = torch.where(better, values[:, STOP] + (margin if turn == 0 else 0.0), worth)
@@ -101,6 +108,14 @@ def acting(env: CuttingEnv, placer: nn.Module, horizon: int, margin: float = 0.0
         return best.box, best.context
 
     return place
+
+
+def told_steps(way: list[Step], factors: Float[Tensor, " contexts"], count: int) -> dict[str, Tensor]:
+    """What `acting` noted of one video's first `count` frames, in a row: frames, actions, and both boxes after them."""
+    joined = map_tree(lambda *leaves: torch.cat(leaves), *way)
+    steps, actions = map_tree(lambda leaf: leaf[joined[0].frame < count], joined)
+    boxes = {"step_boxes": steps.box, "step_contexts": enlarged(steps.box, factors[steps.context])}
+    return {"step_frames": steps.frame, "step_actions": actions, **boxes}
 
 
 def best_margin(

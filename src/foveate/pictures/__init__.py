@@ -7,7 +7,7 @@ from foveate.pictures.canvas import MARGIN, image_grid, save_gif, sentence_grid
 from foveate.pictures.glimpses import UNSEEN, box_walks, glimpse_frames, glimpse_paths
 from foveate.pictures.objects import box_grid, painted, segment_grid
 from foveate.pictures.tracks import track_frames, track_grid
-from foveate.pictures.videos import mask_tiles, spread, tile_grid
+from foveate.pictures.videos import mask_tiles, spread, step_frames, tile_grid
 
 __all__ = [
     "MARGIN",
@@ -23,6 +23,7 @@ __all__ = [
     "segment_grid",
     "sentence_grid",
     "spread",
+    "step_frames",
     "tile_grid",
     "track_frames",
     "track_grid",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,43 @@ def mask_tiles(
             draw.rectangle(tuple((box * zoom).tolist()), None, color, SHARPER * max(1, cell // 160))
         tiles.append(ImageOps.expand(picture, SHARPER * MARGIN, "white").reduce(SHARPER))
     return tiles
+
+
+def step_frames(
+    frames: Float[Tensor, "time 3 height width"],
+    made: Mapping[str, Tensor],
+    names: Sequence[str],
+    truth: Bool[Tensor, "time height width"] | None = None,
+    detailed: int = 4,
+    cell: int = 320,
+) -> list[Image.Image]:
+    """The mask of every frame one after the other, as `mask_tiles`; of the first frames, too, how the boxes moved.
+
+    A caption names the action that led to a pair of boxes, and the step from whose pair the mask was made.
+
+    Args:
+        frames: in [0, 1].
+        made: "masks" [time, height, width]; "boxes" and "contexts" [time, 4], object and context boxes from which they
+            were made; "step_frames", the frame of each step; "step_actions", below 0 where a frame begins; "step_boxes"
+            and "step_contexts" [steps, 4], the boxes after it.
+        names: of the actions.
+        truth: the true masks.
+        detailed: frames after the first of which the steps are shown.
+        cell: longer side of a frame as drawn.
+    """
+    drawn, bare = [], torch.zeros_like(made["masks"][:1])
+    pairs, used = (torch.cat((made[f"{of}boxes"], made[f"{of}contexts"]), 1) for of in ("step_", ""))
+    for time, tile in enumerate(mask_tiles(frames, made["masks"], made["boxes"], made["contexts"], truth, cell)):
+        rows, told = (made["step_frames"] == time).nonzero().flatten(), f"frame {time}: mask"
+        if len(rows) and time <= detailed:
+            told += f" from step {int((pairs[rows] - used[time]).abs().sum(1).argmin())}"
+            for step, row in enumerate(rows.tolist()):
+                action = int(made["step_actions"][row])
+                now = f"frame {time}, step {step}: {names[action] if action >= 0 else 'begin'}"
+                inner, outer = pairs[row, None].chunk(2, 1)
+                drawn.append(grid(mask_tiles(frames[time, None], bare, inner, outer, cell=cell), [now], 1))
+        drawn.append(grid([tile], [told], 1))
+    return drawn
 
 
 def tile_grid(tiles: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -31,21 +31,9 @@ from torch.optim import Adam
 
 from foveate import noise, pictures
 from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
-from foveate.envs.cutting import ACTIONS, FACTORS, PAST, CuttingEnv, check_factors, true_boxes
-from foveate.envs.following import (
-    Clips,
-    acting,
-    best_margin,
-    clips_of,
-    color_maker,
-    fixed,
-    follow,
-    mask_iou,
-    regressing,
-    shown,
-    truth,
-    unmoved,
-)
+from foveate.envs import following
+from foveate.envs.cutting import ACTIONS, FACTORS, NAMES, PAST, CuttingEnv, check_factors, true_boxes
+from foveate.envs.following import Clips, Step, acting, clips_of, follow, mask_iou, shown, truth
 from foveate.geometry import enlarged
 from foveate.learn.keeper import Keeper
 from foveate.learn.q_learning import Dueling
@@ -197,10 +185,10 @@ def train(config: Config, run: Run) -> None:
     (adam, keeper), acts = of["agent"], partial(score, acting(held_out, policy.placer, config.horizon))
     looks: dict[str, Any] = {"keeper": keeper, "validate": acts, "every": config.every}
     learn_by_acting(run, "agent", share, env, policy.placer, target, adam, replay, how, good=env.rewarded, **looks)
-    found = best_margin(held_out, policy.placer, config.horizon, lambda *way: score(*way)["held_out_j"])
+    found = following.best_margin(held_out, policy.placer, config.horizon, lambda *way: score(*way)["held_out_j"])
     for buffer, number in zip((policy.margin, policy.context), found, strict=True):
         buffer.fill_(number)
-    moves = partial(score, regressing(held_out, regressor, 1))
+    moves = partial(score, following.regressing(held_out, regressor, 1))
     _learn(config, run, "regressor", share, env, regressor, *of["regressor"], moves)
 
 
@@ -279,15 +267,15 @@ class _Played:
         self.places: dict[str, list[Place]] = {"agent": [acting(env, policy.placer, *how)]}
         for other in restored(run, {"untrained": "untrained"}, lambda: build(config).placer).values():
             self.places["untrained"] = [acting(env, other, *how)]
-        self.places["unchanged"] = [fixed(env.boxes[self.videos.first][self.videos.video])]
-        self.places |= {"refitted": [unmoved], "color": [unmoved]}
+        self.places["unchanged"] = [following.fixed(env.boxes[self.videos.first][self.videos.video])]
+        self.places |= {"refitted": [following.unmoved], "color": [following.unmoved]}
         fresh = partial(_placer, config, nn.Linear(config.hidden, 4))
         for other in restored(run, {"regressor": "regressor"}, fresh).values():
-            self.places["regressor"] = [regressing(env, other, rounds) for rounds in (1, 2, 3)]
-        self.places["true box"] = [fixed(env.boxes)]
+            self.places["regressor"] = [following.regressing(env, other, rounds) for rounds in (1, 2, 3)]
+        self.places["true box"] = [following.fixed(env.boxes)]
 
     def masks(self, name: str, number: int, context: int) -> Tensor:
-        make = color_maker(self.env) if name == "color" else self.executor.maker(self.planes)
+        make = following.color_maker(self.env) if name == "color" else self.executor.maker(self.planes)
         return follow(self.videos, self.places[name][number], make, self.executor.factors, context).masks
 
     def score(self, masks: Tensor) -> float:
@@ -298,7 +286,9 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     """Carry the first mask through one video.
 
     Takes `frames` [time, 3, height, width] in [0, 1] and `mask` [1, height, width], where the object is in the first.
-    Returns `masks` [time, height, width]; `boxes` and `contexts` [time, 4], both boxes in pixels of the frames.
+    Returns `masks` [time, height, width]; `boxes` and `contexts` [time, 4], both boxes in pixels of the frames. All
+    steps on the way, in a row: `step_frames`, `step_actions` (-1 where a frame begins), and both boxes after the
+    action, `step_boxes` and `step_contexts`.
 
     Raises:
         InputError: one is missing, or as `foveate.data.masked_videos.as_video`.
@@ -310,16 +300,18 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     video = as_video(images["frames"], images["mask"], config.image_size).to(policy.executor.factors.device)
     clips = clips_of(video, config.likeness)
     executor, env = policy.executor, _env(config, clips, policy.executor)
-    place = acting(env, policy.placer, config.horizon, float(policy.margin))
+    place = acting(env, policy.placer, config.horizon, float(policy.margin), way := list[Step]())
     found = follow(video, place, executor.maker(clips[1]), executor.factors, int(policy.context))
     masks = F.interpolate(found.masks[:, :count].float(), (height, width), mode="bilinear")[0] > 0.5
     scale = found.boxes.new_tensor([width / video.size[1], height / video.size[0]] * 2)
-    boxes, factors = found.boxes[0, :count] * scale, policy.executor.factors[found.contexts[0, :count]]
-    return {"masks": masks, "boxes": boxes, "contexts": enlarged(boxes, factors)}
+    boxes, factors = found.boxes[0, :count], executor.factors
+    told = {"boxes": boxes, "contexts": enlarged(boxes, factors[found.contexts[0, :count]])}
+    told |= following.told_steps(way, factors, count)
+    return {"masks": masks, **{name: leaf * scale if leaf.ndim == 2 else leaf for name, leaf in told.items()}}
 
 
 def picture(config: Config, policy: Cutting, run: Run, images: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """Masks and boxes of some frames of the test videos, or of the user's; the first one as an animation."""
+    """Masks and boxes of some frames of the test videos, or of the user's; the first one's steps as an animation."""
     given: list[tuple[dict[str, Tensor], Tensor | None]] = [] if images is None else [(images, None)]
     if images is None:
         videos = _loaded(config, "test")
@@ -329,7 +321,7 @@ def picture(config: Config, policy: Cutting, run: Run, images: dict[str, Tensor]
     for inputs, masks in given:
         found = {name: value.cpu() for name, value in predict(config, policy, inputs).items()}
         drawn: list[Any] = [inputs["frames"].cpu(), found["masks"], found["boxes"], found["contexts"], masks]
-        rows, moving = pictures.spread(len(drawn[0]), 4), moving or pictures.mask_tiles(*drawn)
+        rows, moving = pictures.spread(len(drawn[0]), 4), moving or pictures.step_frames(drawn[0], found, NAMES, masks)
         few: list[Any] = [None if each is None else each[rows] for each in drawn]
         tiles += pictures.mask_tiles(*few)
     return {"videos": pictures.tile_grid(tiles, 4), "first video": moving}
