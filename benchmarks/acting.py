@@ -1,4 +1,4 @@
-"""Training steps of agents that learn values by acting, beside the time their networks alone take of them.
+"""Training steps of agents that learn by acting, beside the time their networks alone take of them.
 
 Environment, exploration, replay, what the networks are shown, clipping and the optimizer's step are all that is not
 "networks"; the ratio is the part of a step that its networks have.
@@ -7,7 +7,7 @@ Environment, exploration, replay, what the networks are shown, clipping and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,14 +17,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from foveate.models.cutting import Executor
 from foveate.run import Run
-from foveate.systems import landmarks, localization, seednet, tracking
-from foveate.value_learning import learn_by_acting
+from foveate.systems import cutting, landmarks, localization, registration, seednet, tracking
 
 Rates = tuple[float, float, str]
-WARM = 20  # steps before the time is taken
+WARM = 12  # steps before the time is taken: by then what fills up first has filled
 
 
 class _Taken(Exception):
@@ -51,31 +51,48 @@ class _Clock:
         return timed
 
 
-def compare_step(system: ModuleType, steps: int = 150, **settings: Any) -> Rates:
-    """Steps/s of a system's Q-learning as it is trained, and if there were nothing but its networks."""
-    clock, found = _Clock(), {"begun": 0.0, "before": 0.0, "ended": 0.0}
+def compare_step(
+    system: ModuleType,
+    steps: int = 150,
+    learn: str = "learn_by_acting",
+    asked: type[nn.Module] | None = None,
+    **settings: Any,
+) -> Rates:
+    """Steps/s of a phase of a system as it is trained, and if there were nothing but its networks.
 
-    def measured(run: Run, phase: str, _: float, *parts: Any, **how: Any) -> None:
-        counted, (network, target) = run.steps, parts[1:3]
+    Args:
+        system: whose `train` calls the phase.
+        steps: that are timed.
+        learn: the function of the system that is the phase: Q-learning, or a function of (config, run, ..., parts).
+        asked: a kind of network that the environment asks; its time is the networks', too.
+        **settings: of the system.
+    """
+    clock, found, phase = _Clock(), {"begun": 0.0, "before": 0.0, "ended": 0.0}, getattr(system, learn)
 
-        def counting(*phase: Any) -> Iterator[int]:
-            for step in counted(*phase):
+    def measured(*parts: Any, **how: Any) -> None:
+        (run,) = (part for part in parts if isinstance(part, Run))
+        counted, networks = run.steps, parts[4:6] if learn == "learn_by_acting" else parts[-1][:1]
+
+        def counting(name: str, _: float) -> Iterator[int]:
+            for step in counted(name, 1.0):
                 if step == WARM:
                     found.update(begun=perf_counter(), before=clock.seconds)
                 yield step
             found["ended"] = perf_counter()
+            raise _Taken
 
-        timed = mock.patch.object(Tensor, "backward", clock.around(Tensor.backward))
-        with mock.patch.object(run, "steps", counting), timed:
-            for each in network, target:
+        with ExitStack() as patched:
+            patched.enter_context(mock.patch.object(run, "steps", counting))
+            for kind, name in ((Tensor, "backward"), *(((asked, "forward"),) if asked else ())):
+                patched.enter_context(mock.patch.object(kind, name, clock.around(getattr(kind, name))))
+            for each in networks:
                 each.forward = clock.around(each.forward)
             if beside := how.get("beside"):  # partial(with_belief, network.both, ...): it calls no `forward`
                 both, *others = beside.args
                 how["beside"] = partial(beside.func, clock.around(both), *others)
-            learn_by_acting(run, phase, 1.0, *parts, **how | {"keeper": None, "validate": None})
-        raise _Taken
+            phase(*parts, **{name: value for name, value in how.items() if name not in ("keeper", "validate")})
 
-    with TemporaryDirectory() as folder, mock.patch.object(system, "learn_by_acting", measured):
+    with TemporaryDirectory() as folder, mock.patch.object(system, learn, measured):
         config = system.resolve(system.Config(steps=WARM + steps, **settings))
         run = Run(Path(folder) / "run", system="bench", config={}, steps=WARM + steps, device="cpu", quiet=True)
         with suppress(_Taken):
@@ -87,6 +104,10 @@ def compare_step(system: ModuleType, steps: int = 150, **settings: Any) -> Rates
 
 ROWS: dict[str, Callable[[], Rates]] = {
     "localization-step": partial(compare_step, localization, scenes=400),
+    "registration-step": partial(
+        compare_step, registration, 20, "_learn_to_move", pairs=64, start_share=0.0, mutual_information=False
+    ),
+    "cutting-step": partial(compare_step, cutting, asked=Executor, scenes=20, execution_share=0.05),
     "landmarks-step": partial(compare_step, landmarks, spacing=4.0, warps=4),
     "seednet-step": partial(compare_step, seednet, scenes=100),
     "tracking-step": partial(compare_step, tracking, scenes=10),

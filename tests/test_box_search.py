@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,6 +145,52 @@ def test_a_state_is_coordinates_and_a_million_of_them_take_little_room() -> None
         return leaf
 
     map_tree(small, env.state)
+
+
+def of_two(copies: int = 2, **options: Any) -> BoxSearchEnv:
+    """A picture with an object of the first class and one of the second, searched for the first, then the second."""
+    data = detections([[0.0, 0, 40, 30], [0, 30, 40, 40]])
+    data = replace(data, boxes=replace(data.boxes, labels=torch.tensor([[0, 1]])), classes=("one", "other", "third"))
+    searches = torch.tensor([[0, 0], [0, 1], [0, 2]])
+    env = BoxSearchEnv(copies, detections=data, searches=searches, autoreset="disabled", **options)
+    env.reset(seed=0, options={"ids": torch.arange(copies) % 3})
+    return env
+
+
+def test_of_several_classes_only_the_one_searched_for_is_rewarded_and_it_is_seen() -> None:
+    env = of_two(3, triggers=2, spare=1)
+    assert env.observe(env.state)["label"].tolist() == [0, 1, 2]
+    assert env.state.image.tolist() == [0, 0, 0]
+    assert env.rewarded(env.state)[:, TRIGGER].tolist() == [True, False, False], "it is 0.75 of the whole image"
+    down = torch.full((3,), MOVES.index("smaller"))
+    assert env.transition(env.state, down, torch.zeros(3).long())[1].tolist() == [-1, -1, 0]
+    _, reward, terminated, *_ = env.step(torch.full((3,), TRIGGER))
+    assert reward.tolist() == [3, -3, -3]
+    assert not terminated.any()
+    assert env.step(torch.zeros(3, dtype=torch.int64))[2].tolist() == [True, False, True], "nothing is left"
+    assert env.state.label.tolist() == [0, 1, 2]
+
+
+def test_a_class_is_told_only_where_there_are_several() -> None:
+    assert set(BoxSearchEnv(target="each").single_observation_space) == {"history", "label", "view"}
+    for target in ("any", "ring"):
+        env = BoxSearchEnv(target=target)
+        assert set(env.single_observation_space) == {"history", "view"}
+        env.reset(seed=0)
+        assert env.state.label is None
+    whole, rings = BoxSearchEnv(), env
+    assert 0 < rings.wanted.sum() < whole.wanted.sum()
+    with pytest.raises(InputError, match=r"^target: found 'zebra', expected any, each, or a class: disk"):
+        BoxSearchEnv(target="zebra")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_million_states_of_four_objects_take_less_than_300_megabytes(several: bool) -> None:
+    boxes = [[4.0, 6, 18, 20]] * 4
+    env = of_two(250) if several else search(boxes, copies=250)
+    wide = replace(env.state, free=env.state.free[:, :1].expand(-1, 4))
+    assert Replay(wide, 4000).size < 300e6
+    assert (wide.label is not None) == several
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from foveate import noise
-from foveate.learn.answers import distinct, repeat
+from foveate.learn.answers import answering, distinct, repeat
 from foveate.models.codes import Base, Coded, MapCode, Words, kept_words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.types import InputError
@@ -110,3 +110,10 @@ def test_only_the_writer_learns() -> None:
     policy(images, policy.answers(images, code.encode(images, maps))).log_probs.sum().backward()
     assert all(parameter.grad is None for parameter in policy.base.parameters())
     assert any(parameter.grad is not None for parameter in policy.writer.parameters())
+
+
+def test_a_temperature_is_the_writers() -> None:
+    _, policy = small()
+    with answering(policy, temperature=0.5):
+        assert policy.writer.temperature == 0.5
+    assert policy.writer.temperature == 1

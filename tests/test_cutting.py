@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -90,6 +91,26 @@ def test_what_is_cut_out_at_its_own_size_is_the_pixels_and_black_beyond_the_fram
     assert (seen[0, :, :, :4] == 0).all()
     torch.testing.assert_close(seen[0, :, 4:, 4:], planes[0, :4, :4].permute(2, 0, 1) / 255)
     assert within(region, 8, SIZE)[0].sum() == 16
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_is_cut_out_is_what_grid_sample_reads(count: int) -> None:
+    """The textbook way, which makes floats of whole frames, with black beyond the frame."""
+    planes, keys = (
+        noise.integers(noise.key(0, torch.arange(3)), 256, *SIZE, count).byte(),
+        noise.key(1, torch.arange(90)),
+    )
+    low = (noise.uniform(keys, 2) * 1.4 - 0.4) * torch.tensor([SIZE[1], SIZE[0]])
+    regions = torch.cat((low, low + 4 + 30 * noise.uniform(noise.fold(keys, "sides"), 2)), 1)
+    frames, share = noise.integers(keys, 3), (torch.arange(12) + 0.5) / 12
+    x, y = (regions[:, k, None] + share * (regions[:, k + 2] - regions[:, k])[:, None] for k in (0, 1))
+    places = (
+        torch.stack((x[:, None].expand(-1, 12, -1) / SIZE[1], y[:, :, None].expand(-1, -1, 12) / SIZE[0]), -1) * 2 - 1
+    )
+    images = planes[frames].permute(0, 3, 1, 2) / 255
+    seen = F.grid_sample(images, places, padding_mode="border", align_corners=False)
+    expected = seen * (places.abs() <= 1).all(-1)[:, None]
+    torch.testing.assert_close(cut(planes, frames, regions, 12), expected, atol=1e-4, rtol=0)
 
 
 def test_masks_are_put_back_where_they_were_cut_out() -> None:

@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode
 import foveate.envs
 from foveate import noise
 from foveate.data.classification import Images
+from foveate.envs.box_search import BoxSearchEnv, SingleBoxSearchEnv
 from foveate.envs.glimpse import FRAME, GlimpseEnv
 from foveate.envs.tensor_env import TensorEnv
 from foveate.types import InputError, map_tree
@@ -27,7 +28,11 @@ BLOCKS = [block.strip() for block in re.findall(r"^```python[^\n]*\n(.*?)^```", 
 TAUGHT = {"__name__": "strip"}  # what the page's own environment defines
 exec(compile(BLOCKS[-1], str(PAGE), "exec"), TAUGHT)
 
-NAMES = [*foveate.envs.ENVIRONMENTS, "example/Strip-v0"]
+# Box search for each class in turn: the class is seen too.
+EACH = {"entry_point": SingleBoxSearchEnv, "vector_entry_point": BoxSearchEnv, "kwargs": {"target": "each"}}
+gymnasium.register("example/EachBoxSearch-v0", **EACH)
+
+NAMES = [*foveate.envs.ENVIRONMENTS, "example/EachBoxSearch-v0", "example/Strip-v0"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP, "disabled": AutoresetMode.DISABLED}
 every = pytest.mark.parametrize("name", NAMES)

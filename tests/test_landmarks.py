@@ -18,11 +18,12 @@ from foveate.data.nifti import in_voxels, isotropic, read_csv, read_fcsv, read_v
 from foveate.data.pyramid import halved
 from foveate.data.volumes import Volumes, held_out, load_volumes, read_volumes, volumes_of
 from foveate.data.warps import moved, random_warps, sources, warped
-from foveate.envs.landmark_search import away, every_landmark, search, with_belief
+from foveate.envs.landmark_search import away, every_landmark, scores, search, with_belief
 from foveate.envs.landmark_walk import MOVES, STEPS, LandmarkWalkEnv, WalkState
 from foveate.learn.replay import Replay
 from foveate.models.atlas import most_usual, registered
 from foveate.models.cube_q import CubeQ, VolumeRegressor, stretched
+from foveate.report import direction
 from foveate.run import Run
 from foveate.systems import landmarks as system
 from foveate.types import InputError, map_tree
@@ -417,6 +418,14 @@ def test_a_cube_is_a_part_of_the_pyramid_and_dark_outside() -> None:
             shown = all(int(a) <= p * 2**scale <= int(b) for a, p, b in zip(state.low, place, state.high, strict=True))
             expected = float(level[place[2], place[1], place[0]]) / 255 if shown else 0.0
             assert seen[row, wider, z, y, x].item() == pytest.approx(expected, abs=0.6 / 255)
+
+
+def test_time_is_told_a_landmark_and_less_of_it_is_better() -> None:
+    volumes = balls(4, 2)
+    told = scores(volumes.landmarks.float(), volumes, seconds=2.0)
+    assert told["milliseconds_a_landmark"] == pytest.approx(2000 / volumes.landmarks[..., 0].numel())
+    assert "milliseconds_a_landmark" not in scores(volumes.landmarks.float(), volumes)
+    assert direction("milliseconds_a_landmark") == -1
 
 
 def test_smoothing_keeps_the_mean_and_every_second_voxel() -> None:

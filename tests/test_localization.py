@@ -17,15 +17,17 @@ import foveate
 from foveate import noise
 from foveate.cli import main
 from foveate.data.detection import Detections, load_detections, of_class, several_views, showing
+from foveate.data.sought import every_search, of_target
 from foveate.envs.box_search import ACTIONS, TRIGGER, BoxSearchEnv
-from foveate.geometry import Boxes
+from foveate.geometry import Boxes, overlaps
 from foveate.learn.q_learning import Dueling
 from foveate.models.box_slots import BoxSlots, matched, slot_loss
 from foveate.models.region_q import AROUND, CROSS, REGION, RegionQ, crossed, region_cells, seen_maps
+from foveate.pictures.searches import search_grid
 from foveate.rewards.regions import NEVER, Searched, best_shape, giving_up, random_regions, recall_so_far, sliding
 from foveate.run import Run
 from foveate.systems import localization
-from foveate.types import InputError
+from foveate.types import InputError, map_tree
 
 SIDE = 32
 
@@ -209,6 +211,30 @@ def test_pictures_without_any_object_can_be_searched() -> None:
     assert env.step(torch.tensor([0, TRIGGER, 4]))[1].tolist() == [0, -3, 0]
 
 
+def test_the_class_that_is_searched_for_changes_what_is_seen_in_the_cells() -> None:
+    """In features and in the regressor; each row by its own class, and not otherwise than alone."""
+    data = of_target(detections(6), "each", "here")
+    model = network(classes=6)
+    env = BoxSearchEnv(36, detections=data, searches=every_search(data), autoreset="disabled")
+    env.reset(seed=0, options={"ids": torch.arange(36)})
+    images = env.regions(env.state)
+    assert images.images is not None
+    assert len(images.images) == 6, "a picture is seen once, not once for each class"
+    maps = seen_maps(model, data.pixels)
+    kept = env.regions(env.state, maps)
+    values = model(kept)
+    torch.testing.assert_close(model(images), values)
+    assert (values.view(6, 6, -1).diff(dim=1).abs().amax(2) > 1e-4).all()
+    row = map_tree(lambda leaf: leaf[8:9], replace(kept, maps=None))
+    torch.testing.assert_close(model(replace(row, maps=maps)), values[8:9])
+    slots = BoxSlots(2, SIDE, width=8, hidden=16, classes=6)
+    found = slots.found(seen_maps(slots, data.pixels)[env.state.image], env.state.label)
+    assert torch.equal(found.labels, env.state.label[:, None].expand(-1, 2))
+    assert found.scores is not None
+    assert (found.scores.view(6, 6, 2).diff(dim=1).abs().amax(2) > 1e-5).all()
+    assert network().kinds is None, "of one class nothing is told"
+
+
 # ---- data ----
 
 
@@ -362,7 +388,7 @@ def test_a_search_in_training_does_what_its_walk_says(agent: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": "zebra"}, r"^target: found 'zebra', expected a class of the data, or any: disk"),
+        ({"target": "zebra"}, r"^target: found 'zebra', expected any, each, or a class: disk"),
         ({"image_size": 30}, r"^image_size: found 30, expected a multiple of the stride, 4"),
         ({"threshold": 1.5}, r"^threshold: found 1.5"),
         ({"alpha": 0.0}, r"^alpha: found 0"),
@@ -407,6 +433,19 @@ def test_a_class_or_a_split_without_objects_is_named(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="target: found 'cow'"):
         localization.resolve(localization.Config(data="voc", root=tmp_path, target="cow", steps=1))
+
+
+def test_each_class_needs_an_object_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cats, dogs = [("cat", False), ("cat", False)], [("dog", False), ("dog", True)]
+    voc(tmp_path / "without", {"train": [*cats, ("dog", True)], "val": cats, "test": [*cats, *dogs]})
+    words = ["train", "localization", "--target", "each", "--data", "voc", "--steps", "2", "--out"]
+    assert main([*words, str(tmp_path / "run"), "--root", str(tmp_path / "without")]) == 2
+    told = capsys.readouterr().err
+    assert "without: split 'train' (3 pictures) has no object of class 'dog' to be found" in told
+    assert not (tmp_path / "run").exists()
+    voc(tmp_path / "with", {"train": cats + dogs, "val": cats, "test": cats})  # test and val may lack a class
+    config = localization.Config(data="voc", root=tmp_path / "with", target="each", steps=1)
+    assert localization.resolve(config).classes == ("cat", "dog")
 
 
 def test_a_data_set_of_difficult_objects_only_is_named(tmp_path: Path) -> None:
@@ -459,3 +498,73 @@ def test_searching_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert ours["ap50"] > rows[name]["ap50"] + 0.15, name
     for name in ("untrained", "random", "sliding"):
         assert ours["recall"] > rows[name]["recall"] + 0.1, name
+
+
+def coloured(count: int, split: str) -> Detections:
+    """A red oblong in one half of each picture of 32 pixels, a blue one in the other, on a ground with grain."""
+    keys = noise.key("coloured", split, torch.arange(count))
+    draws = noise.uniform(keys, 2, 4)
+    size = (8 + 6 * draws[..., :2]).round()
+    low = (draws[..., 2:] * (torch.tensor([SIDE / 2, SIDE]) - size)).floor()
+    low[:, 1, 0] += SIDE / 2
+    labels = noise.uniform(noise.fold(keys, "which"), 2).argsort(1)
+    pixels, step = 0.5 + 0.1 * noise.normal(noise.fold(keys, "grain"), 3, SIDE, SIDE), torch.arange(SIDE) + 0.5
+    for place in range(2):
+        inside = (step > low[:, place, :, None]) & (step < (low + size)[:, place, :, None])  # [count, (x, y), side]
+        colour = torch.tensor([[0.9, 0.2, 0.2], [0.2, 0.2, 0.9]])[labels[:, place], :, None, None]
+        pixels = torch.where((inside[:, 1, :, None] & inside[:, 0, None, :])[:, None], colour, pixels)
+    found = Boxes(torch.cat((low, low + size), 2), labels, torch.ones(count, 2).bool())
+    return Detections((pixels.clamp(0, 1) * 255).byte(), found, ("red", "blue"), "coloured", split)
+
+
+def test_told_another_class_it_ends_at_another_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One network: searching for red it triggers at the red object, for blue at the blue one beside it."""
+    parts = {name: coloured(300 if name == "train" else 40, name) for name in ("train", "val", "test")}
+    monkeypatch.setattr(localization, "_load", lambda data, root, part, *_: parts[part])
+    monkeypatch.setattr(localization, "SHARE", 0.95)  # the regressor is not what is tested
+    settings = TINY | {"width": 16, "hidden": 64, "bins": 4, "batch": 64, "copies": 32, "patience": 15, "triggers": 1}
+    config = localization.resolve(localization.Config(target="each", steps=200, **settings | {"replay": 10_000}))
+    run = Run(tmp_path / "run", system="localization", config={}, steps=200, device="cpu", quiet=True)
+    localization.train(config, run)
+    policy = localization.build(config).eval()
+    assert run.restore(localization.PART, policy)
+    test = parts["test"]
+    found = localization.predict(config, policy, test.pixels.float() / 255)
+    assert found["boxes"].shape == (40, 2, 4)
+    assert found["regions"].shape == (40, 2 * 15, 4)
+    assert found["labels"].tolist() == [[0, 1]] * 40, "a search for each class"
+    assert found["mask"].float().mean() > 0.7, "most of them trigger"
+    iou = overlaps(found["boxes"], test.boxes.boxes)
+    own = found["labels"][..., None] == test.boxes.labels[:, None]
+    at_own, at_other = ((iou * which).sum(2)[found["mask"]] for which in (own, ~own))
+    assert (at_own > at_other + 0.3).float().mean() > 0.8
+
+
+def test_each_class_is_searched_for_in_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run of it writes, what its agent says, and what its pictures name."""
+    settings = TINY | {"target": "each", "scenes": 60}
+    agent = foveate.train("localization", steps=6, out=tmp_path / "run", device="cpu", **settings)
+    found = json.loads((agent.folder / "evaluation.json").read_text())
+    assert set(found["baselines"]) == {"patient", "untrained", "regressor", "centre", "random", "sliding"}
+    test = load_detections("scenes", None, "test", 32, scenes=60, most=2)
+    assert agent.config.classes == test.classes
+    images = test.pixels[:3].float() / 255
+    told = agent(images)
+    assert told["boxes"].shape == (3, 6 * 2, 4)
+    assert told["labels"].tolist() == [[number for number in range(6) for _ in range(2)]] * 3
+    assert told["looked"].shape == (3, 6 * 10)
+    alone, seen = agent(images[1:2]), told["looked"][1]
+    assert torch.equal(alone["looked"][0], seen)
+    torch.testing.assert_close(alone["regions"][0][seen], told["regions"][1][seen], atol=1e-3, rtol=1e-3)
+    drawn: dict[str, Any] = {}
+
+    def noted(*shown: Any) -> Any:
+        drawn["names"], drawn["found"] = shown[7:9]
+        return search_grid(*shown)
+
+    monkeypatch.setattr(localization, "search_grid", noted)
+    localization.picture(agent.config, agent.policy, Run.open(agent.folder), images)
+    best = told["values"].masked_fill(~told["fired"], NEVER).unflatten(1, (6, 10)).amax(2).argmax(1)
+    assert drawn["names"] == [test.classes[number] for number in best.tolist()], "the search with the surest trigger"
+    assert torch.equal(drawn["found"].labels, told["labels"])
+    assert main(["eval", str(agent.folder), "--data", "digits"]) == 2, "other classes"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -17,9 +18,9 @@ import foveate
 from foveate import noise
 from foveate.data.pairs import CANVAS, Pairs, Spread, displaced, load_pairs
 from foveate.data.registration_files import letterbox, read_pictures_of_pairs
-from foveate.data.similarity import apply, compose, fitted, inverse, matrices, parameters_of, warp
+from foveate.data.similarity import apply, compose, edge_colors, fitted, inverse, matrices, parameters_of, warp
 from foveate.distributions import Categorical
-from foveate.envs.registration import MOVES, STEPS, RegistrationEnv
+from foveate.envs.registration import AT_ONCE, MOVES, STEPS, RegistrationEnv
 from foveate.envs.registration_walks import SOFT, Expert, expert_loss, steps, walk
 from foveate.models.mutual_information import by_mutual_information
 from foveate.models.registration import ConvLSTMCell, PairEyes, Recall, RegistrationPolicy
@@ -97,6 +98,35 @@ def test_nothing_done_changes_no_pixel_and_what_was_cut_off_stays_so() -> None:
     back = warp(images, still, frame=right)  # came from further left, was cut off there, and has been brought back
     torch.testing.assert_close(back[..., 8:], images[..., 8:], atol=1e-5, rtol=0)
     assert (back[..., :8] == back[..., :1, :1]).all()
+
+
+def test_warping_is_what_its_formulas_written_out_are() -> None:
+    """Each pixel of the result asks the inverse where it comes from; beyond the edge stands its median."""
+    images, size = noise.uniform(noise.key("image", torch.arange(40)), 3, 24, 40), (SIDE, 28)
+    matrix, frame = matrices(drawn(40), SIDE), matrices(drawn(40, "frame"), SIDE)
+    x, y = torch.meshgrid(*(torch.arange(count) + 0.5 for count in size[::-1]), indexing="xy")
+    pixels = torch.stack((x, y), -1).view(1, -1, 2).expand(40, -1, -1)
+    places = apply(inverse(matrix), pixels) / torch.tensor([40, 24]) * 2 - 1
+    edge = torch.cat((images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]), 2)
+    ground = edge.median(2).values
+    lies = ground[..., None, None]
+    seen = F.grid_sample(images - lies, places.view(40, *size, 2), align_corners=False)
+    torch.testing.assert_close(warp(images, matrix, size), (seen + lies).clamp(0, 1), atol=1e-4, rtol=0)
+    before = apply(inverse(frame), pixels)
+    inside = ((before >= 0) & (before <= torch.tensor([28, SIDE]))).all(-1).view(40, 1, *size)
+    found = warp(images, matrix, size, frame, edge_colors(images))
+    torch.testing.assert_close(found, (seen * inside + lies).clamp(0, 1), atol=1e-4, rtol=0)
+
+
+def test_what_is_seen_of_many_pairs_at_once_is_what_is_seen_of_few() -> None:
+    env = RegistrationEnv(1, image_size=SIDE, count=8)
+    ids = torch.arange(AT_ONCE + 3) % 8
+    state = env.scattered(ids, noise.key("place", ids))
+    whole = env.observe(state)
+    assert torch.equal(whole["fixed"], env.fixed[ids].float() / 255)
+    for rows in (torch.tensor([0]), torch.arange(AT_ONCE - 1, AT_ONCE + 3)):
+        few = env.observe(state.rows(rows))
+        torch.testing.assert_close({name: leaf[rows] for name, leaf in whole.items()}, few, atol=1e-4, rtol=0)
 
 
 # ---- pairs ----

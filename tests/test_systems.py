@@ -236,13 +236,17 @@ def test_the_command_of_a_run_makes_its_config_again() -> None:
     assert tyro.cli(module.Config, args=words.split()[3:]) == config
 
 
-@pytest.mark.parametrize("system", ["localization", "tracking", "landmarks", "seednet", "cutting"])
+@pytest.mark.parametrize(
+    ("system", "more"),
+    [(name, {}) for name in ("localization", "tracking", "landmarks", "seednet", "cutting")]
+    + [("localization", {"target": "each"})],
+)
 def test_an_agent_that_was_stopped_ends_as_one_that_was_not(
-    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    system: str, more: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it acts, its replay filled: the weights are equal to the last bit."""
     module = agents.system_module(system)
-    config = module.resolve(module.Config(**QUICK[system], steps=36))
+    config = module.resolve(module.Config(**QUICK[system], **more, steps=36))
     kept = {"system": system, "config": {}, "steps": 36, "device": "cpu", "checkpoint_steps": 6, "quiet": True}
     whole, cut = (Run(tmp_path / name, **kept) for name in ("whole", "cut"))
     module.train(config, whole)

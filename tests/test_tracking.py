@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -216,6 +217,26 @@ def test_crops_are_regions_whatever_the_level() -> None:
         region = smooth[1:, :, top:bottom, left:right]
         expected = torch.nn.functional.interpolate(region, (16, 16), mode="area")[0]
         assert (found[row] - expected).abs().mean() < 0.03
+
+
+def test_crops_are_what_grid_sample_reads_of_their_level() -> None:
+    """The textbook way, which makes floats of whole frames; boxes of all sizes, many of them beyond the edge."""
+    frames = (noise.uniform(noise.key(2, torch.arange(3)), 3, 48, 64) * 255).byte()
+    nothing, keys = boxes_of([[[0.0, 0, 1, 1]]] * 3), noise.key(3, torch.arange(200))
+    data = stacked([Clip("a", frames, nothing, nothing, 5.0)])
+    chosen, low = noise.integers(keys, 3), (noise.uniform(keys, 2) * 1.4 - 0.4) * torch.tensor([64, 48])
+    boxes = torch.cat((low, low + 2 ** (2 + 5 * noise.uniform(noise.fold(keys, "sides"), 2))), 1)
+    found = crops(data, chosen, boxes, 12)
+    levels = ((boxes[:, 2:] - boxes[:, :2]) / 12).log2().mean(1).round().clamp(0, 3).long()
+    assert levels.unique().tolist() == [0, 1, 2, 3]
+    for row, (frame, level) in enumerate(zip(chosen.tolist(), levels.tolist(), strict=True)):
+        first, (height, width) = int(data.offsets[frame, level]), data.sizes[frame, level].tolist()
+        pixels = data.pixels[first : first + height * width, :3].view(1, height, width, 3).permute(0, 3, 1, 2) / 255
+        share = (torch.arange(12) + 0.5) / 12
+        x, y = (boxes[row, k] + share * (boxes[row, k + 2] - boxes[row, k]) for k in (0, 1))
+        places = torch.stack(torch.meshgrid(x / 64, y / 48, indexing="xy"), -1)[None] * 2 - 1
+        seen = F.grid_sample(pixels, places, padding_mode="border", align_corners=False)[0]
+        torch.testing.assert_close(found[row], seen, atol=1e-4, rtol=0)
 
 
 def test_mirrored_sequences_show_the_same_objects() -> None:

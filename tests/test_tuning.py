@@ -149,10 +149,30 @@ def test_dropout_stands_still_while_answering() -> None:
     assert reference.score.weight is not model.score.weight
 
 
+def test_a_temperature_is_that_of_the_answers_and_of_their_scores_and_is_gone_afterwards(tmp_path: Path) -> None:
+    model, other = small(), small()
+    other.temperature = 0.5
+    image, target, keys = images(8), torch.tensor([[1, 2]]).expand(8, -1), torch.arange(8)
+    cold = Tuning(samples=4, temperature=0.5)
+    found = score(model, agreement, image, target, keys, cold, MovingAverage()).actions
+    expected = score(other, agreement, image, target, keys, Tuning(samples=4), MovingAverage()).actions
+    assert torch.equal(found.ids, expected.ids)
+    with answering(model, temperature=0.5):
+        assert torch.equal(model(image, found).log_probs, other(image, found).log_probs)
+    assert model.temperature == 1
+    greedier, rows = tuned(tmp_path / "run", 60, temperature=0.5)
+    assert greedier.temperature == 1
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-6) for row in rows)
+    assert rows[-1]["reward"] > rows[0]["reward"]
+    with pytest.raises(InputError, match=r"^temperature: found 0\.5, but Coins has none"):
+        score(Coins(), agreement, torch.zeros(2), torch.zeros(2), torch.arange(2), cold, MovingAverage())
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
         ({"samples": 1}, "samples"),
+        ({"temperature": 0.0}, "temperature"),
         ({"samples": 0, "baseline": "none"}, "samples"),
         ({"epochs": 0}, "epochs"),
         ({"epochs": 2}, "clip"),
@@ -445,8 +465,12 @@ def test_what_comes_after_a_decision_leaves_the_gradient_and_takes_the_noise_of_
 def test_credit_that_is_not_given_is_asked_for() -> None:
     settings = Tuning(samples=2, credit="difference")
     plain = lambda answers, targets: RewardOutput(together(answers))  # noqa: E731
-    with pytest.raises(InputError, match=r"^credit: 'difference' asks the reward for one of \[4, 3\], found none"):
+    with pytest.raises(InputError, match=r"^credit: 'difference' asks the reward for one of each decision, found none"):
         score(Coins(), plain, torch.zeros(2), torch.zeros(2), torch.arange(2), settings, MovingAverage())
+    short = lambda answers, targets: replace(with_difference(answers, targets), credit=torch.zeros(4, 2))  # noqa: E731
+    scored = score(Coins(), short, torch.zeros(2), torch.zeros(2), torch.arange(2), settings, MovingAverage())
+    with pytest.raises(InputError, match=r"^credit: 'difference' asks the reward for one of \[4, 3\], found \[4, 2\]"):
+        reward_loss(Coins()(torch.zeros(2), scored.actions), scored, None, settings)
     how = Tuning(baseline="learned")
     with pytest.raises(InputError, match=r"^baseline: found 'learned', but the model has no values"):
         score(Coins(), with_difference, torch.zeros(2), torch.zeros(2), torch.arange(2), how, MovingAverage())

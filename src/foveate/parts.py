@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,13 +14,14 @@ from foveate.learn.keeper import Keeper
 from foveate.run import Run
 
 M = TypeVar("M", bound=nn.Module)
+ADAM = partial(torch.optim.Adam, fused=True)  # all weights in one pass: a third of the time of one after another
 
 
 def tracked(
     run: Run,
     name: str,
     model: M,
-    kind: Callable[..., Optimizer] = torch.optim.Adam,
+    kind: Callable[..., Optimizer] = ADAM,
     by: str = "held_out_reward",
 ) -> tuple[M, Optimizer, Keeper]:
     """A model, the optimizer of what it learns, and the keeper of its best weights by this score, as parts of the run.
@@ -32,7 +34,7 @@ def tracked(
     return model, optimizer, keeper
 
 
-def learning(run: Run, name: str, model: M, kind: Callable[..., Optimizer] = torch.optim.Adam) -> tuple[M, Optimizer]:
+def learning(run: Run, name: str, model: M, kind: Callable[..., Optimizer] = ADAM) -> tuple[M, Optimizer]:
     """A model and the optimizer of what it learns, as parts of the run: as `tracked`, for one that ends as it ends."""
     model = model.to(run.device)
     optimizer = kind([each for each in model.parameters() if each.requires_grad])

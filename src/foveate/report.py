@@ -27,6 +27,7 @@ LOWER_IS_BETTER = frozenset(
         "glimpses",
         "kl",
         "loss",
+        "milliseconds",
         "minutes",
         "nll",
         "regions",

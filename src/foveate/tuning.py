@@ -157,7 +157,7 @@ def _check_start(
     rows = rows_of(inputs)
     device, wanted = next(policy.parameters()).device, repeat(targets, tuning.samples)
     drawn, outputs = [], []
-    with answering(policy, tuning.precision):
+    with answering(policy, tuning.precision, tuning.temperature):
         for draw in range(-(-ENOUGH // (rows * tuning.samples))):
             keys = noise.key(seed, "check", draw, torch.arange(rows)).to(device)
             drawn.append(policy.sample(inputs, tuning.samples, False, keys))

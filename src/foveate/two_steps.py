@@ -40,6 +40,7 @@ from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, ro
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
 Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
 SUMS = ("entropy", "kl", "value_loss")  # divided by the answers of the whole batch, of which a chunk has its part
+WATCHED = 10  # updates between two looks at the KL to a reference that nothing holds on to
 LONG = (*SUMS, "length")  # sums over decisions, of which a piece has its part
 
 
@@ -241,9 +242,10 @@ def tune_on_reward(
 ) -> None:
     """Tune a sampler for one phase of a run; with a reference it begins with the weights of that.
 
-    Logged: the reward and its parts; "kl" to the reference and "entropy", of whole answers in nats; "length", decisions
-    an answer; "distinct", the share of different answers to an input; "alike", the share of inputs whose answers all
-    scored the same, from which nothing is learned; "ratio", which is 1 at the first epoch.
+    Logged: the reward and its parts; "kl" to the reference (without an anchor, of every tenth update) and "entropy", of
+    whole answers in nats; "length", decisions an answer; "distinct", the share of different answers to an input;
+    "alike", the share of inputs whose answers all scored the same, from which nothing is learned; "ratio", which is 1
+    at the first epoch.
 
     Args:
         run: owns the loop.
@@ -282,8 +284,9 @@ def tune_on_reward(
         rate *= 1 - run.progress if tuning.anneal else 1.0
         set_learning_rate(optimizer, rate * (1.0 if keeper is None else float(keeper.rate)))
         some = _subset(run, phase, step, tuning.subset)
+        watched = reference if tuning.anchor or step % WATCHED == 0 else None
         for epoch in range(tuning.epochs):
-            now, behaviour = _update(run, policy, reference, inputs, targets, scored, tuning, optimizer, beside, some)
+            now, behaviour = _update(run, policy, watched, inputs, targets, scored, tuning, optimizer, beside, some)
             if epoch == 0:
                 told = now | _told(scored, tuning.samples)
                 run.log(**told)
@@ -349,9 +352,9 @@ def _update(
                 loss.backward()
             anchor = None
             if reference is not None:
-                with torch.no_grad(), answering(reference, tuning.precision):
+                with torch.no_grad(), answering(reference, tuning.precision, tuning.temperature):
                     anchor = reference(some, part.actions, steps).distribution
-            with answering(policy, tuning.precision):
+            with answering(policy, tuning.precision, tuning.temperature):
                 decisions = policy(some, part.actions, steps)
             loss, told = reward_loss(decisions, part.at(steps), anchor, tuning, rows * samples)
             loss = scale * loss if scale > 1 else loss

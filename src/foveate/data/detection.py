@@ -221,7 +221,7 @@ def of_class(data: Detections, name: str) -> Detections:
         InputError: there is no such class.
     """
     if name not in data.classes:
-        raise InputError(f"target: found {name!r}, expected a class of the data, or any: {', '.join(data.classes)}")
+        raise InputError(f"target: found {name!r}, expected any, each, or a class: {', '.join(data.classes)}")
     same = data.boxes.labels == data.classes.index(name)
     return replace(data, boxes=replace(data.boxes, mask=data.boxes.mask & same))
 

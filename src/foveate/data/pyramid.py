@@ -58,12 +58,12 @@ class Pyramid:
         first = self.begins[scale] + (place * strides[:, :3]).sum(1) + volume * strides[:, 3]
         x, y, z = (self.reach * strides[:, axis, None] for axis in range(3))
         index = (first[:, None] + z)[:, :, None, None] + y[:, None, :, None] + x[:, None, None, :]
-        voxels = self.line.take(index).float()
+        voxels = self.line.index_select(0, index.flatten()).view(index.shape).float()
         step = 2 ** scale.int()[:, None, None]
         full = (place[:, None] + self.reach[:, None]) * step  # [batch, cube, (x, y, z)]
         inside = ((full >= low[:, None]) & (full <= high[:, None])).float()
         x, y, z = inside.unbind(2)
-        return voxels * (z / 255)[:, :, None, None] * (y[:, None, :, None] * x[:, None, None, :])
+        return voxels.mul_((z / 255)[:, :, None, None]).mul_(y[:, None, :, None] * x[:, None, None, :])
 
     def slices(
         self, volume: Int[Tensor, " batch"], place: Int[Tensor, "batch 3"], across: int, up: int

@@ -77,6 +77,7 @@ def warp(
     matrix: Float[Tensor, "batch 2 3"],
     size: tuple[int, int] | None = None,
     frame: Float[Tensor, "batch 2 3"] | None = None,
+    ground: Float[Tensor, "batch channels"] | None = None,
 ) -> Float[Tensor, "batch channels rows columns"]:
     """Move pictures: what stands at x comes to stand at matrix(x).
 
@@ -88,20 +89,32 @@ def warp(
         size: (height, width) of the result; None: the same.
         frame: (a map into the result) what would lie outside of the result's own frame before this map is not there
             either: the picture was cut off there once.
+        ground: what `edge_colors` finds in them, if it is known already.
     """
     height, width = images.shape[2:]
-    rows, columns = size or (height, width)
-    y, x = (torch.arange(count, device=images.device) + 0.5 for count in (rows, columns))
-    pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(1, -1, 2).expand(len(images), -1, -1)
-    places = apply(inverse(matrix), pixels) / images.new_tensor([width, height]) * 2 - 1
-    edge = torch.cat((images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]), 2)
-    ground = edge.median(2).values[..., None, None]
-    moved = F.grid_sample(images - ground, places.view(-1, rows, columns, 2), "bilinear", align_corners=False)
+    size = size or (height, width)
+    ground = (edge_colors(images) if ground is None else ground)[..., None, None]
+    places = _origins(matrix, size, (height, width)).permute(0, 2, 3, 1)
+    moved = F.grid_sample(images - ground, places, "bilinear", align_corners=False)
     if frame is not None:
-        before = apply(inverse(frame), pixels)
-        inside = ((before >= 0) & (before <= before.new_tensor([columns, rows]))).all(-1)
-        moved = moved * inside.view(-1, 1, rows, columns)
-    return (moved + ground).clamp(0, 1)
+        moved *= (_origins(frame, size, size).abs_() <= 1).all(1, keepdim=True)
+    return moved.add_(ground).clamp_(0, 1)  # in place: pictures of a batch are megabytes, and fresh ones cost more
+
+
+def edge_colors(images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels"]:
+    """The median of the pixels at the edge of pictures, of each channel by itself."""
+    edge = torch.cat((images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]), 2)
+    return edge.median(2).values
+
+
+def _origins(matrix: Tensor, size: tuple[int, int], source: tuple[int, int]) -> Float[Tensor, "batch 2 rows columns"]:
+    """Where in a source (height, width) the pixels of a result come from that a matrix fills: (x, y) in [-1, 1]."""
+    rows, columns = size
+    scale = 2 / matrix.new_tensor([source[1], source[0]])[:, None]
+    back = inverse(matrix) * scale - matrix.new_tensor([0.0, 0.0, 1.0])
+    y, x = (torch.arange(count, device=matrix.device) + 0.5 for count in size)
+    pixels = torch.stack((x.repeat(rows), y.repeat_interleave(columns), torch.ones_like(x).repeat(rows)))
+    return (back.flatten(0, 1) @ pixels).view(-1, 2, rows, columns)
 
 
 def _assembled(cos: Tensor, sin: Tensor, shift: Tensor, centre: float) -> Tensor:

@@ -92,16 +92,15 @@ def crops(
     across, down = (points - low).unbind(2)
     packed = videos.pixels.view(torch.int32).squeeze(1)
     across = across.repeat_interleave(4, 1)[:, None]  # the colours of a row's pixels stand side by side
-    lines = []
-    for rows in (low[..., 1], high[..., 1]):
-        start = (first[:, None] + rows * size[:, 1:])[:, :, None]
-        left, right = (
-            packed.take(start + place[:, None]).view(torch.uint8).view(-1, patch, 4 * patch).float()
-            for place in (low[..., 0], high[..., 0])
-        )
-        lines.append(torch.lerp(left, right, across))
-    found = torch.lerp(lines[0], lines[1], down[:, :, None]) / 255
-    return found.view(-1, patch, patch, 4)[..., :3].permute(0, 3, 1, 2)
+    rows = torch.cat((low[..., 1], high[..., 1]), 1)  # of both kinds
+    start = (first[:, None] + rows * size[:, 1:])[:, :, None]
+    left, right = (
+        packed.index_select(0, (start + place[:, None]).flatten()).view(torch.uint8).view(-1, 2 * patch, 4 * patch)
+        for place in (low[..., 0], high[..., 0])
+    )
+    above, below = left.float().lerp_(right.float(), across).chunk(2, 1)
+    found = above.lerp_(below, down[:, :, None]).div_(255)
+    return found.unflatten(2, (patch, 4))[..., :3].permute(0, 3, 1, 2)
 
 
 def stacked(clips: Sequence[Clip]) -> Videos:

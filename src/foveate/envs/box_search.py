@@ -4,7 +4,7 @@ reinforcement learning").
 | | |
 |---|---|
 | state | the image, the box, the last actions, the boxes that were triggered, the objects still to be found |
-| observation | `view`: the region of the box; `history`: the last actions, one-hot, the latest first |
+| observation | `view`: the region of the box; `history`: the last actions, the latest first; `label`: what is sought |
 | action | move right, left, up, down, bigger, smaller, fatter, taller; or trigger |
 | reward | of a move: the sign of the change in IoU with the best object left; of the trigger: 3 if it is 0.6, else -3 |
 | horizon | 40 steps; it ends with the last trigger |
@@ -12,6 +12,7 @@ reinforcement learning").
 The box begins as the whole image. After a trigger that is not the last, a black cross is laid over the region, so that
 nobody returns there, and the search begins again at one of the four corners, with boxes of three quarters of the side;
 so it does after `patience` steps without a trigger. Where nothing is left to be found moves are worth nothing.
+Objects of any class are sought, or those of one class of several: then its number, `label`, is seen.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from foveate.data.detection import Detections, check_objects, load_detections
+from foveate.data.detection import Detections, load_detections
+from foveate.data.sought import Searches, of_searches, of_target, searches_to_learn
 from foveate.envs.box_moves import MOVES, moves
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv
@@ -55,6 +57,7 @@ class SearchState:
         free: objects that are still to be found.
         age: steps since the search began, or began again.
         begun: how often it began again.
+        label: the class that is searched for; None if there is only one.
     """
 
     image: Int[Tensor, "*batch"]
@@ -65,6 +68,7 @@ class SearchState:
     free: Bool[Tensor, "*batch objects"]
     age: Int[Tensor, "*batch"]
     begun: Int[Tensor, "*batch"]
+    label: Int[Tensor, "*batch"] | None = None
 
 
 class BoxSearchEnv(TensorEnv):
@@ -73,6 +77,10 @@ class BoxSearchEnv(TensorEnv):
     Args:
         num_envs: copies in lockstep.
         detections: pictures and their boxes, which may be none; None loads `data` from `root`.
+        searches: in these, the picture and the class of each example, whose objects alone are to be found then; None: a
+            picture is an example, its objects of all classes are.
+        target: in what is loaded: "any" object, those of the class of this name, or "each" class: an example is a
+            picture and a class then, of which it has an object or, in half of them, none.
         data: name of a set (`foveate.data.detection.DATASETS`).
         root: its folder.
         split: "train", "val" or "test".
@@ -101,6 +109,8 @@ class BoxSearchEnv(TensorEnv):
         num_envs: int = 1,
         *,
         detections: Detections | None = None,
+        searches: Searches | None = None,
+        target: str = "any",
         data: str = "scenes",
         root: str | Path | None = None,
         split: Any = "train",
@@ -127,7 +137,8 @@ class BoxSearchEnv(TensorEnv):
         if detections is None:
             place = None if root is None else Path(root)
             detections = load_detections(data, place, split, image_size, scenes=scenes)
-            check_objects(detections, place or data)
+            detections = of_target(detections, target, place or data)
+            searches = searches_to_learn(detections)
         elif not detections.boxes.mask.shape[1]:  # a place for an object, so that there is one to compare with
             empty = map_tree(lambda leaf: leaf.new_zeros(len(leaf), 1, *leaf.shape[2:]), detections.boxes)
             detections = replace(detections, boxes=empty)
@@ -135,27 +146,36 @@ class BoxSearchEnv(TensorEnv):
         self.patch, self.alpha, self.past, self.triggers = patch, alpha, history, triggers
         self.threshold, self.trigger_reward = threshold, trigger_reward
         self.side = detections.pixels.shape[-1]
+        seen: dict[str, gymnasium.Space] = {
+            "history": gymnasium.spaces.Box(0.0, 1.0, (history, ACTIONS)),
+            "view": gymnasium.spaces.Box(0.0, 1.0, (3, patch, patch)),
+        }
+        pictures, wanted, labels = torch.arange(len(detections)), detections.boxes.wanted, None
+        if searches is not None:
+            pictures, wanted = searches[:, 0], of_searches(detections.boxes, searches).wanted
+            if len(detections.classes) > 1:
+                labels = searches[:, 1]
+                seen["label"] = gymnasium.spaces.Discrete(len(detections.classes))
         super().__init__(
             num_envs,
-            gymnasium.spaces.Dict(
-                history=gymnasium.spaces.Box(0.0, 1.0, (history, ACTIONS)),
-                view=gymnasium.spaces.Box(0.0, 1.0, (3, patch, patch)),
-            ),
+            gymnasium.spaces.Dict(seen),
             gymnasium.spaces.Discrete(ACTIONS),
-            examples=len(detections),
+            examples=len(pictures),
             horizon=horizon,
             **options,
         )
         self.pixels = detections.pixels.permute(0, 2, 3, 1).contiguous().to(self.device)  # a place's colours together
-        self.targets, self.wanted = (leaf.to(self.device) for leaf in (detections.boxes.boxes, detections.boxes.wanted))
+        self.targets = detections.boxes.boxes.to(self.device)
+        self.pictures, self.wanted = pictures.to(self.device), wanted.to(self.device)  # of the examples
+        self.labels = None if labels is None else labels.to(self.device)
 
     def initial(self, ids: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]) -> SearchState:
         """The whole image, nothing done and nothing found."""
         box = torch.tensor([0.0, 0.0, self.side, self.side], device=ids.device).expand(len(ids), 4)
         past = torch.zeros(len(ids), self.past, dtype=torch.uint8, device=ids.device)
         marks = torch.zeros(len(ids), self.triggers, 4, device=ids.device)
-        none = torch.zeros_like(ids)
-        return SearchState(ids, box, past, marks, none, self.wanted[ids], none, none)
+        none, label = torch.zeros_like(ids), None if self.labels is None else self.labels[ids]
+        return SearchState(self.pictures[ids], box, past, marks, none, self.wanted[ids], none, none, label)
 
     def transition(
         self, state: SearchState, actions: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
@@ -182,6 +202,7 @@ class BoxSearchEnv(TensorEnv):
             free,
             age.masked_fill(again, 0),
             state.begun + again,
+            state.label,
         )
         over = fires & (count >= self.triggers)
         kept = torch.where(over[:, None], state.box, after.box)  # the last box stays
@@ -190,7 +211,7 @@ class BoxSearchEnv(TensorEnv):
         return replace(after, box=kept), reward, over
 
     def observe(self, state: SearchState) -> dict[str, Tensor]:
-        """The region of the box, marks as black crosses, and the last actions."""
+        """The region of the box, marks as black crosses, the last actions, and the class if there are several."""
         corners = state.box.unflatten(1, (2, 2))
         share = (torch.arange(self.patch, device=state.box.device) + 0.5) / self.patch
         points = corners[:, :1] + share[:, None] * (corners[:, 1:] - corners[:, :1])  # [batch, patch, (x, y)]
@@ -198,16 +219,17 @@ class BoxSearchEnv(TensorEnv):
         y = points[:, :, None, 1].expand(-1, -1, self.patch)
         view = cut(self.pixels, state.image, state.box, self.patch)
         history = F.one_hot(state.history.long(), ACTIONS + 1)[..., 1:].float()
-        return {"history": history, "view": view.masked_fill(self._crossed(state, x, y)[:, None], 0.0)}
+        seen = {"history": history, "view": view.masked_fill(self._crossed(state, x, y)[:, None], 0.0)}
+        return seen if state.label is None else {"history": history, "label": state.label, "view": seen["view"]}
 
     def regions(self, state: SearchState, maps: Float[Tensor, "images features rows columns"] | None = None) -> Regions:
         """What a network is shown that sees the pictures whole: their maps, or those in play, each of them once."""
         there = self._there(state)
         if maps is not None:
-            return Regions(state.image, state.box, state.marks, there, state.history, maps=maps)
+            return Regions(state.image, state.box, state.marks, there, state.history, state.label, maps=maps)
         some, number = state.image.unique(return_inverse=True)
         images = self.pixels[some].permute(0, 3, 1, 2).float() / 255
-        return Regions(number, state.box, state.marks, there, state.history, images=images)
+        return Regions(number, state.box, state.marks, there, state.history, state.label, images=images)
 
     def _there(self, state: SearchState) -> Bool[Tensor, "batch triggers"]:
         return torch.arange(self.triggers, device=state.box.device) < state.triggered[:, None]

@@ -106,9 +106,14 @@ def scores(
     points: Float[Tensor, "volumes landmarks 3"],
     volumes: Volumes,
     present: Bool[Tensor, "volumes landmarks"] | None = None,
+    seconds: float | None = None,
 ) -> dict[str, float]:
-    """`error_mm`, its median, and `failures`: the part that is more than `FAILED` mm off, or said not to be there."""
+    """`error_mm`, its median, and `failures`: the part that is more than `FAILED` mm off, or said not to be there.
+
+    With the seconds that all of the answers took also `milliseconds_a_landmark`, their time by their number.
+    """
     errors = away(points, volumes)
     failed = errors > FAILED if present is None else (errors > FAILED) | ~present
     found = {"error_mm": errors.mean(), "median_error_mm": errors.median(), "failures": failed.float().mean()}
-    return {name: float(value) for name, value in found.items()}
+    told = {name: float(value) for name, value in found.items()}
+    return told if seconds is None else told | {"milliseconds_a_landmark": 1000 * seconds / errors.numel()}

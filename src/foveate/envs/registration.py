@@ -27,13 +27,14 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data.pairs import Pairs, Spread, distances, load_pairs
-from foveate.data.similarity import apply, compose, inverse, matrices, parameters_of, warp
+from foveate.data.similarity import apply, compose, edge_colors, inverse, matrices, parameters_of, warp
 from foveate.envs.single import SingleEnv
 from foveate.envs.tensor_env import TensorEnv, check_choice
 from foveate.types import InputError, map_tree
 
 MOVES = ("right", "left", "down", "up", "clockwise", "back", "larger", "smaller")
 STEPS = (1.0, 1.0, 1.0, 0.05)  # pixels, pixels, degrees, logarithm of the scale
+AT_ONCE = 32  # pairs that are looked at together: what more of them need is too large for a processor's cache
 TILES = 6  # of the checkerboard of a picture, in a row
 Reward = Literal["landmarks", "transform"]
 
@@ -120,6 +121,7 @@ class RegistrationEnv(TensorEnv):
             **options,
         )
         self.fixed, self.moving = pairs.fixed.to(self.device), pairs.moving.to(self.device)
+        self.ground = edge_colors(self.moving.float()) / 255
         self.points = pairs.moving_points.to(self.device)
         self.targets, self.mask = pairs.fixed_points.to(self.device), pairs.mask.to(self.device)
         self.aligned = pairs.aligned().to(self.device)
@@ -150,10 +152,13 @@ class RegistrationEnv(TensorEnv):
 
     def observe(self, state: RegistrationState) -> dict[str, Tensor]:
         """Both pictures, the moving one where it is now."""
-        own = matrices(state.transform, self.side)
-        size = self.side, self.side
-        moving = warp(self.moving[state.pair].float() / 255, self.total(state), size, own)
-        return {"fixed": self.fixed[state.pair].float() / 255, "moving": moving}
+        parts = torch.arange(len(state.pair), device=self.device).split(AT_ONCE)
+        return map_tree(lambda *leaves: torch.cat(leaves), *(self._seen(state.rows(part)) for part in parts))
+
+    def _seen(self, state: RegistrationState) -> dict[str, Tensor]:
+        own, size = matrices(state.transform, self.side), (self.side, self.side)
+        fixed, moving = (each.index_select(0, state.pair).float().div_(255) for each in (self.fixed, self.moving))
+        return {"fixed": fixed, "moving": warp(moving, self.total(state), size, own, self.ground[state.pair])}
 
     def moved(self, transform: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch moves 4"]:
         """Transforms after each of the moves; shifts stay within a side, the scale from 0.7 to 1.4."""

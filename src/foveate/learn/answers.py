@@ -18,6 +18,7 @@ that the memory is that of a piece; sums over decisions are sums over pieces.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -68,6 +69,10 @@ class Tuning:
             for each and weighed up, so that the expectation is that of all. Of a denoising chain, whose steps share
             one advantage, a third of them is a cheaper update and hardly a noisier one.
         precision: "bf16" runs the model in mixed precision; rewards and losses stay in fp32.
+        temperature: by which a sampler divides its scores while it draws answers and learns from them; None: its own.
+            Answers drawn at 1 from a model of likelihood are often much worse than its likeliest ones, and learning to
+            draw as well as these takes the time in which they could become better: below 1 it begins there. The
+            sampler has an attribute `temperature`, as `foveate.models.encoder_decoder.EncoderDecoder`.
     """
 
     samples: int = 8
@@ -84,6 +89,7 @@ class Tuning:
     precision: Precision = "fp32"
     anchored: Literal["loss", "reward"] = "loss"
     subset: float = 1.0
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be learned from.
@@ -101,6 +107,8 @@ class Tuning:
         )
         if compares and self.samples < 2:
             raise InputError(f"samples: found {self.samples}, but {self.baseline} compares at least 2; try 8")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature: found {self.temperature:g}, expected more than 0; below 1 is near greedy")
         if not 0 < self.subset <= 1:
             raise InputError(f"subset: found {self.subset:g}, expected more than 0 and at most 1")
         if self.anchored == "reward" and self.credit != "answer":
@@ -151,21 +159,22 @@ def score(
         InputError: the reward gives no credit, or the model no values, where the settings ask for them.
     """
     count, learned = tuning.samples, tuning.baseline == "learned" and tuning.credit == "answer"
-    with torch.no_grad(), answering(policy, tuning.precision):
+    with torch.no_grad(), answering(policy, tuning.precision, tuning.temperature):
         actions = policy.sample(inputs, count, False, keys)
         output = reward(policy.decode(actions), repeat(targets, count))
         behaviour = values = None
-        if tuning.credit != "answer" or learned:
+        if tuning.credit == "flip" or learned:
             decisions = list(decided(policy, inputs, actions))
             behaviour = torch.cat([_log_probs(some) for some in decisions], 1)
             values = torch.cat([_values(some) for some in decisions], 1) if learned else None
         if tuning.credit != "answer":
-            assert behaviour is not None
             return Scored(actions, behaviour, output, _own(output, behaviour, tuning))
         group = torch.arange(len(keys), device=keys.device).repeat_interleave(count)
         worth = output.total
         if tuning.anchored == "reward" and tuning.anchor and reference is not None:
-            worth = worth - tuning.anchor * divergence(policy, reference, inputs, actions, tuning.precision)
+            worth = worth - tuning.anchor * divergence(
+                policy, reference, inputs, actions, tuning.precision, tuning.temperature
+            )
         if tuning.baseline == "normalised":
             return Scored(actions, behaviour, output, group_normalised(worth, group))
         if tuning.baseline == "leave-one-out":
@@ -195,7 +204,12 @@ def log_prob(policy: Sampler, inputs: Tree, actions: Tree) -> Float[Tensor, " ro
 
 
 def divergence(
-    policy: Sampler, reference: Sampler, inputs: Tree, actions: Tree, precision: Precision = "fp32"
+    policy: Sampler,
+    reference: Sampler,
+    inputs: Tree,
+    actions: Tree,
+    precision: Precision = "fp32",
+    temperature: float | None = None,
 ) -> Float[Tensor, " rows"]:
     """Exact KL(policy || reference) at every decision of answers, summed over each, in nats; without a graph.
 
@@ -204,29 +218,35 @@ def divergence(
     found = []
     with torch.no_grad():
         for steps in policy.pieces(actions):
-            with answering(reference, precision):
+            with answering(reference, precision, temperature):
                 anchor = reference(inputs, actions, steps).distribution
-            with answering(policy, precision):
+            with answering(policy, precision, temperature):
                 decisions = policy(inputs, actions, steps)
             found.append(torch.where(_mask(decisions), decisions.distribution.kl(anchor), 0.0).sum(1))
     return torch.stack(found).sum(0)
 
 
-def _own(output: RewardOutput, behaviour: Tensor, tuning: Tuning) -> Float[Tensor, "rows time"]:
+def _own(output: RewardOutput, behaviour: Tensor | None, tuning: Tuning) -> Float[Tensor, "rows time"]:
     """Advantages from the credit of single decisions."""
     credit = output.credit
-    if credit is None or credit.shape != behaviour.shape:
-        found = "none" if credit is None else list(credit.shape)
+    if credit is None:
         raise InputError(
-            f"credit: {tuning.credit!r} asks the reward for one of {list(behaviour.shape)}, found {found}; use 'answer'"
+            f"credit: {tuning.credit!r} asks the reward for one of each decision, found none; use 'answer'"
         )
-    if tuning.credit == "flip":
+    if behaviour is not None:
+        _check_credit(credit, behaviour, tuning)
         return -torch.expm1(behaviour) * credit  # 1 - π(a)
     if tuning.credit == "to-go":
         credit = credit.flip(1).cumsum(1).flip(1)
     groups = credit.unflatten(0, (-1, tuning.samples))
     others = (groups.sum(1, keepdim=True) - groups) / (tuning.samples - 1)
     return (groups - others).flatten(0, 1)
+
+
+def _check_credit(credit: Tensor, decided: Tensor, tuning: Tuning) -> None:
+    if credit.shape != decided.shape:
+        found = f"asks the reward for one of {list(decided.shape)}, found {list(credit.shape)}"
+        raise InputError(f"credit: {tuning.credit!r} {found}; use 'answer'")
 
 
 def reward_loss(
@@ -244,8 +264,13 @@ def reward_loss(
         anchor: the reference's distributions on them.
         tuning: how.
         answers: in the whole batch, if these are a chunk of it; every process has as many.
+
+    Raises:
+        InputError: the reward's credit has another shape than the decisions.
     """
     log_probs, mask = _log_probs(decisions), _mask(decisions)
+    if tuning.credit != "answer":
+        _check_credit(scored.advantages, log_probs, tuning)
     answers = answers or len(mask)
     behaviour = log_probs.detach() if scored.behaviour is None else scored.behaviour
     found = policy_gradient(log_probs, behaviour, scored.advantages, mask, answers, tuning.clip)
@@ -296,9 +321,18 @@ def distinct(actions: Tree, samples: int) -> Float[Tensor, ""]:
 
 
 @contextmanager
-def answering(policy: nn.Module, precision: Precision = "fp32") -> Iterator[None]:
-    """Dropout and batch statistics stand still, while answering and while learning from the answers alike."""
-    was_training = policy.training
+def answering(policy: nn.Module, precision: Precision = "fp32", temperature: float | None = None) -> Iterator[None]:
+    """Dropout and batch statistics stand still, while answering and while learning from the answers alike.
+
+    Raises:
+        InputError: a temperature for a model that has none.
+    """
+    model: Any = policy
+    was_training, own = model.training, getattr(model, "temperature", None)
+    if temperature is not None:
+        if own is None:
+            raise InputError(f"temperature: found {temperature:g}, but {type(policy).__name__} has none; leave it out")
+        model.temperature = temperature
     policy.eval()
     device = next(policy.parameters()).device.type
     try:
@@ -306,6 +340,8 @@ def answering(policy: nn.Module, precision: Precision = "fp32") -> Iterator[None
             yield
     finally:
         policy.train(was_training)
+        if temperature is not None:
+            model.temperature = own
 
 
 def frozen(policy: Sampler) -> Sampler:

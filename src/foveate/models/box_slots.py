@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from foveate.geometry import Boxes
-from foveate.models.region_q import eye, region_cells, seen_by, view
+from foveate.models.region_q import View, eye, kinds, region_cells, seen_by
 
 
 class BoxSlots(nn.Module):
@@ -27,6 +27,7 @@ class BoxSlots(nn.Module):
         bins: cells a side in which it reads the map.
         width: of a cell's vector.
         hidden: of the layers.
+        classes: that may be asked for; if there are several it is told which.
     """
 
     def __init__(
@@ -38,37 +39,43 @@ class BoxSlots(nn.Module):
         bins: int = 14,
         width: int = 32,
         hidden: int = 128,
+        classes: int = 1,
     ) -> None:
         super().__init__()
         self.side, self.stride, self.bins, self.backbone = side, stride, bins, backbone
         self.eye, channels = eye(side, backbone, stride, width)
-        self.whole = view(channels, bins, width, hidden)
+        self.whole = View(channels, bins, width, hidden)
         self.told = nn.Sequential(
             nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 5 * slots), nn.Unflatten(1, (slots, 5))
         )
+        self.kinds = kinds(classes, width)
 
     def see(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features rows columns"]:
         """The maps of images in [0, 1]."""
         return seen_by(self, images)
 
     def forward(
-        self, maps: Float[Tensor, "batch features rows columns"]
+        self, maps: Float[Tensor, "batch features rows columns"], label: Int[Tensor, " batch"] | None = None
     ) -> tuple[Float[Tensor, "batch slots 4"], Float[Tensor, "batch slots"]]:
         """Boxes in pixels, within the image, and the logits of their confidence."""
         number = torch.arange(len(maps), device=maps.device)
         whole = maps.new_tensor([0.0, 0.0, self.side, self.side]).expand(len(maps), 1, 4)
-        told = self.told(self.whole(region_cells(maps, whole, number, self.bins, self.stride)[:, 0]))
+        weights = None if self.kinds is None else self.kinds(label)
+        told = self.told(self.whole(region_cells(maps, whole, number, self.bins, self.stride)[:, 0], weights))
         places = told[..., :4].sigmoid()
         centres, half = places[..., :2], places[..., 2:] / 2
         boxes = torch.cat((centres - half, centres + half), -1).clamp(0, 1) * self.side
         return boxes, told[..., 4]
 
     @torch.no_grad()
-    def found(self, maps: Float[Tensor, "batch features rows columns"]) -> Boxes:
-        """All slots, with their confidence in [0, 1] as score; of class 0."""
-        boxes, logits = self(maps)
+    def found(
+        self, maps: Float[Tensor, "batch features rows columns"], label: Int[Tensor, " batch"] | None = None
+    ) -> Boxes:
+        """All slots, of the class asked for, with their confidence in [0, 1] as score."""
+        boxes, logits = self(maps, label)
         there = torch.ones_like(logits, dtype=torch.bool)
-        return Boxes(boxes, torch.zeros_like(there, dtype=torch.int64), there, logits.sigmoid())
+        labels = torch.zeros_like(there, dtype=torch.int64) if label is None else label[:, None].expand_as(there)
+        return Boxes(boxes, labels, there, logits.sigmoid())
 
 
 def slot_loss(

@@ -207,6 +207,15 @@ class Coded(Sampler):
         super().__init__()
         self.writer, self.words, self.base = writer, words, base.requires_grad_(False)
 
+    @property
+    def temperature(self) -> float:
+        """By which the writer's scores are divided."""
+        return self.writer.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.writer.temperature = value
+
     def answers(
         self, images: Float[Tensor, "batch channels height width"], ids: Int[Tensor, "batch words"]
     ) -> CodedAnswers:

@@ -40,6 +40,7 @@ class Regions:
         marks: boxes that are crossed out.
         marked: how many of them there are: true for those.
         history: the last actions, the latest first; 0 where there was none, else 1 more than the action.
+        label: the class that is searched for, if there are several.
         images: in [0, 1], to be seen anew.
         maps: of the images, if they were seen before.
     """
@@ -49,6 +50,7 @@ class Regions:
     marks: Float[Tensor, "batch triggers 4"]
     marked: Bool[Tensor, "batch triggers"]
     history: UInt8[Tensor, "batch past"]
+    label: Int[Tensor, " batch"] | None = None
     images: Float[Tensor, "images 3 height width"] | None = None
     maps: Float[Tensor, "images features rows columns"] | None = None
 
@@ -57,7 +59,8 @@ class RegionQ(nn.Module):
     """Values of the actions on a box. Learns along, in `eye`, the map it reads; or reads that of a frozen network.
 
     Three views of the map, `bins`² cells each: the region with the paper's context, its surroundings, the whole image.
-    A cell under a mark is zero. Beside them stand the last actions and the box's place and size.
+    A cell under a mark is zero. Beside them stand the last actions and the box's place and size. Of several
+    classes the one that is searched for weighs the vectors of the cells.
 
     Args:
         values: what turns `hidden` features into the values of the actions.
@@ -69,6 +72,7 @@ class RegionQ(nn.Module):
         bins: cells a side of a view.
         width: of a cell's vector.
         hidden: of the layers.
+        classes: that may be searched for; if there are several, `Regions.label` tells which.
 
     Raises:
         InputError: as `convolutions` and `Pretrained`; a stride that does not divide the side.
@@ -87,14 +91,16 @@ class RegionQ(nn.Module):
         bins: int = 7,
         width: int = 32,
         hidden: int = 128,
+        classes: int = 1,
     ) -> None:
         super().__init__()
         self.side, self.stride, self.bins, self.actions = side, stride, bins, actions
         self.backbone = backbone
         self.eye, self.channels = eye(side, backbone, stride, width)
-        self.views = nn.ModuleList(view(self.channels, bins, width, hidden) for _ in range(3))
+        self.views = nn.ModuleList(View(self.channels, bins, width, hidden) for _ in range(3))
         self.join = nn.Sequential(nn.Linear(3 * hidden + past * actions + 6, hidden), nn.ReLU())
         self.values = values
+        self.kinds = kinds(classes, width)
         self.register_buffer("level", torch.tensor(NEVER))  # a search whose best value is lower is given up
 
     def see(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features rows columns"]:
@@ -128,7 +134,8 @@ class RegionQ(nn.Module):
         marks, marked = (leaf.repeat_interleave(3, 0) for leaf in (seen.marks, seen.marked))
         under = crossed(marks, marked, x, y).unflatten(0, (-1, 3))
         parts = cells.masked_fill(under[:, :, None], 0.0).unbind(1)
-        told = [head(part) for head, part in zip(self.views, parts, strict=True)]
+        weights = None if self.kinds is None else self.kinds(seen.label)
+        told = [head(part, weights) for head, part in zip(self.views, parts, strict=True)]
         past = F.one_hot(seen.history.long(), self.actions + 1)[..., 1:].flatten(1).float()
         return self.join(torch.cat((*told, past, placed(seen.box, self.side)), 1))
 
@@ -146,10 +153,36 @@ def eye(side: int, backbone: str, stride: int, width: int) -> tuple[nn.Module | 
     return None, frozen(backbone, stride).channels
 
 
-def view(channels: int, bins: int, width: int, hidden: int) -> nn.Sequential:
-    """What turns the cells of a view, [batch, channels, bins, bins], into [batch, hidden]."""
-    cell = nn.Conv2d(channels, width, 1), nn.GroupNorm(8, width), nn.ReLU()
-    return nn.Sequential(*cell, nn.Flatten(), nn.Linear(width * bins**2, hidden), nn.ReLU())
+class View(nn.Sequential):
+    """What turns the cells of a view into features."""
+
+    def __init__(self, channels: int, bins: int, width: int, hidden: int) -> None:
+        cell = nn.Conv2d(channels, width, 1), nn.GroupNorm(8, width), nn.ReLU()
+        super().__init__(*cell, nn.Flatten(), nn.Linear(width * bins**2, hidden), nn.ReLU())
+
+    def forward(
+        self, cells: Float[Tensor, "batch channels bins bins"], weights: Float[Tensor, "batch width"] | None = None
+    ) -> Float[Tensor, "batch hidden"]:
+        """Features of the cells; `weights` tell how much each number of a cell's vector counts."""
+        found = cells
+        for layer in self:
+            if weights is not None and isinstance(layer, nn.Flatten):
+                found = found * weights[:, :, None, None]
+            found = layer(found)
+        return found
+
+
+def kinds(classes: int, width: int) -> nn.Embedding | None:
+    """Of several classes: for each the weights of a cell's vector, around 1.
+
+    So a network knows what is searched for before it puts the cells together. Told afterwards, beside the last actions,
+    it has to carry along where everything else lies, and learns far less in the same time.
+    """
+    if classes == 1:
+        return None
+    told = nn.Embedding(classes, width)
+    nn.init.normal_(told.weight, 1.0)
+    return told
 
 
 @lru_cache(maxsize=2)

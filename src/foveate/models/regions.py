@@ -58,10 +58,14 @@ def cut(
     part = places - low
     number, x, y = frames[:, None, None], low[:, None, :, 0], low[:, :, None, 1]
     across, down = part[:, None, :, 0, None], part[:, :, None, 1, None]
-    flat, row = planes.flatten(0, 2), (number * height + y) * width + x
-    above, below = (torch.lerp(flat[at].float(), flat[at + 1].float(), across) for at in (row, row + width))
-    seen = (torch.lerp(above, below, down) / 255).clamp(0, 1).permute(0, 3, 1, 2)
-    return seen * within(regions, side, (height, width))[:, None]
+    flat, row = planes.flatten(0, 2).squeeze(1), (number * height + y) * width + x  # one plane is read faster as a line
+    above, below = (_read(flat, at).lerp_(_read(flat, at + 1), across) for at in (row, row + width))
+    seen = above.lerp_(below, down).div_(255).clamp_(0, 1).permute(0, 3, 1, 2)
+    return seen.mul_(within(regions, side, (height, width))[:, None])
+
+
+def _read(flat: Tensor, at: Int[Tensor, "batch s s"]) -> Float[Tensor, "batch s s planes"]:
+    return flat.index_select(0, at.flatten()).view(*at.shape, -1).float()
 
 
 def within(regions: Regions, side: int, size: tuple[int, int]) -> Bool[Tensor, "batch {side} {side}"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from jaxtyping import Bool, Float
@@ -25,6 +26,8 @@ def search_grid(
     scores: Float[Tensor, "batch time"],
     truth: Boxes | None = None,
     classes: Sequence[str] = ("object",),
+    sought: Sequence[str] | None = None,
+    found: Boxes | None = None,
     columns: int = 4,
     cell: int = 192,
 ) -> Image.Image:
@@ -38,6 +41,8 @@ def search_grid(
         scores: of them.
         truth: true boxes, drawn in a second tile beside the first.
         classes: their names.
+        sought: what each search was for, for the captions.
+        found: what all searches in each image found, drawn in a tile of its own.
         columns: tiles in a row.
         cell: longer side of an image as drawn.
     """
@@ -46,7 +51,11 @@ def search_grid(
         count = int(looked[row].sum())
         way = regions[row][looked[row]], fired[row][looked[row]], scores[row][looked[row]]
         tiles.append(_tile(image, *way, cell, crossed=False))
-        captions.append(f"{count} regions, {int(way[1].sum())} triggered")
+        told = f"{count} regions, {int(way[1].sum())} triggered"
+        captions.append(told if sought is None else f"{sought[row]}: {told}")
+        if found is not None:
+            tiles.append(box_tile(image, found, row, classes, cell, -math.inf))
+            captions.append("found")
         if truth is not None:
             tiles.append(box_tile(image, truth, row, classes, cell, 0.0))
             captions.append("truth")
@@ -58,6 +67,7 @@ def search_frames(
     regions: Float[Tensor, "time 4"],
     fired: Bool[Tensor, " time"],
     scores: Float[Tensor, " time"],
+    sought: str | None = None,
     cell: int = 320,
 ) -> list[Image.Image]:
     """One frame a step: the box as it is, the last ones behind it; a triggered region is crossed out afterwards.
@@ -67,13 +77,14 @@ def search_frames(
         regions: boxes in pixels that were looked at.
         fired: those that were triggered.
         scores: of them.
+        sought: what the search is for, for the captions.
         cell: longer side of the image as drawn.
     """
     frames = []
     for step in range(1, len(regions) + 1):
         tile = _tile(image, regions[:step], fired[:step], scores[:step], cell, crossed=True)
         told = "triggered" if bool(fired[step - 1]) else f"region {step}"
-        frames.append(grid([tile], [told], 1))
+        frames.append(grid([tile], [told if sought is None else f"{sought}: {told}"], 1))
     return frames
 
 

@@ -23,12 +23,16 @@ ASPECTS = (0.5, 0.7, 1.0, 1.4, 2.0)  # width to height
 
 @dataclass(frozen=True)
 class Searched:
-    """Searches, padded to one length: what was looked at, how much the best action promised, and what was triggered."""
+    """Searches, padded to one length: what was looked at, how much the best action promised, and what was triggered.
+
+    `labels` are the classes that were searched for; None: the only one.
+    """
 
     regions: Float[Tensor, "batch time 4"]
     values: Float[Tensor, "batch time"]
     looked: Bool[Tensor, "batch time"]
     fired: Bool[Tensor, "batch time"]
+    labels: Int[Tensor, " batch"] | None = None
 
     def until(self, level: float) -> Searched:
         """Given up at the first region at which the best values since the last trigger were below a level in the mean.
@@ -43,14 +47,22 @@ class Searched:
         looked = self.looked & (F.pad(ends, (1, 0))[:, :-1] == 0)
         return replace(self, looked=looked, fired=self.fired & looked & (ends == 0))
 
-    def boxes(self) -> Boxes:
-        """What was triggered, with the trigger's value as score."""
-        return Boxes(self.regions, torch.zeros_like(self.fired, dtype=torch.int64), self.fired, self.values)
+    def boxes(self, most: int | None = None) -> Boxes:
+        """What was triggered, with the trigger's value as score; room for `most` boxes, or for as many as there are."""
+        room = max(1, int(self.fired.sum(1).max())) if most is None else most
+        place = self.fired.int().sort(dim=1, descending=True, stable=True).indices[:, :room]
+        boxes = self.regions.gather(1, place[..., None].expand(-1, -1, 4))
+        label = torch.zeros_like(place[:, 0]) if self.labels is None else self.labels
+        return Boxes(boxes, label[:, None].expand_as(place), self.fired.gather(1, place), self.values.gather(1, place))
 
 
 def ap50(found: Boxes, targets: Boxes) -> float:
-    """COCO's average precision at an IoU of 0.5 of boxes of one class, in [0, 1]."""
-    return corpus_average_precision(found, targets, 1)["map50"]
+    """COCO's average precision at an IoU of 0.5 in [0, 1], the mean over the classes that have a target.
+
+    A row may be a picture, or a picture and a class of which all its boxes are: a box is held against targets of its
+    class alone, so that the one score is the other.
+    """
+    return corpus_average_precision(found, targets, 1 + int(targets.labels.max()))["map50"]
 
 
 def search_scores(found: Searched, targets: Boxes) -> tuple[dict[str, float], list[tuple[float, float]]]:
@@ -67,7 +79,7 @@ def search_scores(found: Searched, targets: Boxes) -> tuple[dict[str, float], li
 
 
 def box_scores(found: Boxes, targets: Boxes) -> dict[str, float]:
-    """ "ap50", "f1" and "recall" of boxes of one class, at an IoU of 0.5."""
+    """ "ap50", "f1" and "recall" of boxes at an IoU of 0.5; a row is a picture, or a picture and a class."""
     recall = float(recall_so_far(found.boxes, found.mask, targets)[-1])
     return {"ap50": ap50(found, targets), "f1": set_scores(found, targets)["f1"], "recall": recall}
 
@@ -103,8 +115,10 @@ def recall_so_far(
         targets: objects; crowds are not counted.
         threshold: of the IoU.
     """
-    hit = (overlaps(regions, targets.boxes) >= threshold) & looked[..., None] & targets.wanted[:, None]
-    number = targets.wanted.sum().clamp(min=1)
+    some = targets.wanted.any(1)  # where nothing is to be found nothing is
+    wanted = targets.wanted[some]
+    hit = (overlaps(regions[some], targets.boxes[some]) >= threshold) & looked[some][..., None] & wanted[:, None]
+    number = wanted.sum().clamp(min=1)
     return (hit.int().cummax(1).values > 0).sum((0, 2)) / number
 
 

@@ -93,10 +93,12 @@ class Config:
     """cider, or package.module:function of captions and their references, all of them texts"""
     tuning_batch: int = 32
     """images in an update on the reward"""
-    samples: int = 5
+    samples: int = 8
     """captions of each of them"""
-    tuning_rate: float = 3e-4
-    """learning rate of the reward, constant after a warm-up"""
+    temperature: float = 0.5
+    """by which scores are divided where captions are drawn for the reward; at 1 they are far from the likeliest"""
+    tuning_rate: float = 1e-4
+    """learning rate of the reward, which falls evenly to 0"""
     anchor: float = 0.0
     """weight of the KL to the start"""
     every: int = 100
@@ -153,7 +155,8 @@ def _data(config: Config, part: Part) -> Captioned:
 
 
 def _tuning(config: Config) -> Tuning:
-    return Tuning(config.samples, anchor=config.anchor, learning_rate=config.tuning_rate, precision=config.precision)
+    same = {name: getattr(config, name) for name in ("samples", "anchor", "precision", "temperature")}
+    return Tuning(learning_rate=config.tuning_rate, anneal=True, **same)
 
 
 def build(config: Config) -> Captioner:
@@ -176,12 +179,6 @@ def _inputs(policy: Captioner, seen: Tensor) -> Tensor:
     return policy.look(seen) if seen.dtype == torch.uint8 else seen
 
 
-def _every_word(words: tuple[str, ...], *parts: Captioned) -> tuple[str, ...]:
-    """These, and behind them all others that the references of some parts of the data have."""
-    found, _ = captions.vocabulary([sentences for part in parts for sentences in part.sentences], 1)
-    return tuple(dict.fromkeys((*words, *found)))
-
-
 def _references(data: Captioned, words: tuple[str, ...], device: torch.device) -> Words:
     return Words(*(tensor.to(device) for tensor in captions.numbered(data.sentences, words)))
 
@@ -202,7 +199,7 @@ def _own(config: Config, policy: Captioner, words: tuple[str, ...]) -> Reward:
 
 def _judge(config: Config, policy: Captioner, data: Captioned) -> tuple[Words, dict[str, Reward]]:
     """References of a split, and the scores of captions, CIDEr-D with the document frequencies of these alone."""
-    words = _every_word(policy.words, data)
+    words = captions.every_word(policy.words, data)
     references = _references(data, words, policy.letters.device)
     own = {} if config.reward == "cider" else {"reward": _own(config, policy, words)}
     return references, {"cider": _reward(references)} | own
@@ -225,7 +222,7 @@ def train(config: Config, run: Run) -> None:
     (average,), (start, *_) = run.track(average=MovingAverage()), parts["likelihood"]
     if start.words != every_word[:count]:
         raise InputError("from: that run writes other words than this data has; train from the beginning")
-    words = _every_word(every_word, val)
+    words = captions.every_word(every_word, val)
     seen, references = _seen(start, data), _references(data, words, run.device)
     learned = captions.answers(references.ids, references.mask, count, known(config.length))
     for line in captions.not_learned(_left_out(config), references.mask, learned[1]):

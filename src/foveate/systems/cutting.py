@@ -53,7 +53,7 @@ from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
 from foveate.models.cutting import Cutting, Executor, Placer, mask_loss, recolored
 from foveate.models.regions import Place, changes, cut, jittered
-from foveate.parts import restored
+from foveate.parts import ADAM, restored
 from foveate.rewards.videos import davis_scores, overlap
 from foveate.run import Run
 from foveate.types import Evaluation, InputError
@@ -185,7 +185,7 @@ def train(config: Config, run: Run) -> None:
 
     def kept(name: str, part: nn.Module) -> tuple[Adam, Keeper]:
         by = "held_out_iou" if name == "executor" else "held_out_j"
-        adam, keeper = run.track(**{f"{name}_optimizer": Adam(part.parameters()), f"{name}_keeper": Keeper(part, by)})
+        adam, keeper = run.track(**{f"{name}_optimizer": ADAM(part.parameters()), f"{name}_keeper": Keeper(part, by)})
         return adam, keeper
 
     networks = {"executor": executor, "agent": policy.placer, "regressor": regressor}

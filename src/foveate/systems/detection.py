@@ -35,7 +35,7 @@ from foveate.data.classification import check_rgb
 from foveate.data.detection import Detections, check_objects, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes, joined
-from foveate.learn.answers import Precision, Reward, Tuning
+from foveate.learn.answers import Precision, Reward, Scored, Tuning, answering
 from foveate.learn.baselines import MovingAverage
 from foveate.models.backbones import stem
 from foveate.models.box_tokens import BoxTokens, BoxWriter, by_token, ranked
@@ -107,6 +107,8 @@ class Config:
     """answers to each of them"""
     tuning_rate: float = 1e-3
     """learning rate of the reward, constant after a warm-up"""
+    temperature: float = 0.4
+    """by which scores are divided where texts are drawn for the reward; at 1 they are much worse than the likeliest"""
     credit: Literal["to-go", "answer"] = "to-go"
     """weigh a token by what its box and those after it gain, or by the whole answer"""
     anchor: float = 0.0
@@ -161,8 +163,8 @@ def build(config: Config) -> BoxWriter:
 
 
 def _tuning(config: Config) -> Tuning:
-    how: dict[str, Any] = {"samples": config.samples, "anchor": config.anchor, "learning_rate": config.tuning_rate}
-    return Tuning(**how, credit=config.credit, precision=config.precision)
+    same = "samples", "anchor", "credit", "precision", "temperature"
+    return Tuning(learning_rate=config.tuning_rate, **{name: getattr(config, name) for name in same})
 
 
 def _reward(config: Config, data: Detections) -> Reward:
@@ -201,28 +203,21 @@ def train(config: Config, run: Run) -> None:
 
     learn("likelihood", config.likelihood_share)
     start, (policy, optimizer, keeper) = parts["likelihood"][0], parts[PART]
-    tune_on_reward(
-        run,
-        "reward",
-        share,
-        policy,
-        reward,
-        lambda step: _batch(config, data, run, "reward", step, config.tuning_batch),
-        _tuning(config),
-        optimizer,
-        average,
-        start,
-        beside=lambda decisions, scored, targets: _confidence(config, policy, decisions, scored.actions, targets),
-        keeper=keeper,
-        validate=partial(look, PART),
-    )
+    batches = partial(_batch, config, data, run, "reward", size=config.tuning_batch)
+
+    def sure(decisions: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
+        return _confidence(config, policy, decisions, scored.actions, targets, config.temperature)
+
+    how: Any = {"beside": sure, "keeper": keeper, "validate": partial(look, PART)}
+    tune_on_reward(run, "reward", share, policy, reward, batches, _tuning(config), optimizer, average, start, **how)
     for control in config.controls:
         learner, beside = parts[PARTS[control]][0], None
         if control == "confidence":
 
             def beside(inputs: Tree, answers: Tree, keys: Tensor, learner: BoxWriter = learner) -> dict[str, Tensor]:
                 few = slice(0, config.tuning_batch)
-                written = learner.sample(inputs[few], 1, False, keys[few])
+                with answering(learner, config.precision, config.temperature):
+                    written = learner.sample(inputs[few], 1, False, keys[few])
                 targets = map_tree(lambda leaf: leaf[few], learner.decode(answers))
                 return _confidence(config, learner, learner(inputs[few], written), written, targets)
 
@@ -250,11 +245,11 @@ def _answers(config: Config, data: Detections, run: Run) -> Callable[[int], tupl
 
 
 def _confidence(
-    config: Config, policy: BoxWriter, decisions: Decisions, actions: Tokens, targets: Boxes
+    config: Config, policy: BoxWriter, decisions: Decisions, actions: Tokens, targets: Boxes, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """The confidences of written boxes learn how much each overlaps its target."""
-    written = policy.decode(actions)
-    loss = policy.code.confidence_loss(decisions.distribution.logits, written, matched_iou(written, targets))
+    """The confidences of written boxes learn how much each overlaps its target; `scale` is the scores' temperature."""
+    written, logits = policy.decode(actions), scale * decisions.distribution.logits
+    loss = policy.code.confidence_loss(logits, written, matched_iou(written, targets))
     return {"confidence_loss": config.confidence * loss}
 
 

@@ -109,6 +109,8 @@ class Config:
     """images in an update on the reward"""
     samples: int = 8
     """maps of each of them"""
+    temperature: float = 1.0
+    """by which scores are divided where maps are drawn for the reward; below 1 these are more like the likeliest"""
     tuning_rate: float = 1e-3
     """learning rate of the reward, constant after a warm-up"""
     classes: tuple[str, ...] | None = None
@@ -158,7 +160,7 @@ def _data(config: Config, part: Part) -> PanopticMaps:
 
 
 def _tuning(config: Config) -> Tuning:
-    return Tuning(config.samples, learning_rate=config.tuning_rate)
+    return Tuning(config.samples, learning_rate=config.tuning_rate, temperature=config.temperature)
 
 
 def _channels(config: Config) -> PanopticChannels:

@@ -205,11 +205,11 @@ def _learn_to_move(config: Config, run: Run, env: RegistrationEnv, recall: Recal
     policy, optimizer, keeper = parts
     copies = torch.arange(env.num_envs, device=run.device) + run.rank * env.num_envs
     weights = config.discount, config.lam, config.entropy, config.value_weight
+    memory = Memory(env.observe(env.state), recall.state, recall.starts)
     for step in run.steps(PART, (1 - config.start_share) / 2):
         if step == 0:
             keeper.begin()
-        memory, expert = Memory(env.observe(env.state), recall.state, recall.starts), Expert(env)
-        keys = noise.key(run.seed, "walk", step, copies)
+        expert, keys = Expert(env), noise.key(run.seed, "walk", step, copies)
         trajectory, decisions, memory = act(expert, policy, memory, config.segment, keys)
         recall.keep(memory.state, memory.starts)
         loss, losses = actor_critic_loss(trajectory, decisions, *weights)

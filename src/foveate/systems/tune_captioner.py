@@ -93,10 +93,12 @@ class Config:
     """cider, or package.module:function of captions and their references, all of them texts"""
     tuning_batch: int = 32
     """images in an update on the reward"""
-    samples: int = 5
+    samples: int = 8
     """captions of each of them"""
-    tuning_rate: float = 3e-4
-    """learning rate of the reward, constant after a warm-up; for a large model some 1e-6"""
+    temperature: float = 0.5
+    """by which scores are divided where captions are drawn for the reward; at 1 they are far from the likeliest"""
+    tuning_rate: float = 1e-4
+    """learning rate of the reward, which falls evenly to 0; for a large model some 1e-6"""
     anchor: float = 0.0
     """weight of the KL to the start"""
     every: int = 100
@@ -158,7 +160,8 @@ def _data(config: Config, part: Part) -> Captioned:
 
 
 def _tuning(config: Config) -> Tuning:
-    return Tuning(config.samples, anchor=config.anchor, learning_rate=config.tuning_rate, precision=config.precision)
+    same = {name: getattr(config, name) for name in ("samples", "anchor", "precision", "temperature")}
+    return Tuning(learning_rate=config.tuning_rate, anneal=True, **same)
 
 
 def build(config: Config, data: Captioned | None = None) -> TextCaptioner:
