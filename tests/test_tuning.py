@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from foveate.models.box_tokens import BoxTokens, BoxWriter
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.rewards.boxes import DetectionReward
 from foveate.run import Run
-from foveate.tuning import _check_drawn
+from foveate.tuning import _check_drawn, _optimizer
 from foveate.two_steps import tune_on_reward
 from foveate.types import Decisions, InputError, RewardOutput, Sampler
 
@@ -230,11 +231,53 @@ def test_one_call_tunes_a_model_and_keeps_what_answers_best_held_out(tmp_path: P
     assert page.count("data:image/png") == 3
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def after_one_step(folder: Path, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights before and after a single update."""
+    model, targets = small(4, 5), noise.integers(noise.key(0, "targets", torch.arange(8)), 5, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = lambda step: (images(8), targets)  # noqa: E731
+    foveate.tune(model, agreement, batches, out=folder, steps=1, device="cpu", warmup=1, **settings)
+    return before, model.state_dict()
+
+
+def test_another_optimizer_learns_what_it_is_given_at_the_rate_of_the_settings(tmp_path: Path) -> None:
+    """The step of plain gradient descent is as many times larger as the rate; a group's own rate does not count."""
+
+    def of_the_scores(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters[-4:], lr=100.0)
+
+    steps = []
+    for rate in (1e-3, 2e-3):
+        before, after = after_one_step(tmp_path / str(rate), learning_rate=rate, optimizer=of_the_scores)
+        changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+        assert changed == ["score.weight", "score.bias"]
+        steps.append(after["score.bias"] - before["score.bias"])
+    torch.testing.assert_close(steps[1], 2 * steps[0], rtol=1e-3, atol=1e-7)
+
+
+def test_an_optimizer_that_is_none_or_of_another_model_is_named(tmp_path: Path) -> None:
+    model = small()
+    for optimizer, said in (
+        (torch.optim.Adam(model.parameters()), "found Adam, expected what makes an optimizer"),
+        (lambda parameters: parameters, "found list, expected what makes"),
+        (None, "found NoneType, expected what makes"),
+        (lambda parameters: torch.optim.Adam(small().parameters()), "has no parameter of the model"),
+    ):
+        with pytest.raises(InputError, match=f"^optimizer: {said}"):
+            _optimizer(optimizer, model)
+    with pytest.raises(InputError, match=r"^optimizer: found list"):
+        after_one_step(tmp_path / "run", optimizer=lambda parameters: parameters)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, partial(torch.optim.SGD, momentum=0.9)])
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
+    optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("foveate.run.loop.CHECKPOINT_SECONDS", 0.0)
     targets = noise.integers(noise.key(0, "targets", torch.arange(8)), 5, 4)
 
-    def go(folder: Path, stop: int | None = None, resume: bool = False) -> EncoderDecoder:
+    def go(folder: Path, stop: int | None = None, resume: bool = False, optimizer: Any = optimizer) -> EncoderDecoder:
         model, seen = taught(small(4, 5), targets, 5), [0]
 
         def batches(step: int) -> tuple[Tensor, Tensor]:
@@ -244,12 +287,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path, monk
             return images(8), targets
 
         settings = {"steps": None if resume else 8, "resume": resume, "learning_rate": 1e-2, "warmup": 1, "samples": 2}
-        return foveate.tune(model, agreement, batches, out=folder, device="cpu", **settings)  # type: ignore[arg-type]
+        how: Any = settings | {"optimizer": optimizer}
+        return foveate.tune(model, agreement, batches, out=folder, device="cpu", **how)  # type: ignore[return-value]
 
     whole = go(tmp_path / "whole").state_dict()
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "cut", stop=5)
     assert list((tmp_path / "cut" / "checkpoints").glob("[0-9]*"))
+    with pytest.raises(InputError, match=r"its optimizer is .*, not 'AdamW'"):
+        go(tmp_path / "cut", resume=True, optimizer=torch.optim.AdamW)
     again = go(tmp_path / "cut", resume=True).state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 

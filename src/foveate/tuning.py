@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from foveate import noise
 from foveate.analysis import curve_page
@@ -40,6 +41,7 @@ def tune(
     resume: bool = False,
     overwrite: bool = False,
     skip_bad: bool = False,
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.Adafactor,
     **settings: Any,
 ) -> Sampler:
     """Tune a model on a score: `foveate.tune`.
@@ -49,9 +51,9 @@ def tune(
     The reward is watched throughout: it gives one finite number for each answer, or the run stops and names the
     example. Before the first update at least `ENOUGH` answers to the first inputs are looked at: their rewards differ;
     they come from the distribution that scores them, and scoring them twice gives the same; boxes and targets share
-    their units, those of the image. The optimizer is Adafactor, as in the
-    paper. With `held_out` the model is given the weights that answered best there, greedily, those of the start among
-    them. In the end the folder has a page that says whether the curve is normal (`foveate.analysis.curve_page`).
+    their units, those of the image. With `held_out` the model is given the weights that answered best there, greedily,
+    those of the start among them. In the end the folder has a page that says whether the curve is normal
+    (`foveate.analysis.curve_page`).
 
     Args:
         policy: what answers: a `foveate.types.Sampler`. It is moved to the device and changed.
@@ -69,20 +71,26 @@ def tune(
         overwrite: delete the run that is there.
         skip_bad: an answer for which the reward raises or is not finite teaches nothing and is counted ("part
             skipped"), instead of stopping the run.
+        optimizer: what makes the optimizer of a list of parameters: a class of torch.optim, or a function, e.g.
+            `partial(torch.optim.AdamW, weight_decay=0.1)`; Adafactor as in the paper. The learning rate of all its
+            groups is the setting `learning_rate`, whatever it was made with.
         **settings: fields of `foveate.learn.answers.Tuning`.
 
     Returns:
         The policy, tuned.
 
     Raises:
-        InputError: settings that teach nothing, a reward that is none, other units, images of several sizes, a model
-            whose scores are random or not those of what it draws, a folder in use.
+        InputError: settings that teach nothing, a reward or an optimizer that is none, other units, images of several
+            sizes, a model whose scores are random or not those of what it draws, a folder in use.
     """
     tuning = Tuning(**settings)
+    config = asdict(tuning)
+    if optimizer is not torch.optim.Adafactor:
+        config["optimizer"] = getattr(getattr(optimizer, "func", optimizer), "__name__", type(optimizer).__name__)
     run = Run(
         Path(out),
         system="tune",
-        config=asdict(tuning),
+        config=config,
         seed=seed,
         steps=steps,
         minutes=minutes,
@@ -92,8 +100,8 @@ def tune(
     )
     policy.to(run.device)
     reference, keeper, average = frozen(policy), Keeper(policy), MovingAverage()
-    optimizer = torch.optim.Adafactor(policy.parameters(), tuning.learning_rate)
-    run.track(policy=policy, reference=reference, keeper=keeper, optimizer=optimizer, average=average)
+    learner = _optimizer(optimizer, policy)
+    run.track(policy=policy, reference=reference, keeper=keeper, optimizer=learner, average=average)
 
     def ready(tree: Tree) -> Tree:
         return map_tree(lambda leaf: leaf.to(run.device), tree)
@@ -114,7 +122,7 @@ def tune(
         checked,
         lambda step: ready(batches(step)),
         tuning,
-        optimizer,
+        learner,
         average,
         reference,
         keeper=keeper,
@@ -122,9 +130,21 @@ def tune(
         every=every,
     )
     if run.is_main:
-        config = asdict(tuning)
         run.say(f"is the curve normal? {curve_page(run.folder, config)}")
     return policy
+
+
+def _optimizer(make: Any, policy: Sampler) -> Optimizer:
+    own = list(policy.parameters())
+    made = make(own) if callable(make) else make
+    if made is make or not isinstance(made, Optimizer):
+        raise InputError(
+            f"optimizer: found {type(made).__name__}, expected what makes an optimizer of a list of parameters: pass a "
+            "class like torch.optim.AdamW, or a function"
+        )
+    if not {id(each) for group in made.param_groups for each in group["params"]} & set(map(id, own)):
+        raise InputError("optimizer: has no parameter of the model; make it of the list of parameters it is given")
+    return made
 
 
 @torch.no_grad()

@@ -259,6 +259,12 @@ def vocabulary(captioned: Iterable[Sequence[Sentence]], least_count: int) -> tup
     return (*RESERVED, *ranked), len(RESERVED) + sum(short[word] >= max(1, least_count) for word in ranked)
 
 
+def every_word(words: Sequence[str], *parts: Captioned) -> tuple[str, ...]:
+    """These words, and behind them all others that are said in some parts of the data."""
+    found, _ = vocabulary((sentences for part in parts for sentences in part.sentences), 1)
+    return tuple(dict.fromkeys((*words, *found)))
+
+
 def numbered(
     captioned: Sequence[Sequence[Sentence]], words: Sequence[str]
 ) -> tuple[Int[Tensor, "size references length"], Bool[Tensor, "size references length"]]:

@@ -178,12 +178,6 @@ def _inputs(policy: Captioner, seen: Tensor) -> Tensor:
     return policy.look(seen) if seen.dtype == torch.uint8 else seen
 
 
-def _every_word(words: tuple[str, ...], *parts: Captioned) -> tuple[str, ...]:
-    """These, and behind them all others that the references of some parts of the data have."""
-    found, _ = captions.vocabulary([sentences for part in parts for sentences in part.sentences], 1)
-    return tuple(dict.fromkeys((*words, *found)))
-
-
 def _references(data: Captioned, words: tuple[str, ...], device: torch.device) -> Words:
     return Words(*(tensor.to(device) for tensor in captions.numbered(data.sentences, words)))
 
@@ -204,7 +198,7 @@ def _own(config: Config, policy: Captioner, words: tuple[str, ...]) -> Reward:
 
 def _judge(config: Config, policy: Captioner, data: Captioned) -> tuple[Words, dict[str, Reward]]:
     """References of a split, and the scores of captions, CIDEr-D with the document frequencies of these alone."""
-    words = _every_word(policy.words, data)
+    words = captions.every_word(policy.words, data)
     references = _references(data, words, policy.letters.device)
     own = {} if config.reward == "cider" else {"reward": _own(config, policy, words)}
     return references, {"cider": _reward(references)} | own
@@ -227,7 +221,7 @@ def train(config: Config, run: Run) -> None:
     (average,), (start, *_) = run.track(average=MovingAverage()), parts["likelihood"]
     if start.words != every_word[:count]:
         raise InputError("from: that run writes other words than this data has; train from the beginning")
-    words = _every_word(every_word, val)
+    words = captions.every_word(every_word, val)
     seen, references = _seen(start, data), _references(data, words, run.device)
     learned = captions.answers(references.ids, references.mask, count, known(config.length))
     for line in captions.not_learned(_left_out(config), references.mask, learned[1]):
