@@ -43,7 +43,7 @@ def search_grid(
         classes: their names.
         sought: what each search was for, for the captions.
         found: what all searches in each image found, drawn in a tile of its own.
-        columns: tiles in a row.
+        columns: tiles in a row at most, those of an image together.
         cell: longer side of an image as drawn.
     """
     tiles, captions = [], []
@@ -51,15 +51,16 @@ def search_grid(
         count = int(looked[row].sum())
         way = regions[row][looked[row]], fired[row][looked[row]], scores[row][looked[row]]
         tiles.append(_tile(image, *way, cell, crossed=False))
-        told = f"{count} regions, {int(way[1].sum())} triggered"
-        captions.append(told if sought is None else f"{sought[row]}: {told}")
+        told = f"{count} regions"
+        captions.append(f"{told}, {int(way[1].sum())} triggered" if sought is None else f"{sought[row]}: {told}")
         if found is not None:
             tiles.append(box_tile(image, found, row, classes, cell, -math.inf))
             captions.append("found")
         if truth is not None:
             tiles.append(box_tile(image, truth, row, classes, cell, 0.0))
             captions.append("truth")
-    return grid(tiles, captions, columns)
+    each = len(tiles) // len(images)
+    return grid(tiles, captions, max(each, columns - columns % each))
 
 
 def search_frames(

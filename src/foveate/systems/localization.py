@@ -327,12 +327,13 @@ def picture(config: Config, policy: RegionQ, run: Run, images: Pictures | None =
     steps = [way[name].unflatten(1, (len(classes), -1)) for name in ("regions", "looked", "fired", "values")]
     surest = steps[3].masked_fill(~steps[2], judged.NEVER).amax(2).argmax(1)
     regions, looked, fired, values = (leaf[torch.arange(len(images)), surest] for leaf in steps)
-    names, found = [classes[number] for number in surest.tolist()], None
+    names = found = None
     if len(classes) > 1:
+        names = [classes[number] for number in surest.tolist()]
         found = Boxes(*(way[name] for name in ("boxes", "labels", "mask", "scores")))
     searches = search_grid(images, regions, looked, fired, values, truth, classes, names, found)
     seen = looked[0]
-    first = search_frames(images[0], regions[0][seen], fired[0][seen], values[0][seen], names[0])
+    first = search_frames(images[0], regions[0][seen], fired[0][seen], values[0][seen], names[0] if names else None)
     return {"searches": searches, "first search": first}
 
 
