@@ -78,7 +78,7 @@ def compare_step(
                 if step == WARM:
                     found.update(begun=perf_counter(), before=clock.seconds)
                 yield step
-            found["ended"] = perf_counter()
+                found["ended"] = perf_counter()  # before the checkpoint that ends the phase
             raise _Taken
 
         with ExitStack() as patched:
