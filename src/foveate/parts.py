@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -40,6 +40,16 @@ def learning(run: Run, name: str, model: M, kind: Callable[..., Optimizer] = ADA
     optimizer = kind([each for each in model.parameters() if each.requires_grad])
     model, optimizer = run.track(**{name: model, f"{name}_optimizer": optimizer})
     return model, optimizer
+
+
+def look_at(run: Run, model: nn.Module, keeper: Keeper | None, validate: Callable[[], dict[str, Any]] | None) -> None:
+    """Log what a model scores on held-out inputs, if any, and keep its weights if they are the best so far."""
+    if validate is None:
+        return
+    found = validate()
+    if keeper is not None:
+        keeper.offer(model, found[keeper.by])
+    run.log(**found)
 
 
 def restored(run: Run, parts: Mapping[str, str], build: Callable[[], M]) -> dict[str, M]:

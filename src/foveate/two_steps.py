@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from foveate import noise
@@ -32,7 +32,7 @@ from foveate.learn.answers import (
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
-from foveate.models.codes import MapCode, kept_words
+from foveate.parts import look_at
 from foveate.rewards.combine import check_output
 from foveate.run import Run
 from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, rows_of, split
@@ -116,52 +116,6 @@ def held_out_scores(
     }
 
 
-def learn_code(
-    run: Run,
-    share: float,
-    code: MapCode,
-    batches: Callable[[int], tuple[Tensor, Tensor, Tree]],
-    losses: Callable[[Tensor, Tree], Losses],
-    optimizer: Optimizer,
-    learning_rate: float,
-    keeper: Keeper,
-    validate: Callable[[], dict[str, Any]],
-    *,
-    every: int = 200,
-) -> None:
-    """Teach a code to say what its maps are, before anything writes it: the phase "codes" of a run.
-
-    Args:
-        run: owns the loop.
-        share: of the run's budget; with 0 there is no such phase, and the code stays as it is.
-        code: as `run.track` returned it.
-        batches: step → images, their maps as the oracle sees them, and what the losses compare with.
-        losses: of maps as they are drawn again; they are added, and logged.
-        optimizer: as `run.track` returned it.
-        learning_rate: peak of the one-cycle schedule.
-        keeper: keeps the weights of the best `validate()[keeper.by]`, and gives them to the code in the end.
-        validate: scores on held-out inputs, logged every `every` steps.
-        every: steps between validations.
-    """
-    if not share:
-        return
-    for step in run.steps("codes", share):
-        if step == 0:
-            keeper.begin()
-            _offer(run, code, keeper, validate)
-        images, maps, targets = batches(step)
-        keep = kept_words(noise.fold(_keys(run, "codes", step, len(images)), "kept"), code.length)
-        found = losses(code(images, maps, keep), targets)
-        set_learning_rate(optimizer, one_cycle(run.progress, learning_rate))
-        run.optimise(torch.stack(list(found.values())).sum(), optimizer, clip=1.0)
-        run.log(**{name: value.detach() for name, value in found.items()})
-        if (step + 1) % every == 0:
-            _offer(run, code, keeper, validate)
-    keeper.offer(code, validate()[keeper.by])
-    code.load_state_dict(keeper.best.state_dict())
-    run.save()
-
-
 def learn_likelihood(
     run: Run,
     phase: str,
@@ -204,7 +158,7 @@ def learn_likelihood(
                 policy.load_state_dict(start.state_dict())
             if keeper is not None:
                 keeper.begin()
-                _offer(run, policy, keeper, validate)
+                look_at(run, policy, keeper, validate)
         inputs, answers = batches(step)
         policy.train()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -216,10 +170,9 @@ def learn_likelihood(
         run.optimise(torch.stack(list(losses.values())).sum(), optimizer, clip=1.0)
         run.log(**{name: value.detach() for name, value in losses.items()})
         if (step + 1) % every == 0:
-            _offer(run, policy, keeper, validate)
+            look_at(run, policy, keeper, validate)
     if keeper is not None and validate is not None:
-        keeper.offer(policy, validate()[keeper.by])
-        policy.load_state_dict(keeper.best.state_dict())
+        keeper.finish(policy, validate()[keeper.by])
         run.save()
 
 
@@ -276,7 +229,7 @@ def tune_on_reward(
                 policy.load_state_dict(reference.state_dict())
             if keeper is not None:
                 keeper.begin()
-            _offer(run, policy, keeper, validate)  # the start is the first to be beaten
+            look_at(run, policy, keeper, validate)  # the start is the first to be beaten
         inputs, targets = batches(step)
         keys = _keys(run, phase, step, rows_of(inputs))
         scored = score(policy, reward, inputs, targets, keys, tuning, average, reference)
@@ -293,7 +246,7 @@ def tune_on_reward(
                 scored = replace(scored, behaviour=behaviour)
         average.update(run.mean(scored.output.total.mean())[None])
         if (step + 1) % every == 0:
-            _offer(run, policy, keeper, validate)
+            look_at(run, policy, keeper, validate)
         if keeper is not None:
             reward_now, length, various = (run.mean(told[name]) for name in ("reward", "length", "distinct"))
             if collapsed := keeper.notice(reward_now, length, various, tuning.samples):
@@ -305,17 +258,8 @@ def tune_on_reward(
                     keeper.go_back(policy, optimizer)
                     run.say(f"{told_so}: back to the best weights")
     if keeper is not None and validate is not None:
-        keeper.offer(policy, validate()[keeper.by])
-        policy.load_state_dict(keeper.best.state_dict())
+        keeper.finish(policy, validate()[keeper.by])
         run.save()
-
-
-def _offer(run: Run, policy: nn.Module, keeper: Keeper | None, validate: Callable[[], dict[str, Any]] | None) -> None:
-    if validate is not None:
-        found = validate()
-        if keeper is not None:
-            keeper.offer(policy, found[keeper.by])
-        run.log(**found)
 
 
 def _update(
@@ -387,13 +331,9 @@ def _subset(run: Run, phase: str, step: int, share: float) -> Callable[[list[sli
 def _laid_out(known: dict[int, Tensor], pieces: list[slice]) -> Tensor:
     """Log-probabilities by the first step of their piece as one tensor; 0 in pieces that were not looked at."""
     like = next(iter(known.values()))
-    rows = [known.get(piece.start or 0) for piece in pieces]
     if len(pieces) == 1:
         return like
-    sizes = [piece.stop - piece.start for piece in pieces]
-    return torch.cat(
-        [like.new_zeros(len(like), size) if row is None else row for row, size in zip(rows, sizes, strict=True)], 1
-    )
+    return torch.cat([known.get(one.start, like.new_zeros(len(like), one.stop - one.start)) for one in pieces], 1)
 
 
 def _told(scored: Scored, samples: int) -> dict[str, Tensor]:

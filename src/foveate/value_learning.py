@@ -25,6 +25,7 @@ from foveate.learn.keeper import Keeper
 from foveate.learn.q_learning import epsilon, explore, follow, q_loss, td_target
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.parts import look_at
 from foveate.run import Run
 from foveate.types import InputError, State, Tree, map_tree
 
@@ -223,10 +224,9 @@ def learn_by_acting(
             run.log(value=values.detach().amax(1).mean(), **{name: loss.detach() for name, loss in losses.items()})
         run.log(explores=part)
         if validate is not None and (step + 1) % every == 0:
-            _offer(run, network, keeper, validate)
+            look_at(run, network, keeper, validate)
     if keeper is not None and validate is not None:
-        keeper.offer(network, validate()[keeper.by])
-        network.load_state_dict(keeper.best.state_dict())
+        keeper.finish(network, validate()[keeper.by])
         run.save()
 
 
@@ -247,10 +247,3 @@ def _act(
     reward, terminated, truncated, _ = env.advance(actions)
     replay.write(state, actions, reward, terminated, truncated, taken)
     run.log(reward=(reward * taken).sum() / taken.sum().clamp(min=1))
-
-
-def _offer(run: Run, network: nn.Module, keeper: Keeper | None, validate: Callable[[], dict[str, Any]]) -> None:
-    found = validate()
-    if keeper is not None:
-        keeper.offer(network, found[keeper.by])
-    run.log(**found)

@@ -61,6 +61,11 @@ class Keeper(nn.Module):
             self.best.load_state_dict(policy.state_dict())
         return better
 
+    def finish(self, policy: nn.Module, score: Tensor | float) -> None:
+        """Offer the last weights, and give the policy the best of all."""
+        self.offer(policy, score)
+        policy.load_state_dict(self.best.state_dict())
+
     def notice(self, reward: Tensor, length: Tensor, distinct: Tensor, samples: int) -> str | None:
         """Take the means of a step in, and say what has collapsed, if anything has.
 

@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
+from foveate.coding import learn_code
 from foveate.colors import CHROMA, coloured, light_and_chroma
 from foveate.data.classification import check_shape
 from foveate.data.photographs import evaluation_split, held_out_split, load_photographs
@@ -45,8 +46,8 @@ from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.rewards.combine import guarded
 from foveate.rewards.named_images import picture_score
 from foveate.run import Run
-from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_code, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError
+from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
+from foveate.types import Evaluation, InputError, known
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,15 @@ def _data(config: Config, split: Split, device: torch.device) -> Tensor:
 
 
 def _code(config: Config) -> MapCode:
-    assert config.image_size is not None, "resolve it first"
-    image = 1, config.image_size, config.image_size
-    return MapCode(image, 2, 2, config.code_patch, config.levels, config.code_width)
+    side = known(config.image_size)
+    return MapCode((1, side, side), 2, 2, config.code_patch, config.levels, config.code_width)
 
 
 def build(config: Config) -> Coded:
     """The policy of a resolved config, untrained."""
-    assert config.image_size is not None, "resolve it first"
-    side = config.image_size // config.code_patch
-    words = Words(config.levels)
+    side, words = known(config.image_size) // config.code_patch, Words(config.levels)
     writer = EncoderDecoder(
-        (1, config.image_size, config.image_size),
+        (1, known(config.image_size), known(config.image_size)),
         config.patch,
         words.count,
         side * side,

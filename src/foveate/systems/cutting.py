@@ -228,8 +228,7 @@ def _learn(
             keeper.offer(network, (found := validate())[keeper.by])
             run.log(**found)
     network.eval()
-    keeper.offer(network, validate()[keeper.by])
-    network.load_state_dict(keeper.best.state_dict())
+    keeper.finish(network, validate()[keeper.by])
     run.save()
 
 

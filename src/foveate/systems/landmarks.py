@@ -208,8 +208,7 @@ def _regress(
             error = float(away(regressor.points(shown, val.sizes.to(run.device)), val).mean())
             keeper.offer(regressor, -error)
             run.log(held_out_error_mm=error)
-    keeper.offer(regressor, -float(away(regressor.points(shown, val.sizes.to(run.device)), val).mean()))
-    regressor.load_state_dict(keeper.best.state_dict())
+    keeper.finish(regressor, -float(away(regressor.points(shown, val.sizes.to(run.device)), val).mean()))
     run.save()
 
 

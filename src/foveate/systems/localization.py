@@ -226,8 +226,7 @@ def train(config: Config, run: Run) -> None:
         if (step + 1) % 500 == 0:
             slots_keeper.offer(slots, found := ap50(_slots_found(slots, val, held), wanted))
             run.log(held_out_ap50=found)
-    slots_keeper.offer(slots, ap50(_slots_found(slots, val, held), wanted))
-    slots.load_state_dict(slots_keeper.best.state_dict())
+    slots_keeper.finish(slots, ap50(_slots_found(slots, val, held), wanted))
     run.save()
 
 

@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate import noise, pictures
+from foveate.coding import learn_code
 from foveate.data.box_files import Part
 from foveate.data.classification import check_rgb
 from foveate.data.panoptic import PanopticMaps, chosen, load_panoptic, mirrored
@@ -45,7 +46,7 @@ from foveate.models.panoptic import Maps, PanopticChannels
 from foveate.parts import restored, tracked
 from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
 from foveate.run import Run
-from foveate.two_steps import check_taught, learn_code, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_taught, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, known
 
 

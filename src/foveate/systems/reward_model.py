@@ -181,8 +181,7 @@ def train(config: Config, run: Run) -> None:
             found = look()
             keeper.offer(judges, found["held_out_score"])
             run.log(**found)
-    keeper.offer(judges, look()["held_out_score"])
-    judges.load_state_dict(keeper.best.state_dict())
+    keeper.finish(judges, look()["held_out_score"])
     judges.standardise(*(pixels[side].float() / 255 for side in (train.left, train.right)))
     run.save()
 

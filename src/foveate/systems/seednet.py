@@ -227,8 +227,7 @@ def _supervise(
         run.log(cross_entropy_loss=loss.detach())
         if (step + 1) % EVERY == 0:
             keeper.offer(network, held_out()["iou"])
-    keeper.offer(network, held_out()["iou"])
-    network.load_state_dict(keeper.best.state_dict())
+    keeper.finish(network, held_out()["iou"])
     run.save()
 
 

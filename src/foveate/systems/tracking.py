@@ -191,8 +191,7 @@ def _regress(config: Config, run: Run, env: Any, other: Follower, optimizer: Any
             found = validate()
             keeper.offer(other, found["held_out_iou"])
             run.log(**found)
-    keeper.offer(other, validate()["held_out_iou"])
-    other.load_state_dict(keeper.best.state_dict())
+    keeper.finish(other, validate()["held_out_iou"])
     run.save()
 
 

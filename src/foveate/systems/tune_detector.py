@@ -240,8 +240,7 @@ def _supervise(
             found = look(policy)
             keeper.offer(policy, found["held_out_map"])
             run.log(**found)
-    keeper.offer(policy, look(policy)["held_out_map"])
-    policy.load_state_dict(keeper.best.state_dict())
+    keeper.finish(policy, look(policy)["held_out_map"])
     run.save()
 
 
