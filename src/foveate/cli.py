@@ -112,27 +112,24 @@ def train(words: list[str]) -> int:
         return _complain(f"processes: found {options.processes}, expected at least 1")
     if options.processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch(options.processes, ["train", *words])
-    commands.train(
-        system,
-        out=options.out,
-        overwrite=options.overwrite,
-        source=options.source,
-        from_part=options.from_part,
-        device=options.device,
-        checkpoint_steps=options.checkpoint_steps,
-        **vars(parsed.config),
-    )
+    taken = ("out", "overwrite", "source", "from_part", "device", "checkpoint_steps")
+    commands.train(system, **{name: getattr(options, name) for name in taken}, **vars(parsed.config))
     return 0
 
 
 @dataclass(frozen=True)
-class Resume:
-    """Go on with a run that was stopped, from its last good checkpoint."""
+class _OfARun:
+    """What every command on a finished or stopped run takes."""
 
     run: Positional[Path]
     """folder of the run"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps"""
+
+
+@dataclass(frozen=True)
+class Resume(_OfARun):
+    """Go on with a run that was stopped, from its last good checkpoint."""
 
 
 def resume(words: list[str]) -> int:
@@ -148,19 +145,15 @@ def resume(words: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(_OfARun):
     """Score a run's agent beside its baselines, on test data of its own or on data it never saw."""
 
-    run: Positional[Path]
-    """folder of the run"""
     data: str | None = None
     """another data set; scored on its split test if there is one, else val, else all"""
     root: Path | None = None
     """folder of that data"""
     json: bool = False
     """print one JSON object and nothing else"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps"""
 
 
 def evaluate(words: list[str]) -> int:
@@ -177,15 +170,11 @@ def evaluate(words: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Show:
+class Show(_OfARun):
     """Draw what a run's agent does, on test pictures or on your own."""
 
-    run: Positional[Path]
-    """folder of the run"""
     images: Positional[Path | None] = None
     """a picture, or a folder of pictures"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps"""
 
 
 def show(words: list[str]) -> int:
@@ -199,17 +188,13 @@ def show(words: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Analyse:
+class Analyse(_OfARun):
     """Draw what tuning did: rewards of many answers, best of N, and the reward against the metric."""
 
-    run: Positional[Path]
-    """folder of the run"""
     samples: int = 1000
     """answers to each input; the paper has 10,000"""
     images: int = 8
     """held-out inputs"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps"""
 
 
 def analyse(words: list[str]) -> int:
@@ -225,11 +210,12 @@ def analyse(words: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Prefer:
-    """Compare a run's answers, two to one input: on a page in the browser, or by a script. It goes on where it was."""
+class Prefer(_OfARun):
+    """Compare a run's answers, two to one input: on a page in the browser, or by a script. It goes on where it was.
 
-    run: Positional[Path]
-    """folder of the run; comparisons are kept in its folder preferences"""
+    Comparisons are kept in the folder preferences of the run.
+    """
+
     judge: str | None = None
     """a script answers in place of people: colorfulness, vivid, sharpness, compressibility, incompressibility, or
     package.module:function of pictures"""
@@ -251,8 +237,6 @@ class Prefer:
     """address of the page: by default it can be reached from this machine alone"""
     port: int = 7860
     """of the page; 0: any that is free"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps"""
 
 
 def prefer(words: list[str]) -> int:

@@ -11,10 +11,6 @@ nothing; a power cut may cost pictures of the last seconds, which are then named
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import re
 import sqlite3
 import weakref
 from collections.abc import Iterator, Sequence
@@ -24,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from foveate.data.kept_pictures import file_of, keep, read_kept, size_of
 from foveate.types import InputError
 
 Answer = Literal["left", "right", "tie", "skip"]
@@ -139,7 +135,7 @@ class Comparisons:
     """
 
     def __init__(self, folder: Path, run: str, question: str | None = None, make: bool = False) -> None:
-        self.folder, self.path = folder, folder / FILE
+        self.folder, self.path, self.pictures = folder, folder / FILE, folder / "pictures"
         if not make and not self.path.is_file():
             raise InputError(f"{self.path}: there are no comparisons yet; make some: foveate prefer {folder.parent}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,13 +179,16 @@ class Comparisons:
             for picture in (proposal.left, proposal.right):
                 if max(picture.shape[1:]) > SIDE:
                     raise InputError(
-                        f"pictures: {_size(picture)} pixels, expected at most {SIDE} a side; make them smaller"
+                        f"pictures: {size_of(picture)} pixels, expected at most {SIDE} a side; make them smaller"
                     )
-        rows = [(each.id, each.input, self._keep(each.left), self._keep(each.right), each.chosen) for each in proposals]
+        rows = [
+            (each.id, each.input, keep(self.pictures, each.left), keep(self.pictures, each.right), each.chosen)
+            for each in proposals
+        ]
         with self._transaction() as database:
             for proposal in proposals:
                 for picture in (proposal.left, proposal.right):
-                    self._check_size(database, _size(picture))
+                    self._check_size(database, size_of(picture))
             statement = 'INSERT OR IGNORE INTO pairs (id, input, "left", "right", chosen) VALUES (?, ?, ?, ?, ?)'
             database.executemany(statement, rows)
 
@@ -261,7 +260,7 @@ class Comparisons:
 
     def png(self, name: str) -> bytes:
         """The file of a picture."""
-        return self._file(name).read_bytes()
+        return file_of(self.pictures, name).read_bytes()
 
     def picture(self, name: str) -> UInt8[Tensor, "3 height width"]:
         """A picture.
@@ -269,18 +268,7 @@ class Comparisons:
         Raises:
             InputError: the file is missing, no PNG, or of another size than the others.
         """
-        from PIL import Image
-
-        path, expected = self._file(name), self._size or self._read_size()
-        try:
-            with Image.open(path, formats=("PNG",)) as picture:  # reads the header alone
-                found = f"{picture.width}x{picture.height}"
-                if found != expected:
-                    raise InputError(f"{path}: found {found} pixels, expected {expected} as the others; compare anew")
-                pixels = np.asarray(picture.convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); copy the folder again, or compare anew") from error
-        return torch.from_numpy(pixels.copy()).movedim(2, 0).contiguous()
+        return read_kept(self.pictures, name, self._size or self._read_size())
 
     def load(self, least: int = 1) -> Compared:
         """All comparisons in the order of the answers, less those that were skipped.
@@ -309,26 +297,6 @@ class Comparisons:
             torch.tensor([row[3] for row in rows]),
             torch.tensor([[float("nan") if score is None else score for score in row[4:]] for row in rows]),
         )
-
-    def _keep(self, picture: UInt8[Tensor, "3 height width"]) -> str:
-        """Write a picture, if it is not there; its name."""
-        from PIL import Image
-
-        name = hashlib.sha256(str(tuple(picture.shape)).encode() + picture.numpy().tobytes()).hexdigest()[:32] + ".png"
-        path = self._file(name)
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            encoded = io.BytesIO()
-            Image.fromarray(picture.movedim(0, 2).contiguous().numpy()).save(encoded, "PNG")
-            partial = path.with_name(f".{name}.{os.getpid()}")
-            partial.write_bytes(encoded.getvalue())
-            partial.replace(path)
-        return name
-
-    def _file(self, name: str) -> Path:
-        if not re.fullmatch(r"[0-9a-f]{32}\.png", name):
-            raise InputError(f"{self.path}: found a picture {name!r}, expected a hash; the database was tampered with")
-        return self.folder / "pictures" / name
 
     def _read_size(self) -> str | None:
         with self._transaction() as database:
@@ -368,7 +336,3 @@ class Comparisons:
             raise InputError(f"{self.path}: {error}; is it writable, and does a process hold it?") from error
         except sqlite3.DatabaseError as error:
             raise InputError(f"{self.path}: is no database of comparisons ({error}); move it away") from error
-
-
-def _size(picture: Tensor) -> str:
-    return f"{picture.shape[2]}x{picture.shape[1]}"

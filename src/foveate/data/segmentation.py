@@ -175,8 +175,7 @@ def _scenes(split: Split, side: int, classes: tuple[str, ...]) -> Segmented:
         return Segmented(pixels, labels, classes, tuple(name for part in parts for name in part.names))
     place = torch.zeros(len(SHAPES) + 5, dtype=torch.uint8)  # of the label of a segment among the classes; stuff is 0
     place[[SHAPES.index(each) for each in classes]] = torch.arange(1, len(classes) + 1, dtype=torch.uint8)
-    shown_here: list[Tensor] = []
-    marks_here: list[Tensor] = []
+    shown_here, marks_here = list[Tensor](), list[Tensor]()
     drawn, size = 0, SCENES[split]
     while sum(map(len, marks_here)) < size:
         keys = noise.key("segmentation", split, torch.arange(drawn, drawn + 250))
@@ -275,7 +274,6 @@ def _read(
     skip_bad: bool,
 ) -> Segmented:
     items: dict[str, tuple[Array, Array]] = {}
-    first = ""
     for name, _, picture, mask in pairs:
         try:
             pixels, labels = _item(name, picture, mask, values)
@@ -285,14 +283,13 @@ def _read(
             continue
         if image_size is not None:
             pixels, labels = _square(pixels, labels, image_size)
-        elif items and labels.shape != items[first][1].shape:
+        elif items and labels.shape != items[first := next(iter(items))][1].shape:
             one, other = (f"{shape[1]}x{shape[0]}" for shape in (items[first][1].shape, labels.shape))
             raise InputError(
                 f"{root}: {first} is {one}, but {name} is {other} (width x height), expected one size: give an "
                 f"image_size, for example --image-size {min(256, max(labels.shape))}"
             )
         if not items:
-            first = name
             check_memory(str(root), (len(pairs), 4, *labels.shape))
         items[name] = pixels, labels
     if not items:
@@ -311,8 +308,7 @@ def _item(name: str, picture: Path | None, mask: Path | None, values: dict[int, 
     if labels.shape != pixels.shape[:2]:
         one, other = (f"{shape[1]}x{shape[0]}" for shape in (labels.shape, pixels.shape))
         raise InputError(f"{mask}: the mask is {one}, but {picture.name} is {other} (width x height): replace one")
-    found = np.unique(labels).tolist()
-    strange = [value for value in found if value not in values]
+    strange = [value for value in np.unique(labels).tolist() if value not in values]
     if strange:
         shown = ", ".join(map(str, strange[:4])) + (", ..." if len(strange) > 4 else "")
         remedy = "save it without smoothing, or name the classes of the values 1, 2, ... by --classes"

@@ -221,11 +221,7 @@ def held_out(names: tuple[str, ...]) -> dict[str, list[str]]:
     order = sorted(names, key=lambda name: (int(noise.key("split of volumes", name)), name))
     test = max(1, round(0.2 * len(order))) if len(order) > 2 else 0
     val = max(1, round(0.15 * (len(order) - test))) if len(order) > 2 else 0
-    return {
-        "test": sorted(order[:test]),
-        "val": sorted(order[test : test + val]),
-        "train": sorted(order[test + val :]),
-    }
+    return {"test": sorted(order[:test]), "val": sorted(order[test : test + val]), "train": sorted(order[test + val :])}
 
 
 def located(
@@ -259,9 +255,7 @@ def _varied(grid: Grid, where: Tensor, keys: Tensor, strength: float) -> tuple[T
     """Warps of a volume and its points. A point that would leave the volume is kept in by a weaker warp."""
     volumes, points = [torch.empty(0, *grid.voxels.shape, dtype=torch.uint8)], [where.new_empty(0, *where.shape)]
     last = torch.tensor(grid.size) - 1
-    for some in (
-        keys.split(1) if len(keys) else ()
-    ):  # a warp of a whole brain takes some hundred megabytes while it is made
+    for some in keys.split(1) if len(keys) else ():  # a warp of a whole brain takes some hundred megabytes at work
         for weaker in (1.0, 0.5, 0.25, 0.0):
             warps = random_warps(some, grid.size, strength * weaker)
             there = moved(warps, where[None])
