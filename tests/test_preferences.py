@@ -560,7 +560,7 @@ def coloured_squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, coloured_squares: Path) -> Path:
     folder = tmp_path_factory.mktemp("start") / "run"
-    settings = {"code_share": 0.5, "likelihood_share": 0.48, "steps": 400, "code_rate": 1e-2}
+    settings = {"code_share": 0.5, "likelihood_share": 0.48, "steps": 400, "code_rate": 1e-2, "seed": 3}
     foveate.train("colorization", data="folder", root=coloured_squares, out=folder, **{**QUICK, **settings})
     return folder
 
@@ -582,7 +582,7 @@ def test_a_script_s_taste_is_learned_and_tuning_follows_it(start: Path, judged: 
     assert told["metrics"]["hidden_accuracy"] > 0.7
     assert told["metrics"]["nll"] < told["baselines"]["constant"]["nll"]
     assert set(told["baselines"]) == {"constant", "untrained", "single", "pixel_statistics", "colorfulness"}
-    settings = {"code_share": 0.0, "likelihood_share": 0.0, "steps": 120, "reward": f"preference:{judged}"}
+    settings = {"code_share": 0.0, "likelihood_share": 0.0, "steps": 200, "reward": f"preference:{judged}", "seed": 3}
     tuned = foveate.train(
         "colorization",
         data="folder",

@@ -421,7 +421,14 @@ def test_any_reward_of_texts_tunes_a_captioner(tmp_path: Path) -> None:
 def test_the_reward_of_drawn_captions_rises_above_the_start(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """Likelihood says each of two sentences half the time; one of them agrees better with both."""
     settings = TINY | {"tuning_rate": 3e-3, "learning_rate": 1e-2, "samples": 8, "least_count": 2, "length": 6}
-    data = {"data": "coco", "root": folder, "skip_bad": True, "image_size": 16, "likelihood_share": 0.5}
+    data = {
+        "data": "coco",
+        "root": folder,
+        "skip_bad": True,
+        "image_size": 16,
+        "likelihood_share": 0.5,
+        "temperature": 1.0,
+    }
     agent = foveate.train("tune-captioner", steps=160, out=tmp_path / "run", **(settings | {"every": 1000}), **data)
     rows = [json.loads(line) for line in (agent.folder / "metrics.jsonl").read_text().splitlines()]
     rewards = [row["reward"] for row in rows if row["phase"] == "reward" and "reward" in row]

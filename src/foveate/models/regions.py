@@ -65,7 +65,7 @@ def cut(
 
 
 def _read(flat: Tensor, at: Int[Tensor, "batch s s"]) -> Float[Tensor, "batch s s planes"]:
-    return flat.index_select(0, at.flatten()).view(*at.shape, -1).float()
+    return flat.index_select(0, at.flatten()).view(*at.shape, flat[0].numel()).float()
 
 
 def within(regions: Regions, side: int, size: tuple[int, int]) -> Bool[Tensor, "batch {side} {side}"]:
