@@ -233,7 +233,8 @@ def _own(output: RewardOutput, behaviour: Tensor | None, tuning: Tuning) -> Floa
         raise InputError(
             f"credit: {tuning.credit!r} asks the reward for one of each decision, found none; use 'answer'"
         )
-    if behaviour is not None:
+    if tuning.credit == "flip":
+        assert behaviour is not None
         _check_credit(credit, behaviour, tuning)
         return -torch.expm1(behaviour) * credit  # 1 - π(a)
     if tuning.credit == "to-go":

@@ -107,8 +107,8 @@ class Config:
     """answers to each of them"""
     tuning_rate: float = 1e-3
     """learning rate of the reward, constant after a warm-up"""
-    temperature: float = 0.4
-    """by which scores are divided where texts are drawn for the reward; at 1 they are much worse than the likeliest"""
+    temperature: float = 1.0
+    """by which scores are divided where texts are drawn for the reward; below 1 they are nearer to the likeliest"""
     credit: Literal["to-go", "answer"] = "to-go"
     """weigh a token by what its box and those after it gain, or by the whole answer"""
     anchor: float = 0.0
