@@ -57,12 +57,15 @@ def keys_of(rows: int, seed: int = 0) -> Tensor:
 # The sampler
 
 
-def test_log_probabilities_are_minus_the_cross_entropy() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_log_probabilities_are_minus_the_cross_entropy(temperature: float) -> None:
     model, shown = small(), images(3)
+    model.temperature = temperature
     masks = noise.uniform(keys_of(3), 2, 16, 16) < 0.4
     known = noise.uniform(keys_of(3, 1), 1, 16, 16) < 0.8
     decisions = model(shown, model.labels(masks, known))
-    expected = F.binary_cross_entropy_with_logits(model.logits(shown), masks.float(), reduction="none")
+    scores = model.logits(shown) / temperature
+    expected = F.binary_cross_entropy_with_logits(scores, masks.float(), reduction="none")
     torch.testing.assert_close(decisions.log_probs, -expected.flatten(1))
     loss = (expected * known).sum() / (2 * known.sum())
     torch.testing.assert_close(likelihood_loss(decisions), loss)
@@ -79,11 +82,12 @@ def test_log_probabilities_of_exclusive_classes_are_minus_the_softmax_cross_entr
     torch.testing.assert_close(model(shown, labels).log_probs, -expected.flatten(1))
 
 
-@pytest.mark.parametrize("exclusive", [False, True])
-def test_samples_follow_the_probabilities(exclusive: bool) -> None:
+@pytest.mark.parametrize(("exclusive", "temperature"), [(False, 1.0), (False, 0.5), (True, 1.0), (True, 0.5)])
+def test_samples_follow_the_probabilities(exclusive: bool, temperature: float) -> None:
     model = Segmenter(Fixed(torch.tensor([[[0.5, -1.0]], [[2.0, 0.0]]])), 1 if exclusive else 2, exclusive)
+    model.temperature = temperature
     drawn = model.decode(model.sample(images(1, 1, 2), 20_000, False, keys_of(1)))
-    scores = model.network.scores
+    scores = model.network.scores / temperature
     expected = scores.softmax(0)[1:] if exclusive else scores.sigmoid()
     torch.testing.assert_close(drawn.float().mean(0), expected.detach(), rtol=0, atol=0.015)
     greedy = model.decode(model.sample(images(1, 1, 2), 1, True, keys_of(1)))

@@ -53,11 +53,15 @@ class Segmenter(Sampler):
             Hugging Face's give; a smaller map is enlarged bilinearly to the image.
         classes: how many.
         exclusive: a pixel has one class at most.
+
+    Attributes:
+        temperature: by which scores are divided, in sampling and in `forward` alike.
     """
 
     def __init__(self, network: nn.Module, classes: int, exclusive: bool = False) -> None:
         super().__init__()
         self.network, self.classes, self.exclusive = network, classes, exclusive
+        self.temperature = 1.0
 
     def logits(self, images: Images) -> Float[Tensor, "batch scores height width"]:
         """Scores of every pixel.
@@ -115,6 +119,7 @@ class Segmenter(Sampler):
         return actions.values == torch.arange(1, self.classes + 1, device=actions.values.device)[:, None, None]
 
     def _distribution(self, logits: Tensor, steps: slice = slice(None)) -> Bernoulli | Categorical:
+        logits = logits / self.temperature
         if self.exclusive:
             return Categorical(logits.flatten(2).mT[:, steps])
         return Bernoulli(logits.flatten(1)[:, steps])

@@ -98,6 +98,8 @@ class Config:
     """weigh a pixel by its own effect on the reward, or by the reward of the whole mask"""
     samples: int = 2
     """masks drawn for each window"""
+    temperature: float = 1.0
+    """by which scores are divided where masks are drawn for the reward; below 1: nearer to the likeliest mask"""
     tuning_rate: float = 5e-4
     """learning rate of the reward, which falls evenly to 0"""
     control_rate: float = 2e-3
@@ -158,8 +160,8 @@ def build(config: Config, pretrained: bool = False) -> Segmenter:
 
 def _tuning(config: Config) -> Tuning:
     credit: Any = "difference" if config.exclusive and config.credit == "flip" else config.credit
-    how: dict[str, Any] = {"anchor": config.anchor, "learning_rate": config.tuning_rate, "precision": config.precision}
-    return Tuning(config.samples, anneal=True, credit=credit, **how)
+    same = {name: getattr(config, name) for name in ("samples", "anchor", "precision", "temperature")}
+    return Tuning(learning_rate=config.tuning_rate, anneal=True, credit=credit, **same)
 
 
 def _reward(config: Config) -> Reward:
