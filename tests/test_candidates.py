@@ -25,7 +25,7 @@ from foveate.models.adapters import Adapter, adapted, load_weights, named, take_
 from foveate.models.candidates import Candidates, ClassAndBox, Detector, Proposals, likeliest, to_boxes, to_numbers
 from foveate.models.cells import Cells, taught
 from foveate.rewards.boxes import DetectionReward, average_precision, class_weights
-from foveate.rewards.sets import above, set_scores, without_each
+from foveate.rewards.sets import above, placing_loss, set_scores, without_each
 from foveate.run import Run
 from foveate.systems import tune_detector
 from foveate.types import InputError, RewardOutput, map_tree
@@ -526,6 +526,22 @@ def broken(predictions: Boxes, targets: Boxes) -> Tensor:
     """The same, but NaN for the eighth set."""
     found = counted(predictions, targets)
     return torch.where(torch.arange(len(found)) == 7, float("nan"), found)
+
+
+def test_chosen_boxes_are_moved_to_what_they_match_and_others_stay() -> None:
+    targets = Boxes(torch.tensor([[[8.0, 8.0, 24.0, 24.0]]]), torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.bool))
+    boxes = torch.tensor([[[10.0, 8.0, 26.0, 24.0], [40.0, 40.0, 56.0, 56.0], [10.0, 8.0, 26.0, 24.0]]])
+    chosen = Boxes(boxes, torch.tensor([[1, 1, 0]]), torch.ones(1, 3, dtype=torch.bool))
+    placed = boxes.clone().requires_grad_()
+    loss = placing_loss(chosen, placed, targets)
+    assert loss.item() == pytest.approx(-2 * 14 / 18)
+    (slope,) = torch.autograd.grad(loss, placed)
+    assert (slope[0, 0, [0, 2]] > 0).all(), "to the left"
+    assert (slope[0, 1:] == 0).all(), "a box at nothing, and one of another class"
+    own = replace(tune_detector.Config(scenes=8, image_size=16), reward="test_candidates:counted")
+    assert tune_detector.resolve(own).placing == 0
+    assert tune_detector.resolve(replace(own, placing=0.5)).placing == 0.5
+    assert tune_detector.resolve(replace(own, reward="map")).placing == 1
 
 
 @pytest.mark.parametrize("credit", ["difference", "answer"])

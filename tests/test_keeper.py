@@ -53,6 +53,23 @@ def test_answers_that_became_one_for_a_better_reward_are_no_collapse() -> None:
     assert told(single, 10 * CALM, 0.5, 20.0, 1.0, samples=1) is None
 
 
+def test_answers_that_became_empty_for_a_better_drawn_reward_are_a_collapse_if_the_greedy_ones_lost() -> None:
+    """A false positive costs more than a match brings: drawn reward -0.1 rises to 0, held-out reward falls to 0."""
+    keeper, policy = Keeper(nn.Linear(1, 1)), nn.Linear(1, 1)
+    keeper.offer(policy, 0.3)
+    assert told(keeper, CALM, -0.1, 20.0, 1.0) is None
+    assert told(keeper, 10 * CALM, 0.0, 1.0, 0.125) is None, "held-out answers were not looked at again"
+    keeper.offer(policy, 0.0)
+    found = told(keeper, 1, 0.0, 1.0, 0.125)
+    assert found is not None
+    assert "answers have 1" in found
+    keeper.offer(policy, 0.4)
+    assert told(keeper, 1, 0.0, 1.0, 0.125) is None
+    old = {name: value for name, value in keeper.state_dict().items() if name != "looks"}
+    keeper.load_state_dict(old)
+    assert keeper.looks.isnan().all()
+
+
 def test_going_back_takes_the_best_weights_and_half_the_rate() -> None:
     policy = nn.Linear(2, 2)
     optimizer = torch.optim.Adam(policy.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,16 @@ import foveate
 from foveate import noise
 from foveate.distributions import Categorical
 from foveate.geometry import Boxes
-from foveate.learn.answers import Tuning, answering, distinct, frozen, likelihood_loss, reward_loss, score
+from foveate.learn.answers import Tuning, answering, distinct, frozen, likelihood_loss, repeat, reward_loss, score
 from foveate.learn.baselines import MovingAverage
 from foveate.models.box_tokens import BoxTokens, BoxWriter
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.rewards.boxes import DetectionReward
+from foveate.rewards.combine import guarded
 from foveate.run import Run
 from foveate.tuning import _check_drawn, _optimizer
 from foveate.two_steps import tune_on_reward
-from foveate.types import Decisions, InputError, RewardOutput, Sampler
+from foveate.types import Decisions, InputError, RewardOutput, Sampler, map_tree
 
 
 def small(length: int = 2, vocabulary: int = 3, end: int | None = None) -> EncoderDecoder:
@@ -462,6 +464,31 @@ def test_what_comes_after_a_decision_leaves_the_gradient_and_takes_the_noise_of_
     assert spread["to-go"] < 0.8 * spread["answer"]
 
 
+@pytest.mark.parametrize("credit", ["answer", "difference", "to-go"])
+def test_an_answer_without_a_score_teaches_nothing_and_is_compared_with_none(credit: Any) -> None:
+    """The first input scores low and two of its answers fail, the second high, and all but one of the third fail."""
+    totals = torch.tensor([0.1, 0.3, math.nan, math.nan, 0.9, 0.8, 0.7, 0.6, math.nan, math.nan, 5.0, math.nan])
+
+    def worth(predictions: Tensor, targets: Tensor) -> RewardOutput:
+        return RewardOutput(totals, credit=totals[:, None] * torch.tensor([1.0, 2.0, 3.0]))
+
+    settings, keys = Tuning(samples=4, credit=credit), noise.key("rows", torch.arange(3))
+    careful = guarded(worth, skip=True)
+    found = score(Coins(), careful, torch.zeros(3), torch.zeros(3), keys, settings, MovingAverage()).advantages
+    failed = totals.isnan()
+    assert (found[failed] == 0).all()
+    assert (found[10] == 0).all(), "nothing to compare it with"
+    first, second = (found[:2, -1] / found[1, -1]), found[4:8, -1]
+    torch.testing.assert_close(first, torch.tensor([-1.0, 1.0]))
+    assert float(second.sum()) == pytest.approx(0, abs=1e-6)
+    assert found[0, -1] < 0 < found[1, -1]
+    if credit != "answer":
+        alone = Tuning(samples=2, credit=credit)
+        good = RewardOutput(totals[:2], credit=totals[:2, None] * torch.tensor([1.0, 2.0, 3.0]))
+        args = torch.zeros(1), torch.zeros(1), keys[:1], alone, MovingAverage()
+        torch.testing.assert_close(found[:2], score(Coins(), lambda *_: good, *args).advantages)
+
+
 def test_credit_that_is_not_given_is_asked_for() -> None:
     settings = Tuning(samples=2, credit="difference")
     plain = lambda answers, targets: RewardOutput(together(answers))  # noqa: E731
@@ -533,9 +560,14 @@ def test_boxes_in_other_units_than_their_targets_are_named(tmp_path: Path) -> No
     model = Parts(BoxTokens((16, 16), 2, 3, 16), 8, width=16, depth=1)
     with pytest.raises(InputError, match=r"^policy: its boxes lie within \[0, 1\], those of the targets reach 11.2"):
         foveate.tune(model.unending(), DetectionReward(), batches, out=tmp_path / "run", steps=1)
-    listed = [torch.rand(3, 8, 16), torch.rand(3, 16, 16)]
-    with pytest.raises(InputError, match=r"^inputs: a list of 2 images of 3x8x16, 3x16x16, expected one tensor"):
-        foveate.tune(model, DetectionReward(), lambda step: (listed, targets), out=tmp_path / "run", steps=1)
+    wide, high = torch.rand(3, 8, 16), torch.rand(3, 16, 16)
+    two = r"^inputs: {} images of 3x8x16, 3x16x16, expected one tensor"
+    for inputs in ([wide, high], (wide, high), (wide, high, high)):
+        some = repeat(map_tree(lambda leaf: leaf[:1], targets), len(inputs))
+        with pytest.raises(InputError, match=two.format(len(inputs))):
+            foveate.tune(
+                model, DetectionReward(), lambda step, each=(inputs, some): each, out=tmp_path / "run", steps=1
+            )
     assert not (tmp_path / "run").exists()
 
 

@@ -173,11 +173,12 @@ def _check_start(
 
 
 def _check_stacked(inputs: Tree, targets: Tree) -> None:
-    listed = isinstance(inputs, list) and all(isinstance(each, Tensor) and each.ndim == 3 for each in inputs)
-    if listed and len(inputs[0]) != rows_of(targets):
-        sizes = ", ".join(dict.fromkeys("x".join(map(str, each.shape)) for each in inputs))
+    images: Any = inputs
+    listed = isinstance(inputs, list | tuple) and all(isinstance(each, Tensor) and each.ndim == 3 for each in images)
+    if listed and (len(images[0]) != rows_of(targets) or len({each.shape for each in images}) > 1):
+        sizes = ", ".join(dict.fromkeys("x".join(map(str, each.shape)) for each in images))
         raise InputError(
-            f"inputs: a list of {len(inputs)} images of {sizes}, expected one tensor [batch, channels, height, width]: "
+            f"inputs: {len(images)} images of {sizes}, expected one tensor [batch, channels, height, width]: "
             "scale or pad them to one size, and stack them"
         )
 

@@ -240,6 +240,12 @@ class RewardOutput:
     parts: dict[str, Float[Tensor, " batch"]] = field(default_factory=dict)
     credit: Float[Tensor, "batch time"] | None = None
 
+    @property
+    def skipped(self) -> Bool[Tensor, " batch"] | None:
+        """Which examples have no score and are not to be learned from (`foveate.rewards.combine.guarded`), if any."""
+        found = [value > 0 for name, value in self.parts.items() if name.split("/")[-1] == "skipped"]
+        return torch.stack(found).any(0) if found else None
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -169,6 +169,7 @@ def score(
             values = torch.cat([_values(some) for some in decisions], 1) if learned else None
         if tuning.credit != "answer":
             return Scored(actions, behaviour, output, _own(output, behaviour, tuning))
+        output = _among_scored(output, count)
         group = torch.arange(len(keys), device=keys.device).repeat_interleave(count)
         worth = output.total
         if tuning.anchored == "reward" and tuning.anchor and reference is not None:
@@ -176,7 +177,7 @@ def score(
                 policy, reference, inputs, actions, tuning.precision, tuning.temperature
             )
         if tuning.baseline == "normalised":
-            return Scored(actions, behaviour, output, group_normalised(worth, group))
+            return Scored(actions, behaviour, output, _learned_from(group_normalised(worth, group), output))
         if tuning.baseline == "leave-one-out":
             baseline = leave_one_out(worth, group)
         elif tuning.baseline == "greedy":
@@ -187,7 +188,7 @@ def score(
         else:
             value = average() if tuning.baseline == "moving-average" else torch.zeros(())
             baseline = value.to(worth).expand(len(group), 1)
-    return Scored(actions, behaviour, output, worth[:, None] - baseline)
+    return Scored(actions, behaviour, output, _learned_from(worth[:, None] - baseline, output))
 
 
 def decided(policy: Sampler, inputs: Tree, actions: Tree) -> Iterator[Decisions]:
@@ -240,8 +241,27 @@ def _own(output: RewardOutput, behaviour: Tensor | None, tuning: Tuning) -> Floa
     if tuning.credit == "to-go":
         credit = credit.flip(1).cumsum(1).flip(1)
     groups = credit.unflatten(0, (-1, tuning.samples))
-    others = (groups.sum(1, keepdim=True) - groups) / (tuning.samples - 1)
-    return (groups - others).flatten(0, 1)
+    if (skipped := output.skipped) is None:
+        others = (groups.sum(1, keepdim=True) - groups) / (tuning.samples - 1)
+        return (groups - others).flatten(0, 1)
+    scored = (~skipped).to(credit).view(-1, tuning.samples, 1)  # the credit of the others is 0
+    count = scored.sum(1, keepdim=True)
+    others = (groups.sum(1, keepdim=True) - groups) / (count - 1).clamp(min=1)
+    return torch.where(count > 1, scored * (groups - others), 0.0).flatten(0, 1)
+
+
+def _among_scored(output: RewardOutput, samples: int) -> RewardOutput:
+    """An answer without a score takes the mean of its input's others, so that these are compared with each other."""
+    if (skipped := output.skipped) is None:
+        return output
+    total, missing = output.total.view(-1, samples), skipped.view(-1, samples)
+    mean = torch.where(missing, 0.0, total).sum(1, keepdim=True) / (~missing).sum(1, keepdim=True).clamp(min=1)
+    return replace(output, total=torch.where(missing, mean, total).flatten())
+
+
+def _learned_from(advantages: Float[Tensor, "rows #time"], output: RewardOutput) -> Float[Tensor, "rows #time"]:
+    skipped = output.skipped
+    return advantages if skipped is None else torch.where(skipped[:, None], 0.0, advantages)
 
 
 def _check_credit(credit: Tensor, decided: Tensor, tuning: Tuning) -> None:

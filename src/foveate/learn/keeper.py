@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ class Keeper(nn.Module):
     start: Tensor
     now: Tensor
     seen: Tensor
+    looks: Tensor
 
     def __init__(self, policy: nn.Module, by: str = "held_out_reward") -> None:
         super().__init__()
@@ -46,15 +49,24 @@ class Keeper(nn.Module):
         self.register_buffer("start", torch.zeros(3))  # reward, length, share of different answers
         self.register_buffer("now", torch.zeros(3))
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("looks", torch.full((2,), math.nan))  # held-out scores: the first, the latest
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; a state of before the looks were kept knows none."""
+        return super().load_state_dict({"looks": torch.full((2,), math.nan)} | dict(state_dict), strict, assign)
 
     def begin(self) -> None:
         """Forget every score: those of a run that this one begins from say nothing of this one's held-out inputs."""
         self.score.fill_(-math.inf)
+        self.looks.fill_(math.nan)
         self.rate.fill_(1.0)
         self.seen.zero_()
 
     def offer(self, policy: nn.Module, score: Tensor | float) -> bool:
         """Keep the policy's weights if their held-out score is the best so far."""
+        if bool(self.looks[0].isnan()):
+            self.looks[0] = float(score)
+        self.looks[1] = float(score)
         better = bool(torch.as_tensor(score) > self.score.cpu())
         if better:
             self.score.fill_(float(score))
@@ -70,7 +82,10 @@ class Keeper(nn.Module):
         """Take the means of a step in, and say what has collapsed, if anything has.
 
         A collapse is answers that have become far longer or shorter than at the start, or one answer to each input,
-        *without* a better reward for it. Statistics are averages over about `CALM` steps.
+        *without* a better reward for it: the reward of drawn answers is lower than at the start, or the latest score on
+        held-out inputs is lower than their first. (Where a false positive costs more than a match brings, empty answers
+        are better than what was drawn at the start, and worse than what the greedy ones were.) Statistics are averages
+        over about `CALM` steps.
 
         Args:
             reward: mean over the answers.
@@ -87,7 +102,8 @@ class Keeper(nn.Module):
             return None
         reward_then, length_then, distinct_then = self.start.tolist()
         reward_now, length_now, distinct_now = self.now.tolist()
-        if reward_now >= reward_then:
+        first, latest = self.looks.tolist()
+        if reward_now >= reward_then and not latest < first:  # unknown scores compare as false
             return None
         if not length_then / FAR <= length_now <= length_then * FAR:
             return f"answers have {length_now:.3g} decisions, {length_then:.3g} at the start"
@@ -101,3 +117,4 @@ class Keeper(nn.Module):
         optimizer.state.clear()
         self.rate /= 2
         self.now.copy_(self.start)
+        self.looks[1] = self.score

@@ -65,9 +65,10 @@ def product(rewards: Mapping[str, Reward]) -> Reward:
 def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
     """A reward that names the example on which another one fails, instead of failing with the whole batch.
 
-    An example fails if its total is NaN or infinite, or if the reward raises for it; only then is it asked an example
-    at a time. With `skip` a failed example gets the mean of the others, from which nothing is learned, and the part
-    "skipped" is 1 for it, else 0 (it is no summand); other parts and the credit of its decisions are 0 there.
+    An example fails if its total or a credit of its decisions is NaN or infinite, or if the reward raises for it; only
+    then is it asked an example at a time. With `skip` a failed example gets the mean of the others and the part
+    "skipped" is 1 for it, else 0 (it is no summand), by which `foveate.learn.answers.score` knows not to learn from
+    it or compare with it; other parts and the credit of its decisions are 0 there.
 
     Raises:
         InputError: an example failed and is not to be skipped, or all did (`targets` that are numbers are told); or
@@ -89,11 +90,14 @@ def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
                     f"reward {name}: raises on the batch, but on none of its examples: {error!r}"
                 ) from error
         bad = ~found.total.isfinite()
+        if found.credit is not None:
+            bad |= ~found.credit.isfinite().all(1)
         if not skip and not bad.any():
             return found
         if bad.any() and (not skip or bool(bad.all())):
             row = int(bad.nonzero()[0])
-            what = f"raises {errors[row]!r}" if row in errors else f"is {float(found.total[row])}"
+            what = "has no finite credit" if math.isfinite(value := float(found.total[row])) else f"is {value}"
+            what = f"raises {errors[row]!r}" if row in errors else what
             of = f", target {targets[row].tolist()}" if isinstance(targets, Tensor) and targets.ndim == 1 else ""
             remedy = "nothing is left to learn from"
             if not skip:

@@ -71,10 +71,12 @@ def precision_so_far(
 
 
 def placing_loss(chosen: Boxes, placed: Float[Tensor, "batch count 4"], targets: Boxes) -> Float[Tensor, ""]:
-    """What better places of the boxes that were chosen would gain: minus twice their IoU above 0.5, summed over a set.
+    """A loss beside the reward that moves the boxes that were chosen: minus twice their IoU with what they match.
 
-    The mean over COCO's thresholds is a staircase of the IoU whose slope is 2: so this is its smooth gradient, where
-    drawing boxes would only estimate it.
+    The mean over COCO's thresholds is a staircase of a match's IoU whose slope is 2 above 0.5: so this is a smooth
+    stand-in for what a better place of a match gains, where drawing boxes would only estimate it. It is not the
+    gradient of the reward: classes weigh alike, and a duplicate is moved to its target as well, which the reward does
+    not pay for.
 
     Args:
         chosen: the sets.

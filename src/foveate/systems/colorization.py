@@ -218,7 +218,8 @@ def train(config: Config, run: Run) -> None:
 
     def arguments(name: str) -> dict[str, Any]:
         policy, optimizer, keeper = parts[name]
-        look = partial(held_out_scores, policy, reward, held_out, config.seed, config.precision)
+        metric = {"colorfulness": colorfulness}
+        look = partial(held_out_scores, policy, reward, held_out, config.seed, config.precision, **metric)
         return {"policy": policy, "optimizer": optimizer, "keeper": keeper, "validate": look}
 
     share, start = (1 - config.code_share - config.likelihood_share) / 2, parts["likelihood"][0]

@@ -48,7 +48,7 @@ from foveate.rewards.combine import guarded, load_reward
 from foveate.rewards.sets import above, best_level, placing_loss, set_scores, without_each
 from foveate.run import Run
 from foveate.two_steps import check_reward, held_out_scores, tune_on_reward
-from foveate.types import Decisions, Evaluation, InputError, concatenate, map_tree
+from foveate.types import Decisions, Evaluation, InputError, concatenate, known, map_tree
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Config:
     """cost of a box at no target, for map and matches"""
     credit: Literal["difference", "answer"] = "difference"
     """a decision is weighed by what the set gains from it, or all by the reward of the set"""
-    placing: float = 1.0
-    """weight of the loss that moves chosen boxes to where the reward is higher; 0: it changes decisions alone"""
+    placing: float | None = None
+    """weight of the loss that moves chosen boxes to their targets; None: 1, and 0 for a reward of your own"""
     jitter: float = 0.0
     """how widely boxes are drawn, in parts of their sides; 0: as predicted"""
     tune: Literal["all", "heads"] = "all"
@@ -143,7 +143,8 @@ def resolve(config: Config) -> Config:
         raise InputError(f"candidates: found {config.candidates}, expected at least 1")
     for split in ("train", "val", "test"):  # now, not after hours
         check_objects(data := _data(config, split), config.root or config.data)
-    return replace(config, classes=data.classes)
+    placing = float(":" not in config.reward) if config.placing is None else config.placing
+    return replace(config, classes=data.classes, placing=placing)
 
 
 def _data(config: Config, split: Literal["train", "val", "test"]) -> Detections:
@@ -171,8 +172,9 @@ def _reward(config: Config, data: Detections) -> Reward:
         costs: dict[str, Any] = {"duplicate": config.duplicate, "false_positive": config.false_positive}
         return DetectionReward(**costs, class_weights=weights, credited="difference")
     own = config.reward != "average-precision"
-    reward = guarded(load_reward(config.reward), config.skip_bad, config.reward) if own else average_precision
-    return without_each(reward) if config.credit == "difference" else reward
+    reward = load_reward(config.reward) if own else average_precision
+    reward = without_each(reward) if config.credit == "difference" else reward
+    return guarded(reward, config.skip_bad, config.reward) if own else reward
 
 
 def train(config: Config, run: Run) -> None:
@@ -204,7 +206,7 @@ def train(config: Config, run: Run) -> None:
 
     def place(decisions: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
         loss = placing_loss(policy.decode(scored.actions), decisions.extras["boxes"], targets)
-        return {"placing": config.placing * loss}
+        return {"placing": known(config.placing) * loss}
 
     held_out: Any = {"keeper": keeper, "validate": partial(look, policy), "every": config.every}
     tune_on_reward(run, "reward", share, *learner, beside=place, **held_out)
