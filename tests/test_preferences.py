@@ -543,13 +543,16 @@ def test_uncertain_pairs_say_more_than_random_ones() -> None:
 
 @pytest.fixture(scope="module")
 def coloured_squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of brightness from dark to light, with a colour that this does not tell: grey, pale or strong."""
+    """Pictures of brightness from dark to light, with a colour that this does not tell: mostly grey, a few strong.
+
+    So what likelihood writes is grey, and there is room for a taste for colour.
+    """
     root = tmp_path_factory.mktemp("squares")
     for number in range(160):
         keys = noise.key("square", number)
         light = torch.linspace(0.3, 0.7, 8)[:, None].expand(8, 8) + 0.1 * noise.uniform(noise.fold(keys, "light"))
         hue = noise.uniform(noise.fold(keys, "hue"), 3) - 0.5
-        strength = 0.9 * noise.uniform(noise.fold(keys, "strength"))
+        strength = 0.9 * noise.uniform(noise.fold(keys, "strength")) ** 3
         pixels = (light[:, :, None] + strength * hue).clamp(0, 1)
         path = root / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
@@ -560,7 +563,7 @@ def coloured_squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, coloured_squares: Path) -> Path:
     folder = tmp_path_factory.mktemp("start") / "run"
-    settings = {"code_share": 0.5, "likelihood_share": 0.48, "steps": 400, "code_rate": 1e-2, "seed": 3}
+    settings = {"code_share": 0.5, "likelihood_share": 0.48, "steps": 600, "code_rate": 1e-2}
     foveate.train("colorization", data="folder", root=coloured_squares, out=folder, **{**QUICK, **settings})
     return folder
 
@@ -582,7 +585,7 @@ def test_a_script_s_taste_is_learned_and_tuning_follows_it(start: Path, judged: 
     assert told["metrics"]["hidden_accuracy"] > 0.7
     assert told["metrics"]["nll"] < told["baselines"]["constant"]["nll"]
     assert set(told["baselines"]) == {"constant", "untrained", "single", "pixel_statistics", "colorfulness"}
-    settings = {"code_share": 0.0, "likelihood_share": 0.0, "steps": 200, "reward": f"preference:{judged}", "seed": 3}
+    settings = {"code_share": 0.0, "likelihood_share": 0.0, "steps": 200, "reward": f"preference:{judged}"}
     tuned = foveate.train(
         "colorization",
         data="folder",

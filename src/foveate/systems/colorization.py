@@ -218,7 +218,7 @@ def train(config: Config, run: Run) -> None:
 
     def arguments(name: str) -> dict[str, Any]:
         policy, optimizer, keeper = parts[name]
-        metric = {"colorfulness": colorfulness}
+        metric = {"colorfulness": lambda chroma, light: colorfulness(coloured(light, chroma))}
         look = partial(held_out_scores, policy, reward, held_out, config.seed, config.precision, **metric)
         return {"policy": policy, "optimizer": optimizer, "keeper": keeper, "validate": look}
 
