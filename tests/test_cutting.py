@@ -475,6 +475,13 @@ def test_davis_is_read(davis: Path) -> None:
     assert own["mask"].sum() == 144
 
 
+def test_frames_play_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (1, 2, 10):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"frame-{number}.png")
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "mask.png")
+    assert (read_video(tmp_path)["frames"][:, 0, 0, 0] * 255).round().tolist() == [1, 2, 10]
+
+
 def test_the_real_davis_is_read(shared_data: Path) -> None:
     clips = load_videos("davis", shared_data / "DAVIS", "test", 60)
     assert clips.names == ("car-shadow", "dance-twirl", "horsejump-high", "paragliding-launch", "soapbox")

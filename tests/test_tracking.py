@@ -119,6 +119,14 @@ def write_sequence(folder: Path, frames: int = 3) -> Path:
     return folder
 
 
+def test_frames_play_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = write_sequence(tmp_path / "a", 11)
+    for number, path in enumerate(sorted((folder / "img1").iterdir()), 1):
+        path.unlink()
+        Image.fromarray(np.full((30, 40, 3), 10 * number, np.uint8)).save(folder / "img1" / f"{number}.png")
+    assert read_sequence(folder, 100).pixels[:, 0, 0, 0].tolist() == list(range(10, 120, 10))
+
+
 def change(path: str, text: str) -> Any:
     return lambda folder: (folder / path).write_text(text)
 
