@@ -16,7 +16,9 @@ from torch import Tensor
 
 import foveate
 from foveate import noise, pictures
+from foveate.data import masked_videos
 from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
+from foveate.data.scenes import COLORS, Scenes, draw
 from foveate.envs.box_moves import moves
 from foveate.envs.cutting import ACTIONS, MOVES, NAMES, STOP, TIGHTER, WIDER, CuttingEnv
 from foveate.envs.following import acting, best_margin, clips_of, fixed, follow, truth, unmoved
@@ -398,6 +400,23 @@ def test_every_step_to_a_mask_is_told_and_drawn_before_it() -> None:
 # ---- data ----
 
 
+def test_half_of_the_others_are_drawn_in_the_objects_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Scenes] = []
+
+    def watched(scenes: Scenes, side: int) -> Any:
+        drawn.append(scenes)
+        return draw(scenes, side)
+
+    monkeypatch.setattr(masked_videos, "draw", watched)
+    load_videos("scenes", None, "train", 16, 1000, 2)
+    for scenes in drawn:
+        front = scenes.mask.sum(1, keepdim=True)
+        others = torch.arange(1, scenes.mask.shape[1] + 1) < front
+        same = (scenes.colors == scenes.colors.gather(1, front - 1))[others].float().mean()
+        assert abs(float(same) - (0.5 + 0.5 / len(COLORS))) < 0.04, "half, and what has it by chance"
+    assert len(drawn) == 2
+
+
 def test_scenes_move_and_their_object_stays_visible() -> None:
     clips = load_videos("scenes", None, "train", 48, 6, 8)
     assert clips.pixels.shape == (48, 3, 48, 48)
@@ -454,6 +473,13 @@ def test_davis_is_read(davis: Path) -> None:
     own = read_video(davis / "JPEGImages" / "480p" / "c")
     assert own["frames"].shape == (3, 3, 24, 32)
     assert own["mask"].sum() == 144
+
+
+def test_frames_play_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (1, 2, 10):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"frame-{number}.png")
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "mask.png")
+    assert (read_video(tmp_path)["frames"][:, 0, 0, 0] * 255).round().tolist() == [1, 2, 10]
 
 
 def test_the_real_davis_is_read(shared_data: Path) -> None:

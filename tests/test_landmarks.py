@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate import noise
-from foveate.data.nifti import in_voxels, isotropic, read_csv, read_fcsv, read_volume
+from foveate.data.nifti import in_voxels, isotropic, line_of, read_csv, read_fcsv, read_volume
 from foveate.data.pyramid import halved
 from foveate.data.volumes import Volumes, held_out, load_volumes, read_volumes, volumes_of
 from foveate.data.warps import moved, random_warps, sources, warped
@@ -212,7 +212,7 @@ def test_a_folder_is_read_split_and_resampled(tmp_path: Path) -> None:
         (
             3,
             "30,4,5",
-            r"landmarks\.csv, line \d+: 'tip' of s2 lies at voxel 30\.0, 4\.0, 5\.0, outside of the volume of 24, 28",
+            r"landmarks\.csv, line 4: 'tip' of s2 lies at voxel 30\.0, 4\.0, 5\.0, outside of the volume of 24, 28",
         ),
         (2, "3,4,5", r": 2 volumes are too few to hold out split"),
         (0, "3,4,5", r": no volumes \(\*\.nii\.gz, \*\.nii\) in it"),
@@ -253,6 +253,19 @@ def test_points_of_slicer_are_read_in_both_systems(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_fcsv(path)
+
+
+def test_a_point_outside_is_named_with_its_own_line(tmp_path: Path) -> None:
+    for name in ("case_1", "case_10", "case_2"):
+        save(tmp_path / f"{name}.nii.gz", blobs(torch.tensor([[3.0, 4, 5]])).numpy().transpose(2, 1, 0))
+    lines = ["volume,landmark,i,j,k", "case_10,AC,3,4,5", "case_10,AC2,3,4,5", "case_1,AC2,3,4,5", "case_1,AC,30,4,5"]
+    lines += ["case_2,AC,3,4,5", "case_2,AC2,3,4,5"]
+    (tmp_path / "landmarks.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=r"landmarks\.csv, line 5: 'AC' of case_1 lies at voxel 30\.0"):
+        [load_volumes("folder", tmp_path, part, None, 1) for part in ("train", "val", "test")]
+    slicer = tmp_path / "a_afids.fcsv"
+    slicer.write_text("# AC\n" + "".join(f"n,1,2,3,0,0,0,1,1,1,0,{name},,v\n" for name in ("AC2", "AC")))
+    assert line_of(slicer, "AC", "") == ", line 3"
 
 
 def test_held_out_names_depend_on_names_alone() -> None:

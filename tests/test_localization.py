@@ -378,11 +378,12 @@ def test_every_baseline_is_beside(agent: Any) -> None:
     assert (agent.folder / "pictures" / "searches.png").exists()
 
 
-def test_a_search_in_training_does_what_its_walk_says(agent: Any) -> None:
-    """The level at which searches are given up is part of the weights."""
-    assert Run.open(agent.folder).system == "localization"
-    assert float(agent.policy.level) > -1e9
-    assert float(foveate.load(agent.folder, "cpu").policy.level) == float(agent.policy.level)
+def test_the_level_at_which_searches_are_given_up_is_part_of_the_weights(agent: Any) -> None:
+    loaded = foveate.load(agent.folder, "cpu").policy
+    assert float(loaded.level) == float(agent.policy.level)
+    assert 0.25 not in (NEVER, float(loaded.level))
+    loaded.load_state_dict(agent.policy.state_dict() | {"level": torch.tensor(0.25)})
+    assert float(loaded.level) == 0.25
 
 
 @pytest.mark.parametrize(

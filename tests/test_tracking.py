@@ -22,7 +22,18 @@ from foveate.envs.box_tracking import ACTIONS, STOP, BoxTrackingEnv, places
 from foveate.envs.joint_tracking import together, walk_together
 from foveate.geometry import Boxes, overlaps
 from foveate.learn.replay import Replay
-from foveate.models.association import Asked, Rules, best_rules, follow, moving, rules_of, rules_tensor, still
+from foveate.models.association import (
+    CHOICES,
+    Asked,
+    Rules,
+    best_rules,
+    choices_for,
+    follow,
+    moving,
+    rules_of,
+    rules_tensor,
+    still,
+)
 from foveate.models.tracker import TrackingNetwork, offsets_to, shifted
 from foveate.parts import tracked
 from foveate.rewards.tracking import tracking_metrics
@@ -117,6 +128,14 @@ def write_sequence(folder: Path, frames: int = 3) -> Path:
     said = f"[Sequence]\nname=a\nframeRate=5\nseqLength={frames}\nimWidth=40\nimHeight=30\n"
     (folder / "seqinfo.ini").write_text(said)
     return folder
+
+
+def test_frames_play_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = write_sequence(tmp_path / "a", 11)
+    for number, path in enumerate(sorted((folder / "img1").iterdir()), 1):
+        path.unlink()
+        Image.fromarray(np.full((30, 40, 3), 10 * number, np.uint8)).save(folder / "img1" / f"{number}.png")
+    assert read_sequence(folder, 100).pixels[:, 0, 0, 0].tolist() == list(range(10, 120, 10))
 
 
 def change(path: str, text: str) -> Any:
@@ -438,6 +457,21 @@ def test_rules_are_chosen_by_their_score_and_kept_as_numbers() -> None:
     assert worth == pytest.approx(1.0)
     assert rules.births == 1
     assert vars(rules_of(rules_tensor(rules))) == pytest.approx(vars(rules))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.4, -0.1), (20.0, 90.0), (-2.0, 3.0)])
+def test_levels_of_scores_suit_detectors_of_another_scale(low: float, high: float) -> None:
+    """False detections come and go beside the objects, and are less sure."""
+    rows = [[[4.0 + time, 4, 14 + time, 24], [20.0, 4, 30, 24]] for time in range(8)]
+    false = [[[2.0 + 6 * (time % 3), 28, 10 + 6 * (time % 3), 38]] for time in range(8)]
+    found = boxes_of([true + more for true, more in zip(rows, false, strict=True)])
+    found = replace(found, scores=torch.tensor([[high, high, low]] * 8))
+    clip = videos(rows, found)
+    rules = tracking._rules(clip, moving)
+    tracks = follow(found, clip.sequences, [10.0], [rules], moving)[0]
+    assert tracking_metrics(clip.truth, tracks, clip.sequences)["hota"] > 0.87, "all but a birth"
+    for scores in (torch.rand(8, 3), torch.tensor([0.0, 0.5, 1.0]).expand(8, 3)):
+        assert choices_for(replace(found, scores=scores)) == CHOICES, "of probabilities they are as ever"
 
 
 # ---- networks ----

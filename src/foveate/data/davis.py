@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from foveate.data.picture_folders import by_number
 from foveate.types import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -57,8 +58,9 @@ def frames_in(folder: Path) -> list[Path]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder by their names."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    """The pictures of a folder by their names, and these by the numbers in them."""
+    found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    return sorted(found, key=by_number)
 
 
 def read_sequence(frames: list[Path], marks: Path, pixels: Array, masks: Array) -> None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from foveate.data.picture_folders import MEMORY
+from foveate.data.picture_folders import MEMORY, by_number
 from foveate.geometry import Boxes
 from foveate.types import InputError
 
@@ -107,7 +107,8 @@ def read_sequence(folder: Path, image_size: int, truth: bool = True) -> Clip:
             a frame that does not exist, or of a box without width or height; an identity twice in a frame; more than
             `MEMORY`.
     """
-    paths = sorted(path for path in (folder / "img1").glob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    pictures = (path for path in (folder / "img1").glob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    paths = sorted(pictures, key=by_number)
     if not paths:
         raise InputError(f"{folder / 'img1'}: holds no frame; expected 000001.jpg, 000002.jpg, ...")
     rate, length, size = _seqinfo(folder / "seqinfo.ini")

@@ -231,6 +231,19 @@ def read_fcsv(path: Path) -> Points:
     return found
 
 
+def line_of(path: Path, landmark: str, volume: str) -> str:
+    """Where a table, as `read_csv` and `read_fcsv` read it, says where a landmark lies; nothing for other files."""
+    if path.suffix == ".csv":
+        said = ((line, stem(Path(row["volume"] or "")), (row["landmark"] or "").strip()) for line, row in _rows(path))
+    elif path.suffix == ".fcsv":
+        texts = ((line, text) for line, text in enumerate(_lines(path), 1) if text.strip() and text[0] != "#")
+        fields = ((line, next(csv.reader([text]))) for line, text in texts)
+        said = ((line, volume, each[12].strip() or each[11].strip()) for line, each in fields)
+    else:
+        return ""
+    return next(f", line {line}" for line, *names in said if names == [volume, landmark])
+
+
 def _rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
     reader = csv.DictReader(_lines(path))
     return [(reader.line_num, row) for row in reader]

@@ -6,6 +6,7 @@ Everything is decoded into memory, at most `MEMORY` bytes of it.
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,11 @@ def read_pictures(path: Path, channels: int, image_size: int | None) -> Float[Te
     size = _one_size(paths, [_head(each)[0] for each in paths], image_size, remedy)
     check_memory(str(path), (len(paths), channels, *size[::-1]), 4)
     return _decode(paths, size, channels, image_size).float().div_(255)
+
+
+def by_number(path: Path) -> list[str | int]:
+    """What to sort frames by: 2 comes before 10, in whatever text the numbers stand."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", path.name))]
 
 
 def read_stretched(path: Path, side: int) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], tuple[int, int]]:

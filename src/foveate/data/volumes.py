@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
+from foveate.data import nifti
 from foveate.data.nifti import Grid, Points, check_alike, files_in, in_voxels, isotropic, read_csv, read_fcsv, stem
 from foveate.data.nifti import read_volume as read_grid
 from foveate.data.picture_folders import check_memory
@@ -237,18 +238,12 @@ def located(
     for name, place in zip(names, where, strict=True):
         if bool(((place < -0.5) | (place > last + 0.5)).any()):
             said = ", ".join(f"{number:.1f}" for number in place.tolist())
-            size, line = ", ".join(map(str, grid.size)), _line(table, name, volume)
+            size, line = ", ".join(map(str, grid.size)), nifti.line_of(table, name, volume)
             raise InputError(
                 f"{table}{line}: {name!r} of {volume or 'its volume'} lies at voxel {said}, outside of the volume of "
                 f"{size}; expected mm to the right, anterior and superior: correct the point or its coordinates"
             )
     return torch.minimum(where.clamp(min=0), last)
-
-
-def _line(table: Path, *words: str) -> str:
-    """Where a text file says these words, if it is one."""
-    lines = [] if table.suffix == ".gz" else table.read_text().splitlines()
-    return next((f", line {row}" for row, text in enumerate(lines, 1) if all(word in text for word in words)), "")
 
 
 def _varied(grid: Grid, where: Tensor, keys: Tensor, strength: float) -> tuple[Tensor, Tensor]:

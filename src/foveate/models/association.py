@@ -28,7 +28,7 @@ class Rules:
     """How tracks are made of detections.
 
     Attributes:
-        score: of a detection at least, to begin a track; to correct one, half of it is enough.
+        score: of a detection at least, to begin a track; to correct one, half of it is enough, or it itself below 0.
         match: IoU of a proposal and a detection at least.
         births: frames in which a track was detected before it is shown.
         patience: seconds without a detection after which a track ends.
@@ -58,6 +58,15 @@ CHOICES: dict[str, tuple[float, ...]] = {
     "sure": (-1e9, 0.0),
     "trust": (1.0, 0.6),
 }
+
+
+def choices_for(detections: Boxes) -> dict[str, tuple[float, ...]]:
+    """`CHOICES`; for detections whose scores are not all in [0, 1], with five of their quantiles as `score`."""
+    scores = None if detections.scores is None else detections.scores[detections.mask].double()
+    if scores is None or not len(scores) or bool(((scores >= 0) & (scores <= 1)).all()):
+        return CHOICES
+    levels = scores.quantile(scores.new_tensor([0.0, 0.2, 0.4, 0.6, 0.8]))
+    return CHOICES | {"score": tuple(levels.tolist())}
 
 
 ROUNDS = 3  # in which rules are chosen; what is best for one depends on the others
@@ -154,7 +163,7 @@ def follow(
             place += len(mine)
             follows = rule.lead > 0 and ahead[run] <= 0
             boxes = plain[part] if follows else foretold[part]
-            usable = there[frame] & (found[1][frame] >= rule.score / 2)
+            usable = there[frame] & (found[1][frame] >= min(rule.score, rule.score / 2))
             corners, scores = found[0][frame][usable], found[1][frame][usable]
             matched = _matched(boxes, corners, rule.match)
             pairs = list(matched), list(matched.values())

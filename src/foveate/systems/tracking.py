@@ -36,7 +36,7 @@ from foveate.geometry import Boxes, overlaps
 from foveate.learn.q_learning import Believing
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
-from foveate.models.association import CHOICES, Propose, Rules, best_rules, follow, moving, rules_tensor, still
+from foveate.models.association import Propose, Rules, best_rules, choices_for, follow, moving, rules_tensor, still
 from foveate.models.tracker import Follower, TrackingNetwork, offsets_to
 from foveate.parts import restored, tracked
 from foveate.rewards.tracking import tracking_metrics
@@ -242,7 +242,7 @@ def _rules(videos: Videos, propose: Propose, plain: bool = False) -> Rules:
     learned = propose not in (still, moving)
     first = replace(_rules(videos, moving), lead=1.0) if learned else Rules(shown=0.0 if plain else Rules.shown)
     fixed = ("shown",) * plain + ("sure",) * (not learned)
-    choices = {name: values for name, values in CHOICES.items() if name not in fixed}
+    choices = {name: values for name, values in choices_for(videos.detections).items() if name not in fixed}
     return best_rules(partial(_tracks, videos, propose), score, choices, first)[0]
 
 
