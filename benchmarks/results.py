@@ -157,7 +157,7 @@ def _table(system: str, rows: Sequence[Row]) -> str:
 
 
 def _minutes(phases: dict[str, float]) -> str:
-    """All phases, and in brackets the agent's, which is the first."""
+    """All phases, and in brackets the first."""
     if not phases:
         return "\N{EN DASH}"
     total, agent = sum(phases.values()), next(iter(phases.values()))
