@@ -241,7 +241,7 @@ def line_of(path: Path, landmark: str, volume: str) -> str:
         said = ((line, volume, each[12].strip() or each[11].strip()) for line, each in fields)
     else:
         return ""
-    return next(f", line {line}" for line, *names in said if names == [volume, landmark])
+    return next((f", line {line}" for line, *names in said if names == [volume, landmark]), "")
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
