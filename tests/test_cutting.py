@@ -16,9 +16,7 @@ from torch import Tensor
 
 import foveate
 from foveate import noise, pictures
-from foveate.data import masked_videos
 from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
-from foveate.data.scenes import COLORS, Scenes, draw
 from foveate.envs.box_moves import moves
 from foveate.envs.cutting import ACTIONS, MOVES, NAMES, STOP, TIGHTER, WIDER, CuttingEnv
 from foveate.envs.following import acting, best_margin, clips_of, fixed, follow, truth, unmoved
@@ -400,23 +398,6 @@ def test_every_step_to_a_mask_is_told_and_drawn_before_it() -> None:
 # ---- data ----
 
 
-def test_half_of_the_others_are_drawn_in_the_objects_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Scenes] = []
-
-    def watched(scenes: Scenes, side: int) -> Any:
-        drawn.append(scenes)
-        return draw(scenes, side)
-
-    monkeypatch.setattr(masked_videos, "draw", watched)
-    load_videos("scenes", None, "train", 16, 1000, 2)
-    for scenes in drawn:
-        front = scenes.mask.sum(1, keepdim=True)
-        others = torch.arange(1, scenes.mask.shape[1] + 1) < front
-        same = (scenes.colors == scenes.colors.gather(1, front - 1))[others].float().mean()
-        assert abs(float(same) - (0.5 + 0.5 / len(COLORS))) < 0.04, "half, and what has it by chance"
-    assert len(drawn) == 2
-
-
 def test_scenes_move_and_their_object_stays_visible() -> None:
     clips = load_videos("scenes", None, "train", 48, 6, 8)
     assert clips.pixels.shape == (48, 3, 48, 48)
@@ -582,7 +563,7 @@ def test_what_is_wrong_is_named(settings: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_learned_beats_the_first_box_and_gains_on_its_way(tmp_path: Path) -> None:
-    """Rendered objects among others of their colour; the executor that all share is learned first."""
+    """Rendered objects among others; the executor that all share is learned first."""
     settings: dict[str, Any] = {"image_size": 48, "scenes": 20, "length": 6, "crop": 16, "width": 8, "patch": 12}
     settings |= {"batch": 32, "copies": 16, "every": 60, "execution_share": 0.4}
     agent = foveate.train("cutting", steps=400, device="cpu", out=tmp_path / "run", **settings)

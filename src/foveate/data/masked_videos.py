@@ -214,12 +214,9 @@ def _scenes(split: Split, side: int, videos: int, length: int) -> Videos:
     count = max(2, round(videos * SCENES[split]))
     scenes = describe(noise.key("videos", split, torch.arange(count)), 2, 4)
     check_memory("scenes", (count * length, 3, side, side))
-    front = scenes.mask.sum(1)  # the last object stands in front of all others, so that it stays visible
-    # by its colour alone it is not to be found: half of the others have it too
-    alike = noise.uniform(noise.fold(scenes.keys, "alike"), scenes.colors.shape[1]) < 0.5
-    scenes = replace(scenes, colors=torch.where(alike, scenes.colors.gather(1, front[:, None] - 1), scenes.colors))
     shown = [draw(_later(scenes, time), side) for time in range(length)]
     pixels = torch.stack([(each.images * 255).round().byte() for each in shown], 1)
+    front = scenes.mask.sum(1)  # the last object stands in front of all others, so that it stays visible
     masks = torch.stack([each.ids == front[:, None, None] for each in shown], 1)
     names = tuple(f"{split} {row}" for row in range(count))
     first, lengths = torch.arange(count) * length, torch.full((count,), length)
