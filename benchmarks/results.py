@@ -160,8 +160,8 @@ def _minutes(phases: dict[str, float]) -> str:
     """All phases, and in brackets the first."""
     if not phases:
         return "\N{EN DASH}"
-    total, agent = sum(phases.values()), next(iter(phases.values()))
-    return f"{total:.1f}" if len(phases) == 1 else f"{total:.1f} ({agent:.1f})"
+    total, first = sum(phases.values()), next(iter(phases.values()))
+    return f"{total:.1f}" if len(phases) == 1 else f"{total:.1f} ({first:.1f})"
 
 
 def _distinct(rows: Sequence[Row], name: str) -> list[str]:

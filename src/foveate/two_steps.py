@@ -250,7 +250,7 @@ def tune_on_reward(
         if keeper is not None:
             reward_now, length, various = (run.mean(told[name]) for name in ("reward", "length", "distinct"))
             if collapsed := keeper.notice(reward_now, length, various, tuning.samples):
-                told_so = f"{phase}, step {step + 1}: {collapsed}, for no better a reward"
+                told_so = f"{phase}, step {step + 1}: {collapsed}, and the reward is no better"
                 if validate is None:
                     run.say(f"{told_so}; nothing is held out, so that no weights are known to be better")
                     keeper.begin()  # said once

@@ -18,8 +18,18 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
-from foveate.data import nifti
-from foveate.data.nifti import Grid, Points, check_alike, files_in, in_voxels, isotropic, read_csv, read_fcsv, stem
+from foveate.data.nifti import (
+    Grid,
+    Points,
+    check_alike,
+    files_in,
+    in_voxels,
+    isotropic,
+    line_of,
+    read_csv,
+    read_fcsv,
+    stem,
+)
 from foveate.data.nifti import read_volume as read_grid
 from foveate.data.picture_folders import check_memory
 from foveate.data.warps import moved, random_warps, warped
@@ -238,7 +248,7 @@ def located(
     for name, place in zip(names, where, strict=True):
         if bool(((place < -0.5) | (place > last + 0.5)).any()):
             said = ", ".join(f"{number:.1f}" for number in place.tolist())
-            size, line = ", ".join(map(str, grid.size)), nifti.line_of(table, name, volume)
+            size, line = ", ".join(map(str, grid.size)), line_of(table, name, volume)
             raise InputError(
                 f"{table}{line}: {name!r} of {volume or 'its volume'} lies at voxel {said}, outside of the volume of "
                 f"{size}; expected mm to the right, anterior and superior: correct the point or its coordinates"

@@ -241,10 +241,9 @@ def _own(output: RewardOutput, behaviour: Tensor | None, tuning: Tuning) -> Floa
     if tuning.credit == "to-go":
         credit = credit.flip(1).cumsum(1).flip(1)
     groups = credit.unflatten(0, (-1, tuning.samples))
-    if (skipped := output.skipped) is None:
-        others = (groups.sum(1, keepdim=True) - groups) / (tuning.samples - 1)
-        return (groups - others).flatten(0, 1)
-    scored = (~skipped).to(credit).view(-1, tuning.samples, 1)  # the credit of the others is 0
+    scored = torch.ones_like(groups[:, :, :1])
+    if (skipped := output.skipped) is not None:  # their credit is 0
+        scored = (~skipped).to(credit).view(-1, tuning.samples, 1)
     count = scored.sum(1, keepdim=True)
     others = (groups.sum(1, keepdim=True) - groups) / (count - 1).clamp(min=1)
     return torch.where(count > 1, scored * (groups - others), 0.0).flatten(0, 1)
