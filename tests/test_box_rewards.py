@@ -258,6 +258,17 @@ def test_class_weights_are_those_of_the_paper() -> None:
     assert found.diff().gt(0).all()
 
 
+def test_a_class_without_a_weight_is_named_and_padding_is_not_looked_at() -> None:
+    targets = Boxes(torch.tensor([[[0.0, 0, 9, 9]] * 2]), torch.tensor([[1, 7]]), torch.tensor([[True, False]]))
+    reward = DetectionReward(class_weights=torch.tensor([1.0, 2.0]))
+    assert reward(targets, targets).total.item() == pytest.approx(2)
+    strange = replace(targets, labels=torch.tensor([[2, 7]]))
+    with pytest.raises(InputError, match=r"^labels: found class 2, expected 0 to 1"):
+        reward(targets, strange)
+    with pytest.raises(InputError, match=r"^labels: found class 2, expected 0 to 1"):
+        reward(strange, targets)
+
+
 def test_overlaps_are_those_of_torchvision() -> None:
     from torchvision.ops import box_iou
 
@@ -274,6 +285,7 @@ def test_overlaps_are_those_of_torchvision() -> None:
     [
         ([0.1, 0.1, 0.5, 0.9], r"within \[0, 1\].*multiply"),
         ([30.0, 30, 10, 10], "ends before it begins.*convert"),
+        ([30.0, 30, 30, 40], "has no area: leave it out"),
         ([0.0, 0, 70, 10], "beyond the image of 64x48"),
         ([0.0, 0, float("nan"), 10], "not finite"),
     ],

@@ -25,7 +25,7 @@ from foveate.models.adapters import Adapter, adapted, load_weights, named, take_
 from foveate.models.candidates import Candidates, ClassAndBox, Detector, Proposals, likeliest, to_boxes, to_numbers
 from foveate.models.cells import Cells, taught
 from foveate.rewards.boxes import DetectionReward, average_precision, class_weights
-from foveate.rewards.sets import above, placing_loss, set_scores, without_each
+from foveate.rewards.sets import above, box_by_box, placing_loss, set_scores, without_each
 from foveate.run import Run
 from foveate.systems import tune_detector
 from foveate.types import InputError, RewardOutput, map_tree
@@ -263,6 +263,23 @@ def test_any_reward_is_told_box_by_box() -> None:
             mask[row, place] = False
             less = whole[row] - average_precision(replace(boxes, mask=mask), targets).total[row]
             torch.testing.assert_close(credit[row, place], less if boxes.mask[row, place] else torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_each_box_adds_is_that_of_the_sets_up_to_it(seed: int) -> None:
+    boxes, targets = _sets(seed)
+    reward = DetectionReward(false_positive=0.2, class_weights=class_weights(torch.tensor([10, 3])))
+    closed, counted = reward(boxes, targets), box_by_box(reward)(boxes, targets)
+    torch.testing.assert_close(counted.credit, closed.credit)
+    torch.testing.assert_close(counted.total, closed.total)
+    torch.testing.assert_close(counted.parts, closed.parts)
+    precise = box_by_box(average_precision)(boxes, targets)
+    for count in range(boxes.mask.shape[1]):
+        place = torch.arange(boxes.mask.shape[1])
+        first, more = (replace(boxes, mask=boxes.mask & (place < end)) for end in (count, count + 1))
+        adds = average_precision(more, targets).total - average_precision(first, targets).total
+        assert precise.credit is not None
+        torch.testing.assert_close(precise.credit[:, count], adds)
 
 
 def _gradients(credit: str, draws: int, samples: int = 4) -> Tensor:

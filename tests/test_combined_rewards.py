@@ -1,5 +1,6 @@
 """Sums and products of rewards keep the parts; a function of the user's own is checked on its first batch."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import foveate
+from foveate.geometry import Boxes
 from foveate.rewards.combine import check_output, guarded, load_reward, product, weighted_sum
 from foveate.types import InputError, RewardOutput
 
@@ -150,3 +153,38 @@ def test_a_guard_asks_one_by_one_where_there_are_no_targets() -> None:
     with pytest.raises(InputError, match=r"^reward small: raises ValueError\('too large'\) for example 3 \(1 of 4\)"):
         guarded(small, name="small")(values, None)
     assert guarded(small, skip=True)(values, None).total.tolist() == [0, 1, 2, 1]
+
+
+def few(predictions, targets):
+    """A reward of the user's own, of sets of boxes or of segments: the fewer the better; 100 less, to be known by."""
+    found = predictions.mask if isinstance(predictions, Boxes) else predictions.ids.flatten(1) > 0
+    return -100.0 - found.float().mean(1)
+
+
+def picky(predictions, targets):
+    """The same, but it cannot judge pictures of one object (for maps: in which the first segment is a disk)."""
+    beyond = targets.mask.sum(1) == 1 if isinstance(targets, Boxes) else targets.labels[:, 0] == 0
+    return torch.where(beyond, torch.nan, few(predictions, targets))
+
+
+SYSTEMS = {
+    "detection": {"image_size": 24, "patch": 4, "objects": 2, "most": 4, "controls": (), "width": 16, "depth": 1},
+    "sequential-detection": {"image_size": 32, "patch": 6, "hidden": 16, "objects": 2, "controls": ()},
+    "panoptic": {"image_size": 16, "width": 16, "depth": 1, "code_width": 8},
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_is_tuned_on_a_reward_of_the_users_own(system: str, tmp_path: Path) -> None:
+    how = {"steps": 6, "device": "cpu", "scenes": 24, "batch": 8, "samples": 2, **SYSTEMS[system]}
+    how |= {"reward": "test_combined_rewards:picky"}
+    with pytest.raises(InputError, match=r"^reward test_combined_rewards:picky: .*is nan for example \d+ .*skip-bad"):
+        foveate.train(system, out=tmp_path / "a", **how)
+    assert system == "sequential-detection" or not (tmp_path / "a").exists(), "told before the first phase"
+    foveate.train(system, out=tmp_path / "b", skip_bad=True, **how)
+    rows = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").open()]
+    tuned = [row for row in rows if row["phase"] in ("reward", "policy")]
+    assert all(row["reward"] < -90 for row in tuned)
+    assert any(0 < row["part skipped"] < 1 for row in tuned)
+    with pytest.raises(InputError, match=r"^reward: found 'mapp', expected (map|pq), .*package.module:function"):
+        foveate.train(system, out=tmp_path / "c", **how | {"reward": "mapp"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ from foveate.learn.answers import Scored, Tuning
 from foveate.learn.baselines import MovingAverage
 from foveate.models.sequential import SequentialDetector, Walk, assigned, candidate_losses, near_objects, raster
 from foveate.rewards.boxes import average_precision
-from foveate.rewards.sets import precision_so_far
 from foveate.run import Run
 from foveate.systems import sequential_detection
 from foveate.systems.sequential_detection import WalkReward
@@ -174,17 +174,13 @@ def test_losses_are_none_for_a_perfect_candidate() -> None:
 def test_gains_sum_to_the_average_precision_and_credit_is_what_followed() -> None:
     boxes = [[0.0, 0, 20, 20], [60.0, 60, 90, 90], [0.0, 0, 20, 20], [5.0, 5, 9, 9]]
     walk = walk_of([[10.0, 10.0]] * 4, boxes, [True, True, True, False], [0, 1, 0, 0])
-    so_far = precision_so_far(walk.found, TRUE)
-    assert so_far.shape == (1, 5)
-    for count in range(5):
-        first = replace(walk.found, mask=walk.found.mask & (torch.arange(4) < count))
-        assert so_far[0, count] == average_precision(first, TRUE).total[0]
-    output = WalkReward((0.5,), 0.01, 0.02, 1.0)(walk, TRUE)
+    worth = partial(average_precision, thresholds=(0.5,))
+    output = WalkReward(worth, 0.01, 0.02, 1.0)(walk, TRUE)
     assert output.total.item() == pytest.approx(1 - 4 * 0.01 - 3 * 0.02)
     emit, move = output.credit[0].unflatten(0, (4, 2)).unbind(1)
     assert emit.tolist() == pytest.approx([0.9, 0.43, -0.04, -0.01], abs=1e-5)
     assert move.tolist() == pytest.approx([*emit.tolist()[1:], 0])
-    near_sighted = WalkReward((0.5,), 0.01, 0.02, 0.0)(walk, TRUE).credit[0]
+    near_sighted = WalkReward(worth, 0.01, 0.02, 0.0)(walk, TRUE).credit[0]
     assert near_sighted[::2].tolist() == pytest.approx([0.47, 0.47, -0.03, -0.01], abs=1e-5)
 
 
@@ -220,7 +216,7 @@ def test_it_learns_where_to_look(tmp_path: Path) -> None:
     average = MovingAverage()
     run = Run(tmp_path / "run", system="test", config={}, steps=400, device="cpu", quiet=True)
     run.track(policy=model, optimizer=optimizer, average=average)
-    reward = WalkReward((0.3, 0.5), 0.0, 0.0, 1.0)
+    reward = WalkReward(partial(average_precision, thresholds=(0.3, 0.5)), 0.0, 0.0, 1.0)
 
     def near(step: int) -> tuple[tuple[Tensor, Tensor], Boxes]:
         images, targets = squares(step, 32)

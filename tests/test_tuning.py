@@ -336,6 +336,15 @@ def test_a_reward_that_fails_later_is_named_or_left_out_and_counted(tmp_path: Pa
         foveate.tune(small(), shrinking, batches, out=tmp_path / "c", **how)
 
 
+def test_inputs_whose_answers_all_failed_do_not_move_the_reward_that_is_told() -> None:
+    totals = torch.tensor([-9.0, -7.0, -8.0, -8.0])  # the guard gave the last two the mean of the others
+    output = RewardOutput(totals, {"skipped": torch.tensor([0.0, 0, 1, 1])})
+    inputs, keys, tuning = images(2), noise.key(0, torch.arange(2)), Tuning(2)
+    scored = score(small(), lambda *_: output, inputs, torch.zeros(2), keys, tuning, MovingAverage())
+    assert scored.output.total.tolist() == totals.tolist()
+    assert scored.advantages.flatten().tolist() == [-2, 2, 0, 0]
+
+
 def test_what_only_gets_worse_ends_as_it_began(tmp_path: Path) -> None:
     """Trained to be wrong, judged by being right: the weights of the start are the best there are."""
     targets = noise.integers(noise.key(0, "targets", torch.arange(16)), 5, 4)

@@ -137,8 +137,8 @@ def check_boxes(found: Boxes, field: str, size: tuple[int, int] | None = None) -
         size: (height, width) of the images; without it boxes may lie anywhere.
 
     Raises:
-        InputError: NaN or infinity, a side below 0 (xywh, or corners in another order), all within [0, 1] where pixels
-            are due, or beyond the image. The message names the first such box.
+        InputError: NaN or infinity, a side of 0 or below (xywh, or corners in another order), all within [0, 1] where
+            pixels are due, or beyond the image. The message names the first such box.
     """
     inside = found.mask[..., None].expand_as(found.boxes)
     wrong = inside & ~found.boxes.isfinite()
@@ -150,6 +150,9 @@ def check_boxes(found: Boxes, field: str, size: tuple[int, int] | None = None) -
             f"{_first(field, found, turned)} ends before it begins, expected left, top, right, bottom in pixels: "
             "convert x, y, width, height"
         )
+    flat = found.mask & (found.boxes[..., 2:] == found.boxes[..., :2]).any(-1)
+    if flat.any():
+        raise InputError(f"{_first(field, found, flat)} has no area: leave it out, or repair it")
     if size is None or not found.mask.any():
         return
     if found.boxes[inside].max() <= 1 < min(size):

@@ -254,8 +254,9 @@ def _among_scored(output: RewardOutput, samples: int) -> RewardOutput:
     if (skipped := output.skipped) is None:
         return output
     total, missing = output.total.view(-1, samples), skipped.view(-1, samples)
-    mean = torch.where(missing, 0.0, total).sum(1, keepdim=True) / (~missing).sum(1, keepdim=True).clamp(min=1)
-    return replace(output, total=torch.where(missing, mean, total).flatten())
+    there = (~missing).sum(1, keepdim=True)
+    mean = torch.where(missing, 0.0, total).sum(1, keepdim=True) / there.clamp(min=1)
+    return replace(output, total=torch.where(missing & (there > 0), mean, total).flatten())
 
 
 def _learned_from(advantages: Float[Tensor, "rows #time"], output: RewardOutput) -> Float[Tensor, "rows #time"]:

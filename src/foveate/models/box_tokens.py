@@ -152,12 +152,14 @@ class BoxTokens:
 def by_token(reward: Callable[[Boxes, Boxes], RewardOutput]) -> Callable[[Boxes, Boxes], RewardOutput]:
     """The same reward of boxes read from texts, with its `credit` where their classes are written, 0 at other tokens.
 
-    Then a box is known. The texts end as those of `BoxWriter.sample` do: with one more token.
+    Then a box is known. The texts end as those of `BoxWriter.sample` do: with one more token. A reward without credit
+    of boxes has none of tokens.
     """
 
     def told(predictions: Boxes, targets: Boxes) -> RewardOutput:
         output = reward(predictions, targets)
-        assert output.credit is not None
+        if output.credit is None:
+            return output
         tokens = output.credit[..., None] * (torch.arange(EACH, device=output.credit.device) == EACH - 2)
         return replace(output, credit=F.pad(tokens.flatten(1), (0, 1)))
 

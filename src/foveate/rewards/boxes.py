@@ -74,7 +74,11 @@ class DetectionReward:
     credited: Literal["gain", "difference"] = "gain"
 
     def __call__(self, predictions: Boxes, targets: Boxes) -> RewardOutput:
-        """Score each image."""
+        """Score each image.
+
+        Raises:
+            InputError: a box of a class that has no weight.
+        """
         predictions, targets = _padded(predictions, targets)
         ious, wanted = _same_class(predictions, targets), targets.wanted
         own, there = self._weights(predictions), self._weights(targets)
@@ -108,7 +112,11 @@ class DetectionReward:
         if self.class_weights is None:
             return torch.ones_like(boxes.boxes[..., 0])
         weights = self.class_weights.to(boxes.boxes)
-        return weights[boxes.labels.clamp(0, len(weights) - 1)]
+        labels = torch.where(boxes.mask, boxes.labels, 0)
+        if (strange := (labels < 0) | (labels >= len(weights))).any():
+            found = f"found class {int(labels[strange][0])}, expected 0 to {len(weights) - 1}"
+            raise InputError(f"labels: {found}: give class_weights a weight for each class, or correct the label")
+        return weights[labels]
 
 
 def matched_iou(predictions: Boxes, targets: Boxes, threshold: float = 0.5) -> Float[Tensor, "batch boxes"]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce, wraps
 from operator import add, mul
 from typing import Any, TypeAlias
@@ -162,10 +162,11 @@ def told(reward: Callable[[Any, Any], Any], name: str | None = None) -> Reward:
     return output
 
 
-def load_reward(name: str) -> Reward:
+def load_reward(name: str, known: Iterable[str] = ()) -> Reward:
     """The function that `package.module:function` names; it is imported, so its module's code runs.
 
-    It may give a tensor [batch] in place of a `RewardOutput`.
+    It may give a tensor [batch] in place of a `RewardOutput`. `known` are the other names that the caller takes, for
+    the message.
     `preference:RUN` is what a run of reward-model learned from comparisons (`foveate.preferring.preference_reward`).
 
     Raises:
@@ -175,13 +176,13 @@ def load_reward(name: str) -> Reward:
     if module in MAKERS and function:
         made: Reward = _function(MAKERS[module])(function)
         return made
-    return told(_function(name), name)
+    return told(_function(name, known), name)
 
 
-def _function(name: str) -> Any:
+def _function(name: str, known: Iterable[str] = ()) -> Any:
     module, _, function = name.partition(":")
     if not (module and function):
-        raise InputError(f"reward: found {name!r}, expected package.module:function")
+        raise InputError(f"reward: found {name!r}, expected {', '.join((*known, 'package.module:function'))}")
     try:
         found = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:

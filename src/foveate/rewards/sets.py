@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.geometry import Boxes
-from foveate.rewards.boxes import THRESHOLDS, DetectionReward, average_precision, matched_iou
+from foveate.rewards.boxes import DetectionReward, matched_iou
 from foveate.types import RewardOutput, map_tree
 
 
@@ -56,18 +56,25 @@ def _together(boxes: Boxes) -> tuple[Boxes, Int[Tensor, "batch few"]]:
     return map_tree(take, boxes), places
 
 
-def precision_so_far(
-    boxes: Boxes, targets: Boxes, thresholds: tuple[float, ...] = THRESHOLDS
-) -> Float[Tensor, "batch more"]:
-    """Average precision of the first 0, 1, ..., count boxes of each image: what each box adds are the differences.
+def box_by_box(reward: Callable[[Boxes, Boxes], RewardOutput]) -> Callable[[Boxes, Boxes], RewardOutput]:
+    """The same reward, with `credit` [batch, boxes]: what each box adds to those before it; 0 for padding.
 
-    The differences sum to that of all, less that of no box, which is 1 where there is no target and else 0.
+    They sum to the total less that of no box. Of a text's boxes it is the gain of what was written there, and of an
+    agent's that of the step (Ng et al. 1999, "Policy invariance under reward transformations").
+
+    The reward is asked for the first 0, 1, ..., count boxes of all images in one batch.
     """
-    count = boxes.mask.shape[1]
-    first = torch.ones(count + 1, count, dtype=torch.bool, device=boxes.mask.device).tril(-1)
-    sets, wanted = (map_tree(lambda leaf: leaf.repeat_interleave(count + 1, 0), each) for each in (boxes, targets))
-    sets = replace(sets, mask=sets.mask & first.repeat(len(boxes.mask), 1))
-    return average_precision(sets, wanted, thresholds).total.view(-1, count + 1)
+
+    def credited(predictions: Boxes, targets: Boxes) -> RewardOutput:
+        count = predictions.mask.shape[1]
+        first = torch.ones(count + 1, count, dtype=torch.bool, device=predictions.mask.device).tril(-1)
+        several = (map_tree(lambda leaf: leaf.repeat_interleave(count + 1, 0), each) for each in (predictions, targets))
+        sets, wanted = several
+        output = reward(replace(sets, mask=sets.mask & first.repeat(len(predictions.mask), 1)), wanted)
+        whole = map_tree(lambda leaf: leaf[count :: count + 1], output)
+        return replace(whole, credit=output.total.view(-1, count + 1).diff(dim=1))
+
+    return credited
 
 
 def placing_loss(chosen: Boxes, placed: Float[Tensor, "batch count 4"], targets: Boxes) -> Float[Tensor, ""]:

@@ -42,8 +42,10 @@ from foveate.models.box_tokens import BoxTokens, BoxWriter, by_token, ranked
 from foveate.models.encoder_decoder import Tokens
 from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
+from foveate.rewards.combine import guarded, load_reward
+from foveate.rewards.sets import box_by_box
 from foveate.run import Run
-from foveate.two_steps import check_taught, held_out_scores, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, Tree, map_tree, split
 
 Control = Literal["likelihood", "confidence"]
@@ -60,7 +62,7 @@ class Config:
     image_size: int = 48
     """side in pixels to which pictures are stretched"""
     skip_bad: bool = False
-    """leave out pictures whose boxes are wrong, and count them, instead of stopping"""
+    """leave out pictures whose boxes are wrong, and texts on which your reward fails, and count them"""
     scenes: int = 6000
     """how many scenes are rendered to train on"""
     objects: int = 4
@@ -75,8 +77,8 @@ class Config:
     """part of the budget for maximum likelihood, 0 with --from; the rest is shared evenly by reward and controls"""
     controls: tuple[Control, ...] = ("likelihood", "confidence")
     """trained beside the reward from the same start: more likelihood, or that with the confidence but no reward"""
-    reward: Literal["map", "recall"] = "map"
-    """matches weighed by rare classes, as mAP does, or all alike"""
+    reward: str = "map"
+    """map (matches, rare classes weigh more), recall (all alike), or package.module:function of boxes and true boxes"""
     duplicate: float = 0.3
     """cost of a second box at a target"""
     false_positive: float = 0.0
@@ -121,21 +123,19 @@ class Config:
 
 PART = "policy"  # the tracked part that holds the policy
 PARTS: dict[Control, str] = {"likelihood": "control", "confidence": "confidence"}  # control → its tracked part
+REWARDS = ("map", "recall")  # other names are of the user's functions
 ROWS = {"mle": "likelihood", "control": "control", "confidence": "confidence"}  # baseline → its tracked part
 TRUSTS = (0.0, 0.5, 1.0)  # how much a confidence that was learned may count in the ranking: chosen on val
 _load = lru_cache(maxsize=6)(partial(load_detections, say=partial(print, file=sys.stderr)))  # before there is a run
 
 
 def resolve(config: Config) -> Config:
-    """Check the fields, and fill in what the data decides.
-
-    Raises:
-        InputError: a field is out of its range, or the data cannot be read.
-    """
+    """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
     if not 0 <= config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
     _tuning(config)
     parts = data, *_ = [_data(config, part) for part in ("train", "val", "test")]
+    _reward(config, data)
     for part in parts:
         check_objects(part, config.root or config.data)
     counts = [int(part.boxes.mask.sum(1).max()) for part in parts]
@@ -168,10 +168,12 @@ def _tuning(config: Config) -> Tuning:
 
 
 def _reward(config: Config, data: Detections) -> Reward:
-    weights = None
-    if config.reward == "map":
-        labels = data.boxes.labels[data.boxes.wanted]
-        weights = class_weights(labels.bincount(minlength=len(data.classes)))
+    if config.reward not in REWARDS:
+        score = load_reward(config.reward, REWARDS)
+        own = box_by_box(score) if config.credit == "to-go" else score
+        return by_token(guarded(own, config.skip_bad, config.reward))
+    counts = data.boxes.labels[data.boxes.wanted].bincount(minlength=len(data.classes))
+    weights = class_weights(counts) if config.reward == "map" else None
     costs: Any = {"duplicate": config.duplicate, "false_positive": config.false_positive}
     return by_token(DetectionReward(**costs, class_weights=weights))
 
@@ -183,11 +185,15 @@ def train(config: Config, run: Run) -> None:
     for name in ("likelihood", PART, *(PARTS[control] for control in config.controls)):
         torch.manual_seed(config.seed)
         kind = torch.optim.Adafactor if name == PART else torch.optim.Adam
-        parts[name] = tracked(run, name, build(config), kind, "held_out_map")
+        by = "held_out_map" if name == "likelihood" or config.reward in REWARDS else "held_out_reward"
+        parts[name] = tracked(run, name, build(config), kind, by)
     (average,) = run.track(average=MovingAverage())
     reward, share = _reward(config, data), (1 - config.likelihood_share) / (1 + len(config.controls))
     held_out = split(chosen(val, torch.arange(len(val)).to(run.device)), 50)
-    answers = _answers(config, data, run)
+    answers, batches = (
+        _answers(config, data, run),
+        partial(_batch, config, data, run, "reward", size=config.tuning_batch),
+    )
 
     def look(name: str) -> dict[str, Any]:
         policy = parts[name][0].eval()
@@ -201,9 +207,9 @@ def train(config: Config, run: Run) -> None:
         how |= {"validate": partial(look, name), "learning_rate": config.learning_rate}
         learn_likelihood(run, name, share, policy, answers, optimizer, **how)
 
+    check_reward(run, parts["likelihood"][0], reward, batches(0), config.samples)  # now, not after the first phase
     learn("likelihood", config.likelihood_share)
     start, (policy, optimizer, keeper) = parts["likelihood"][0], parts[PART]
-    batches = partial(_batch, config, data, run, "reward", size=config.tuning_batch)
 
     def sure(decisions: Decisions, scored: Scored, targets: Boxes) -> dict[str, Tensor]:
         return _confidence(config, policy, decisions, scored.actions, targets, config.temperature)
@@ -234,12 +240,13 @@ def _batch(config: Config, data: Detections, run: Run, phase: str, step: int, si
 
 def _answers(config: Config, data: Detections, run: Run) -> Callable[[int], tuple[Tensor, Tokens]]:
     """Images of a step and the texts of their boxes."""
-    code = _code(config)
 
     def batch(step: int) -> tuple[Tensor, Tokens]:
         images, boxes = _batch(config, data, run, "likelihood", step, config.batch)
         keys = noise.key(config.seed, "order", step, torch.arange(config.batch)[run.rows(config.batch)]).to(run.device)
-        return images, code.encode(replace(boxes, mask=boxes.wanted), keys if config.order == "random" else None)
+        return images, _code(config).encode(
+            replace(boxes, mask=boxes.wanted), keys if config.order == "random" else None
+        )
 
     return batch
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +44,10 @@ from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.models.panoptic import Maps, PanopticChannels
 from foveate.parts import restored, tracked
+from foveate.rewards.combine import guarded, load_reward
 from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
 from foveate.run import Run
-from foveate.two_steps import check_taught, learn_likelihood, tune_on_reward
+from foveate.two_steps import check_reward, check_taught, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, known
 
 
@@ -61,7 +62,7 @@ class Config:
     image_size: int | None = None
     """side in pixels to which pictures are stretched; None: 32 for scenes, 96 for coco"""
     skip_bad: bool = False
-    """leave out pictures with which something is wrong, and count them, instead of stopping"""
+    """leave out pictures with which something is wrong, and maps on which your reward fails, and count them"""
     supercategories: bool = False
     """coco: classes are the supercategories, e.g. animal, vehicle, ground"""
     scenes: int = 6000
@@ -102,8 +103,8 @@ class Config:
     """images in an update of code and likelihood"""
     learning_rate: float = 1e-3
     """peak of the one-cycle schedule of likelihood"""
-    reward: Literal["matched", "pq"] = "matched"
-    """Σ IoU of the matched segments less `unmatched` for each other one, or the PQ of the image"""
+    reward: str = "matched"
+    """matched (Σ IoU of the matched segments less `unmatched` for each other), pq, or package.module:function"""
     unmatched: float = 0.5
     """what a false positive and a missed segment cost"""
     tuning_batch: int = 8
@@ -147,6 +148,7 @@ def resolve(config: Config) -> Config:
         if getattr(config, name) < low:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least {low}")
     _tuning(config)
+    _reward(config)
     data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours
     config = replace(config, classes=data.classes, things=data.things)
     _code(config)
@@ -186,8 +188,10 @@ def build(config: Config) -> Coded:
 
 
 def _reward(config: Config) -> Reward:
-    matched = partial(matched_less_unmatched, unmatched=config.unmatched)
-    score: Reward = matched if config.reward == "matched" else panoptic_quality
+    named: dict[str, Reward] = {"pq": panoptic_quality}
+    named["matched"] = partial(matched_less_unmatched, unmatched=config.unmatched)
+    own = config.reward not in named
+    score = guarded(load_reward(config.reward, named), config.skip_bad, config.reward) if own else named[config.reward]
     return lambda scores, truth: score(_channels(config).segments(scores), truth)
 
 
@@ -223,6 +227,8 @@ def train(config: Config, run: Run) -> None:
     def look(model: Coded | MapCode) -> Callable[[], dict[str, Any]]:
         return lambda: {f"held_out_{name}": value for name, value in _score(config, model, val, run).items()}
 
+    inputs = partial(batch, "reward", config.tuning_batch)
+    check_reward(run, parts[PART][0], _reward(config), inputs(0), config.samples)  # now, not after hours
     how, every = (code_optimizer, config.code_rate, code_keeper, look(code)), 4 * EVERY
     learn_code(run, config.code_share, code, maps, channels.losses, *how, every=every)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
@@ -237,7 +243,7 @@ def train(config: Config, run: Run) -> None:
     share, start = (1 - config.code_share - config.likelihood_share) / 2, parts["likelihood"][0]
     learn("likelihood", config.likelihood_share)
     policy, optimizer, keeper = parts[PART]
-    inputs, tuning = partial(batch, "reward", config.tuning_batch), (_tuning(config), optimizer, average, start)
+    tuning = _tuning(config), optimizer, average, start
     looks = {"keeper": keeper, "validate": look(policy), "every": EVERY}
     tune_on_reward(run, "reward", share, policy, _reward(config), inputs, *tuning, **looks)
     learn("control", share, start)

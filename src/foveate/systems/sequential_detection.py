@@ -33,13 +33,14 @@ from foveate.data.classification import check_rgb
 from foveate.data.detection import Detections, check_objects, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes
-from foveate.learn.answers import Scored, Tuning, repeat
+from foveate.learn.answers import Reward, Scored, Tuning, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.returns import reward_to_go
 from foveate.models.sequential import SequentialDetector, Walk, candidate_losses, near_objects, raster
 from foveate.parts import tracked
-from foveate.rewards.boxes import THRESHOLDS, corpus_average_precision
-from foveate.rewards.sets import precision_so_far, set_scores
+from foveate.rewards.boxes import THRESHOLDS, average_precision, corpus_average_precision
+from foveate.rewards.combine import guarded, load_reward
+from foveate.rewards.sets import box_by_box, set_scores
 from foveate.run import Run
 from foveate.two_steps import held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, RewardOutput, Tree, concatenate, map_tree, split
@@ -58,7 +59,7 @@ class Config:
     image_size: int = 96
     """side in pixels to which pictures are stretched"""
     skip_bad: bool = False
-    """leave out pictures whose boxes are wrong, and count them, instead of stopping"""
+    """leave out pictures whose boxes are wrong, and walks on which your reward fails, and count them"""
     scenes: int = 4000
     """how many scenes are rendered to train on"""
     objects: int = 4
@@ -83,8 +84,8 @@ class Config:
     """width of the core"""
     std: float = 0.15
     """standard deviation of the place; half the image is 1"""
-    reward: Literal["map", "ap50"] = "map"
-    """average precision: the mean over ten thresholds of the IoU, or at 0.5"""
+    reward: str = "map"
+    """map (average precision over ten thresholds of the IoU), ap50, or package.module:function of two sets of boxes"""
     glimpse_cost: float = 0.01
     """taken off the reward for each glimpse, so that stopping pays; in learning it rises evenly from 0"""
     box_cost: float = 0.01
@@ -103,6 +104,7 @@ class Config:
 
 PART = "policy"  # the tracked part that holds the policy
 SUPERVISED = ("start", "control")  # parts that learn candidates alone
+REWARDS = {"map": THRESHOLDS, "ap50": (0.5,)}  # of the average precision, which other names are not
 # baseline → its tracked part
 ROWS = {"mle": "start", "control": "control", "all": PART, "random": "random", "raster": "raster"}
 AT_ONCE = 100  # images looked at together where nothing is learned
@@ -121,6 +123,7 @@ def resolve(config: Config) -> Config:
     if not config.std > 0:
         raise InputError(f"std: found {config.std}, expected a number above 0")
     _tuning(config, PART)
+    _reward(config)
     for part in ("train", "val", "test"):  # now, not after hours
         check_objects(data := _data(config, part), config.root or config.data)
     return replace(config, classes=data.classes)
@@ -154,34 +157,36 @@ def _shown(config: Config, part: str, images: Tensor, keys: Tensor, targets: Box
 
 @dataclass(frozen=True)
 class WalkReward:
-    """The image's average precision, less what the walk cost; told decision by decision.
+    """What the emitted boxes are worth, less what the walk cost; told decision by decision.
 
-    total = average precision of the emitted boxes - `glimpse_cost` · glimpses - `box_cost` · boxes. Its parts are
-    "average_precision", "glimpses" and "boxes". A box gains what it adds to the average precision of those before it:
-    the gains sum to the whole (Ng et al. 1999, "Policy invariance under reward transformations"). `credit` [batch,
-    2 · time] is what followed a decision: emitting or declining from its own glimpse on, moving from the next one on.
+    total = `worth` of the emitted boxes - `glimpse_cost` · glimpses - `box_cost` · boxes. Its parts are "worth",
+    "glimpses" and "boxes". A box gains what it adds to the worth of those before it. `credit` [batch, 2 · time] is what
+    followed a decision: emitting or declining from its own glimpse on, moving from the next one on.
     """
 
-    thresholds: tuple[float, ...]
+    worth: Reward
     glimpse_cost: float
     box_cost: float
     discount: float
 
     def __call__(self, walk: Walk, targets: Boxes) -> RewardOutput:
         """Score each walk."""
-        worth = precision_so_far(walk.found, targets, self.thresholds)
-        gains = worth.diff(dim=1) - self.glimpse_cost * walk.mask - self.box_cost * walk.found.mask
+        found = box_by_box(self.worth)(walk.found, targets)
+        assert found.credit is not None
+        gains = found.credit - self.glimpse_cost * walk.mask - self.box_cost * walk.found.mask
         returns = reward_to_go(gains, walk.mask, self.discount)
         after = F.pad(self.discount * returns[:, 1:], (0, 1))
         counts = {"glimpses": walk.mask.sum(1).float(), "boxes": walk.found.mask.sum(1).float()}
-        total = worth[:, -1] - self.glimpse_cost * counts["glimpses"] - self.box_cost * counts["boxes"]
+        total = found.total - self.glimpse_cost * counts["glimpses"] - self.box_cost * counts["boxes"]
         credit = torch.stack((returns, after), -1).flatten(1)
-        return RewardOutput(total, {"average_precision": worth[:, -1], **counts}, credit)
+        return RewardOutput(total, {"worth": found.total, **counts}, credit)
 
 
-def _reward(config: Config, share: float = 1.0) -> WalkReward:
-    costs = share * config.glimpse_cost, share * config.box_cost
-    return WalkReward(THRESHOLDS if config.reward == "map" else (0.5,), *costs, config.discount)
+def _reward(config: Config, share: float = 1.0) -> Reward:
+    costs = share * config.glimpse_cost, share * config.box_cost, config.discount
+    if config.reward in REWARDS:
+        return WalkReward(partial(average_precision, thresholds=REWARDS[config.reward]), *costs)
+    return guarded(WalkReward(load_reward(config.reward, REWARDS), *costs), config.skip_bad, config.reward)
 
 
 def _tuning(config: Config, part: str) -> Tuning:
@@ -286,7 +291,7 @@ def _score(
     return scores, curve, walk
 
 
-def compared(config: Config, policy: SequentialDetector, run: Run, images: int) -> tuple[WalkReward, Tensor, Boxes]:
+def compared(config: Config, policy: SequentialDetector, run: Run, images: int) -> tuple[Reward, Tensor, Boxes]:
     """The reward, and the first test images with their boxes: for `foveate analyse`."""
     test = _data(config, "test")
     inputs, targets = chosen(test, torch.arange(min(images, len(test)), device=run.device))

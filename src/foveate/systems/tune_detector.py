@@ -126,24 +126,22 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the policy
+REWARDS = ("map", "matches", "average-precision")
 ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 HELD_OUT, AT_ONCE = 100, 50  # images on which weights are chosen; images that are looked at together
 _load = lru_cache(maxsize=6)(partial(load_detections, say=partial(print, file=sys.stderr)))  # before there is a run
 
 
 def resolve(config: Config) -> Config:
-    """Check the fields, and fill in what the data decides.
-
-    Raises:
-        InputError: a field is out of its range, or the data cannot be read.
-    """
+    """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
     if not 0 <= config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
     if config.candidates < 1:
         raise InputError(f"candidates: found {config.candidates}, expected at least 1")
     for split in ("train", "val", "test"):  # now, not after hours
         check_objects(data := _data(config, split), config.root or config.data)
-    placing = float(":" not in config.reward) if config.placing is None else config.placing
+    _reward(config, _data(config, "train"))
+    placing = float(config.reward in REWARDS) if config.placing is None else config.placing
     return replace(config, classes=data.classes, placing=placing)
 
 
@@ -171,8 +169,8 @@ def _reward(config: Config, data: Detections) -> Reward:
         weights = class_weights(counts) if config.reward == "map" else None
         costs: dict[str, Any] = {"duplicate": config.duplicate, "false_positive": config.false_positive}
         return DetectionReward(**costs, class_weights=weights, credited="difference")
-    own = config.reward != "average-precision"
-    reward = load_reward(config.reward) if own else average_precision
+    own = config.reward not in REWARDS
+    reward = load_reward(config.reward, REWARDS) if own else average_precision
     reward = without_each(reward) if config.credit == "difference" else reward
     return guarded(reward, config.skip_bad, config.reward) if own else reward
 
