@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet, ssdlite320_mobilenet_v3_large
@@ -463,6 +464,28 @@ def test_weights_of_the_users_own(tmp_path: Path) -> None:
         load_weights(other, tmp_path / "broken.safetensors")
     with pytest.raises(InputError, match="is not a readable safetensors file"):
         load_weights(other, tmp_path / "missing.safetensors")
+
+
+def test_what_was_learned_on_coco_is_taken_but_for_the_layers_of_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ssdlite320_mobilenet_v3_large"
+    learned = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=91)
+    file = SimpleNamespace(DEFAULT=SimpleNamespace(get_state_dict=lambda progress: learned.state_dict()))
+    monkeypatch.setattr(torchvision.models, "get_model_weights", {name: file}.__getitem__)
+    detector = named(f"torchvision:{name}", 2, still=True)
+    before = {key: value.clone() for key, value in detector.model.state_dict().items()}
+    take_coco(detector, f"torchvision:{name}")
+    taken, there = detector.model.state_dict(), learned.state_dict()
+    kept = {key for key, value in taken.items() if value.shape != there[key].shape}
+    assert kept
+    assert all("classification_head" in key for key in kept)
+    assert all(torch.equal(value, before[key] if key in kept else there[key]) for key, value in taken.items())
+
+    def offline(progress: bool) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(file.DEFAULT, "get_state_dict", offline)
+    with pytest.raises(InputError, match=rf"^pretrained: the weights of torchvision:{name} cannot be had \(no route\)"):
+        take_coco(detector, f"torchvision:{name}")
 
 
 def _rows(tree: Any, rows: slice, places: int | None = None) -> Any:
