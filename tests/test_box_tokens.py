@@ -78,7 +78,8 @@ def test_a_model_that_knows_nothing_writes_boxes_all_the_same() -> None:
     assert read.log_probs[read.mask].isfinite().all()
     found = CODE.decode(drawn)
     assert torch.equal(EACH * found.mask.sum(1) + 1, drawn.mask.sum(1))
-    check_boxes(found, "read", (48, 64))
+    sides = (found.boxes[..., 2:] - found.boxes[..., :2])[found.mask]
+    assert ((sides >= 0) & (sides < torch.tensor([64.0, 48.0]))).all(), "it may well write boxes of one row or column"
     (-read.log_probs * read.mask).sum().backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
     sure = CODE.confidences(read.distribution.logits)

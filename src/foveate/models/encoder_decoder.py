@@ -19,6 +19,7 @@ from foveate import noise
 from foveate.distributions import Categorical
 from foveate.types import Decisions, InputError, Sampler
 
+ROOM = 32  # steps by which the memory of what was written grows: less to copy than a step at a time
 SPREAD = 0.5  # of embeddings at first; at the usual 0.02 patches drown them, and small models learn places late
 
 
@@ -124,11 +125,13 @@ class EncoderDecoder(Sampler):
         rows = len(inputs) * num_samples
         sample = torch.arange(num_samples, device=keys.device)
         streams = noise.fold(keys[:, None], "sample", sample).flatten()
-        pasts: list[_Past] = [block.begin(rows, self.length) for block in self.decoder]
+        pasts = [memory.empty(rows) for memory in memories]
         last = torch.full((rows,), self.vocabulary, device=keys.device)
         ended = torch.zeros(rows, dtype=torch.bool, device=keys.device)
         ids, mask = [], []
         for step in range(self.length):
+            if step % ROOM == 0:
+                pasts = [past.longer(min(ROOM, self.length - step)) for past in pasts]
             state = (self.embed(last) + self.when[step])[:, None]
             for block, memory, past in zip(self.decoder, memories, pasts, strict=True):
                 state = block.step(state, memory, past, step)
@@ -191,8 +194,18 @@ def waves(places: Float[Tensor, " count"], width: int) -> Float[Tensor, "count {
 
 
 class _Past(NamedTuple):
-    keys: Tensor  # [rows, heads, length, width / heads]
+    """Keys and values, [rows, heads, length, width / heads]: whole tensors, which products take without a copy."""
+
+    keys: Tensor
     values: Tensor
+
+    def empty(self, rows: int) -> _Past:
+        """No places yet, of the same shape and precision otherwise: then none is converted at a step."""
+        return _Past(*(part.new_zeros(rows, part.shape[1], 0, part.shape[3]) for part in self))
+
+    def longer(self, places: int) -> _Past:
+        """With room for so many more."""
+        return _Past(*(F.pad(part, (0, 0, 0, places)) for part in self))
 
 
 class _Block(nn.Module):
@@ -218,21 +231,16 @@ class _Block(nn.Module):
         return self._finish(state + self.join(self._merge(_attend(query, key, value, mask))), memory)
 
     def remember(self, seen: Tensor) -> _Past:
-        """Keys and values of what was read."""
+        """Keys and values of what was read, as matrix products take them: they are not copied at every step."""
         key, value = self.offer(seen).chunk(2, -1)
-        return _Past(self._split(key), self._split(value))
-
-    def begin(self, rows: int, length: int) -> _Past:
-        """Room for keys and values of `length` steps."""
-        weight = self.project.weight
-        shape = rows, self.heads, length, weight.shape[1] // self.heads
-        return _Past(weight.new_zeros(shape), weight.new_zeros(shape))
+        return _Past(self._split(key).contiguous(), self._split(value).contiguous())
 
     def step(self, state: Tensor, memory: _Past, past: _Past, step: int) -> Tensor:
         """One place, with the keys and values of those before it, which it joins."""
         query, key, value = (self._split(part) for part in self.project(self.norm(state)).chunk(3, -1))
         past.keys[:, :, step], past.values[:, :, step] = key.squeeze(2), value.squeeze(2)
-        seen = _attend(query, past.keys[:, :, : step + 1], past.values[:, :, : step + 1], None)
+        written = torch.arange(past.keys.shape[2], device=state.device) <= step
+        seen = _attend(query, past.keys, past.values, written)
         return self._finish(state + self.join(self._merge(seen)), memory)
 
     def _finish(self, state: Tensor, memory: _Past | None) -> Tensor:
@@ -256,4 +264,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     scores = query @ key.mT * query.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.float().softmax(-1).to(value.dtype) @ value
+    with torch.autocast(scores.device.type, enabled=False):  # else bf16 is copied to fp32 and back; the sums are fp32
+        chances = scores.softmax(-1)
+    return chances @ value
