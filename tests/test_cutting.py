@@ -19,7 +19,7 @@ from foveate import noise, pictures
 from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
 from foveate.envs.box_moves import moves
 from foveate.envs.cutting import ACTIONS, MOVES, NAMES, STOP, TIGHTER, WIDER, CuttingEnv
-from foveate.envs.following import acting, best_margin, clips_of, fixed, follow, truth, unmoved
+from foveate.envs.following import acting, clips_of, fixed, follow, truth, unmoved
 from foveate.geometry import enlarged, mask_boxes, overlaps
 from foveate.models.appearance import color_likeness, stacked
 from foveate.models.cutting import Executor, mask_loss
@@ -351,18 +351,20 @@ def test_masks_follow_the_box_that_is_placed() -> None:
     assert j(acting(env, Stops(), 5)) == j(unmoved), "an agent that stops at once leaves the boxes where they were"
 
     class Right(torch.nn.Module):
-        """Two steps to the right, after each of which stopping is worth 0.1 more."""
+        """Two steps to the right, after each of which stopping is worth so much more."""
+
+        def __init__(self, worth: float) -> None:
+            super().__init__()
+            self.worth = worth
 
         def forward(self, seen: dict[str, Tensor]) -> Tensor:
             done = seen["history"].flatten(1).sum(1)
             values = 10.0 * torch.nn.functional.one_hot(torch.where(done < 2, 0, STOP), ACTIONS)
-            values[:, STOP] = torch.where(done < 2, 0.1 * done, 10.0)
+            values[:, STOP] = self.worth * done
             return values
 
-    assert j(acting(env, Right(), 1, margin=0.05)) == j(acting(env, Right(), 1)) != j(unmoved)
-    assert j(acting(env, Right(), 1, margin=0.15)) == j(unmoved), "what promises little does not move the boxes"
-    margin, _ = best_margin(env, Right(), 1, lambda place, _: j(place))
-    assert (margin < 0.1) == (j(acting(env, Right(), 1)) > j(unmoved))
+    assert j(acting(env, Right(0.1), 5)) != j(unmoved)
+    assert j(acting(env, Right(-0.1), 5)) == j(unmoved), "a way that leads off costs nothing"
 
 
 def test_every_step_to_a_mask_is_told_and_drawn_before_it() -> None:

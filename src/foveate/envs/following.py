@@ -6,7 +6,6 @@ one's is made: by acting in `CuttingEnv`, by regression, or without anything lea
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
@@ -25,7 +24,6 @@ from foveate.types import map_tree
 
 Clips: TypeAlias = tuple[Videos, UInt8[Tensor, "frames height width planes"]]
 Step: TypeAlias = tuple[CuttingState, Int[Tensor, " videos"]]
-MARGINS = (0.0, 0.15, 0.3, 0.6, 1.2, 1e4)  # among which the best is chosen; with the last the boxes never move
 ROWS = 240  # pixels of a frame's height as a network of ImageNet sees it
 
 
@@ -78,13 +76,10 @@ def mask_iou(env: CuttingEnv) -> dict[str, float]:
     return {"held_out_iou": float(env.score(state.frame, boxes, state.context).mean())}
 
 
-def acting(
-    env: CuttingEnv, placer: nn.Module, horizon: int, margin: float = 0.0, way: list[Step] | None = None
-) -> Place:
+def acting(env: CuttingEnv, placer: nn.Module, horizon: int, way: list[Step] | None = None) -> Place:
     """By the actions of the highest value, until it stops or has taken `horizon` of them.
 
-    The mask is made where on this way stopping was worth most, and where it began if that is not by `margin` more than
-    there: a way that leads off costs nothing then. `way` is given the states of every frame, the first and those after
+    The mask is made where on this way stopping was worth most: a way that leads off costs nothing then. `way` is given the states of every frame, the first and those after
     each action, with that action; -1 with the first. Of several videos all go on until the last of them has stopped.
     """
 
@@ -98,7 +93,7 @@ def acting(
                 way.append((state, actions))
             values = placer(env.observe(state))
             better = going & (values[:, STOP] > worth)
-            worth = torch.where(better, values[:, STOP] + (margin if turn == 0 else 0.0), worth)
+            worth = torch.where(better, values[:, STOP], worth)
             best = map_tree(partial(_chosen, better), state, best)
             actions = values.argmax(1)
             going = going & (actions != STOP)
@@ -116,15 +111,6 @@ def told_steps(way: list[Step], factors: Float[Tensor, " contexts"], count: int)
     steps, actions = map_tree(lambda leaf: leaf[joined[0].frame < count], joined)
     boxes = {"step_boxes": steps.box, "step_contexts": enlarged(steps.box, factors[steps.context])}
     return {"step_frames": steps.frame, "step_actions": actions, **boxes}
-
-
-def best_margin(
-    env: CuttingEnv, placer: nn.Module, horizon: int, score: Callable[[Place, int], float]
-) -> tuple[float, int]:
-    """The margin of `acting`, and the context box to begin a frame with, that score best."""
-    ways = [(margin, context) for margin in MARGINS for context in range(len(env.factors))]
-    scores = [score(acting(env, placer, horizon, margin), context) for margin, context in ways]
-    return ways[scores.index(max(scores))]
 
 
 def _chosen(which: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -143,18 +143,8 @@ class Placer(nn.Module):
 
 
 class Cutting(nn.Module):
-    """Both networks of an agent.
-
-    Attributes:
-        margin: how much more than where it began stopping has to be worth elsewhere for the boxes to be moved there.
-        context: number of the context box with which a frame begins.
-    """
-
-    margin: Tensor
-    context: Tensor
+    """Both networks of an agent."""
 
     def __init__(self, executor: Executor, placer: Placer) -> None:
         super().__init__()
         self.executor, self.placer = executor, placer
-        self.register_buffer("margin", torch.tensor(0.0))
-        self.register_buffer("context", torch.tensor(len(executor.factors) // 2))

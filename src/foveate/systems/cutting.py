@@ -77,7 +77,7 @@ class Config:
     width: int = 12
     """features of the mask's network at full size"""
     factors: tuple[float, ...] = FACTORS
-    """sizes of the context box, in sides of the object box; with which frames begin is chosen on val"""
+    """sizes of the context box, in sides of the object box; frames begin with the middle one"""
     jitter: float = 0.15
     """by which boxes are moved and scaled in training, in parts of their sides"""
     gap: int = 2
@@ -141,6 +141,10 @@ def build(config: Config) -> Cutting:
     return Cutting(executor, _placer(config, Dueling(config.hidden, ACTIONS, config.hidden)))
 
 
+def _first_context(config: Config) -> int:
+    return len(config.factors) // 2
+
+
 def _placer(config: Config, head: nn.Module) -> Placer:
     return Placer(PLANES[config.likeness], config.patch, PAST, ACTIONS, len(config.factors), config.hidden, head)
 
@@ -167,8 +171,8 @@ def train(config: Config, run: Run) -> None:
     replay, share = Replay(env.state, REPLAY), (1 - config.execution_share) / 2
     run.track(env=env, replay=replay)
 
-    def score(place: Place, context: int = len(config.factors) // 2) -> dict[str, float]:
-        masks = follow(val, place, executor.maker(planes), executor.factors, context).masks
+    def score(place: Place) -> dict[str, float]:
+        masks = follow(val, place, executor.maker(planes), executor.factors, _first_context(config)).masks
         return {"held_out_j": davis_scores(masks, *truth(val), boundary=False)["j"]}
 
     def kept(name: str, part: nn.Module) -> tuple[Adam, Keeper]:
@@ -185,9 +189,6 @@ def train(config: Config, run: Run) -> None:
     (adam, keeper), acts = of["agent"], partial(score, acting(held_out, policy.placer, config.horizon))
     looks: dict[str, Any] = {"keeper": keeper, "validate": acts, "every": config.every}
     learn_by_acting(run, "agent", share, env, policy.placer, target, adam, replay, how, good=env.rewarded, **looks)
-    found = following.best_margin(held_out, policy.placer, config.horizon, lambda *way: score(*way)["held_out_j"])
-    for buffer, number in zip((policy.margin, policy.context), found, strict=True):
-        buffer.fill_(number)
     moves = partial(score, following.regressing(held_out, regressor, 1))
     _learn(config, run, "regressor", share, env, regressor, *of["regressor"], moves)
 
@@ -246,7 +247,7 @@ def evaluate(config: Config, policy: Cutting, run: Run, elsewhere: bool = False)
     for name, places in test.places.items():
         tries = [(number, context) for number in range(len(places)) for context in range(len(config.factors))]
         if name in ("agent", "untrained"):  # which go on to choose the context themselves
-            tries = [(0, int(policy.context))]
+            tries = [(0, _first_context(config))]
         scores = [val.score(val.masks(name, *each)) for each in tries]
         masks, (wanted, lengths) = test.masks(name, *tries[scores.index(max(scores))]), truth(test.videos)
         found[name] = davis_scores(masks, wanted, lengths)
@@ -262,10 +263,10 @@ class _Played:
     def __init__(self, config: Config, policy: Cutting, run: Run, part: str) -> None:
         self.videos, self.planes = _clips(config, part, run.device)
         self.executor, self.env = policy.executor, _env(config, (self.videos, self.planes), policy.executor)
-        env, how = self.env, (config.horizon, float(policy.margin))
-        self.places: dict[str, list[Place]] = {"agent": [acting(env, policy.placer, *how)]}
+        env, horizon = self.env, config.horizon
+        self.places: dict[str, list[Place]] = {"agent": [acting(env, policy.placer, horizon)]}
         for other in restored(run, {"untrained": "untrained"}, lambda: build(config).placer).values():
-            self.places["untrained"] = [acting(env, other, *how)]
+            self.places["untrained"] = [acting(env, other, horizon)]
         self.places["unchanged"] = [following.fixed(env.boxes[self.videos.first][self.videos.video])]
         self.places |= {"refitted": [following.unmoved], "color": [following.unmoved]}
         fresh = partial(_placer, config, nn.Linear(config.hidden, 4))
@@ -299,8 +300,8 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     video = as_video(images["frames"], images["mask"], config.image_size).to(policy.executor.factors.device)
     clips = clips_of(video, config.likeness)
     executor, env = policy.executor, _env(config, clips, policy.executor)
-    place = acting(env, policy.placer, config.horizon, float(policy.margin), way := list[Step]())
-    found = follow(video, place, executor.maker(clips[1]), executor.factors, int(policy.context))
+    place = acting(env, policy.placer, config.horizon, way := list[Step]())
+    found = follow(video, place, executor.maker(clips[1]), executor.factors, _first_context(config))
     masks = F.interpolate(found.masks[:, :count].float(), (height, width), mode="bilinear")[0] > 0.5
     scale = found.boxes.new_tensor([width / video.size[1], height / video.size[0]] * 2)
     boxes, factors = found.boxes[0, :count], executor.factors
