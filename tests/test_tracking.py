@@ -190,6 +190,15 @@ def test_what_does_not_count_is_left_out_of_the_truth(tmp_path: Path) -> None:
     assert read_boxes(path, 1, True).labels[0].tolist() == [3]
 
 
+def test_world_coordinates_are_no_classes(tmp_path: Path) -> None:
+    """Ten columns, as in 3D MOT15: what stands where newer sets have a class is a place in metres."""
+    path = tmp_path / "gt.txt"
+    path.write_text(
+        "1,1,1,1,5,5,1,-5.40,-4.24,0\n1,2,9,1,5,5,1,7,2.5,0\n1,3,1,9,5,5,1,-1,-1,-1\n1,4,9,9,5,5,0,7,2.5,0\n"
+    )
+    assert read_boxes(path, 1, True).labels[0].tolist() == [1, 2, 3]
+
+
 def test_sequences_are_chosen_by_name(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_sequence(tmp_path / "train" / name, 8)
