@@ -158,7 +158,7 @@ def train(config: Config, run: Run) -> None:
     torch.manual_seed(config.seed)
     policy, optimizer, keeper = tracked(run, PART, build(config), by="held_out_iou")
     env = _env(config, "train", config.copies, run.device)
-    env.reset(seed=config.seed)
+    env.reset(seed=config.seed + run.rank * config.copies)
     target, _, replay = run.track(target=copy.deepcopy(policy), env=env, replay=Replay(env.state, MEMORY))
     held = _walker(config, "val", run.device)
     validate = partial(_held_out, config, held, policy)
