@@ -79,8 +79,9 @@ def mask_iou(env: CuttingEnv) -> dict[str, float]:
 def acting(env: CuttingEnv, placer: nn.Module, horizon: int, way: list[Step] | None = None) -> Place:
     """By the actions of the highest value, until it stops or has taken `horizon` of them.
 
-    The mask is made where on this way stopping was worth most: a way that leads off costs nothing then. `way` is given the states of every frame, the first and those after
-    each action, with that action; -1 with the first. Of several videos all go on until the last of them has stopped.
+    The mask is made where on this way stopping was worth most: a way that leads off costs nothing then. `way` is given
+    the states of every frame, the first and those after each action, with that action; -1 with the first. Of several
+    videos all go on until the last of them has stopped.
     """
 
     @torch.no_grad()
