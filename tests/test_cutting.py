@@ -19,7 +19,7 @@ from foveate import noise, pictures
 from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
 from foveate.envs.box_moves import moves
 from foveate.envs.cutting import ACTIONS, MOVES, NAMES, STOP, TIGHTER, WIDER, CuttingEnv
-from foveate.envs.following import acting, clips_of, fixed, follow, truth, unmoved
+from foveate.envs.following import acting, clips_of, fixed, follow, knowing, truth, unmoved
 from foveate.geometry import enlarged, mask_boxes, overlaps
 from foveate.models.appearance import color_likeness, stacked
 from foveate.models.cutting import Executor, mask_loss
@@ -338,6 +338,7 @@ def test_masks_follow_the_box_that_is_placed() -> None:
         return davis_scores(follow(clip, place, make, env.factors, 1).masks, *truth(clip))["j"]
 
     assert j(fixed(env.boxes)) > 0.95
+    assert j(unmoved) < j(knowing(env, 1)) <= j(knowing(env, 3))
     assert j(fixed(env.boxes)) > j(fixed(env.boxes[[0, 0, 0, 0]])) + 0.1
     assert j(unmoved) < j(fixed(env.boxes))
 

@@ -131,6 +131,25 @@ def regressing(env: CuttingEnv, regressor: nn.Module, rounds: int) -> Place:
     return place
 
 
+def knowing(env: CuttingEnv, horizon: int) -> Place:
+    """By the action after which the mask's true IoU is highest, as long as it rises: what the actions have to give."""
+
+    @torch.no_grad()
+    def place(frames: Tensor, boxes: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        state = env.begun(frames, boxes, contexts)
+        iou = env.score(frames, state.box, state.context)
+        for _ in range(horizon):
+            tries = [env.acted(state, torch.full_like(frames, action)) for action in range(STOP)]
+            best, action = torch.stack([env.score(frames, each.box, each.context) for each in tries]).max(0)
+            if not bool((better := best > iou).any()):
+                break
+            state = map_tree(partial(_chosen, better), env.acted(state, action), state)
+            iou = torch.where(better, best, iou)
+        return state.box, state.context
+
+    return place
+
+
 def fixed(boxes_of: Tensor) -> Place:
     """At given boxes [frames, 4]: the true ones, or one that does not move."""
 

@@ -238,8 +238,9 @@ def evaluate(config: Config, policy: Cutting, run: Run, elsewhere: bool = False)
 
     Baselines make masks by the same network, at boxes placed otherwise: `untrained` by values that were not learned;
     `unchanged` where the first mask was; `refitted` at the mask before; `regressor` where a regression moves that to,
-    learned as long; `true box` at the true one, which nobody knows. `color` is `refitted` with masks of what has the
-    object's colours in the box. Their context box, and how often it is regressed, are what was best on val.
+    learned as long; `true box` at the true one, and `best actions` where the agent's actions lead if each is the one
+    that raises the true IoU most, both of which nobody knows. `color` is `refitted` with masks of what has the object's
+    colours in the box. Their context box, and how often it is regressed, are what was best on val.
     """
     found: dict[str, dict[str, float]] = {}
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -273,6 +274,7 @@ class _Played:
         for other in restored(run, {"regressor": "regressor"}, fresh).values():
             self.places["regressor"] = [following.regressing(env, other, rounds) for rounds in (1, 2, 3)]
         self.places["true box"] = [following.fixed(env.boxes)]
+        self.places["best actions"] = [following.knowing(env, horizon)]
 
     def masks(self, name: str, number: int, context: int) -> Tensor:
         make = following.color_maker(self.env) if name == "color" else self.executor.maker(self.planes)
