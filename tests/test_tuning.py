@@ -18,8 +18,9 @@ import foveate
 from foveate import noise
 from foveate.distributions import Categorical
 from foveate.geometry import Boxes
-from foveate.learn.answers import Tuning, answering, distinct, frozen, likelihood_loss, repeat, reward_loss, score
+from foveate.learn.answers import answering, distinct, frozen, likelihood_loss, repeat, reward_loss, score
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Tuning
 from foveate.models.box_tokens import BoxTokens, BoxWriter
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.rewards.boxes import DetectionReward
@@ -179,11 +180,25 @@ def test_a_temperature_is_that_of_the_answers_and_of_their_scores_and_is_gone_af
         ({"epochs": 0}, "epochs"),
         ({"epochs": 2}, "clip"),
         ({"subset": 0.0}, "subset"),
+        ({"samples": 2.5}, "samples"),
+        ({"baseline": "leave_one_out"}, "baseline"),
+        ({"baseline": "mean"}, "baseline"),
+        ({"credit": "togo"}, "credit"),
+        ({"anchored": "rewards", "anchor": 0.1}, "anchored"),
+        ({"precision": "fp16"}, "precision"),
+        *(({"learning_rate": rate}, "learning_rate") for rate in (-1.0, 0.0, math.nan, math.inf)),
+        *(({"anchor": weight}, "anchor") for weight in (-1.0, math.nan, math.inf)),
+        *(({"entropy": weight}, "entropy") for weight in (math.nan, -math.inf)),
+        *(({"clip": clip, "epochs": 2}, "clip") for clip in (-0.2, 0.0, math.nan)),
+        ({"warmup": -5}, "warmup"),
     ],
 )
 def test_settings_that_teach_nothing_are_refused(settings: dict[str, object], field: str) -> None:
+    made = Tuning()
+    for name, value in settings.items():  # as outside the tests, where nobody checks the types of fields
+        object.__setattr__(made, name, value)
     with pytest.raises(InputError, match=f"^{field}: "):
-        Tuning(**settings)  # type: ignore[arg-type]
+        made.__post_init__()
 
 
 def test_an_anchor_needs_its_reference(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from foveate import noise
 from foveate.analysis import curve_page
 from foveate.geometry import Boxes, check_boxes
-from foveate.learn.answers import Reward, Tuning, answering, decided, frozen, log_prob, repeat
+from foveate.learn.answers import Reward, answering, decided, frozen, log_prob, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
+from foveate.learn.settings import Tuning
 from foveate.rewards.combine import check_output, guarded
 from foveate.run import Run
 from foveate.two_steps import Batches, held_out_scores, tune_on_reward
@@ -74,7 +75,7 @@ def tune(
         optimizer: what makes the optimizer of a list of parameters: a class of torch.optim, or a function, e.g.
             `partial(torch.optim.AdamW, weight_decay=0.1)`; Adafactor as in the paper. The learning rate of all its
             groups is the setting `learning_rate`, whatever it was made with.
-        **settings: fields of `foveate.learn.answers.Tuning`.
+        **settings: fields of `foveate.learn.settings.Tuning`.
 
     Returns:
         The policy, tuned.
