@@ -63,6 +63,10 @@ def test_whole_numbers_and_answers_to_yes_or_no_are_a_reward_as_they_are():
     for counts in (torch.tensor([3, -1]), torch.tensor([True, False])):
         total = guarded(lambda predictions, targets, counts=counts: counts)(torch.zeros(2), None).total
         assert total.mean() == counts.float().mean()
+        whole = unchecked(total=counts, parts={"right": counts}, credit=counts[:, None])
+        for found in (guarded(lambda *_, whole=whole: whole)(torch.zeros(2), None), check_output(whole, 2, "mine")):
+            for values in (found.total, found.parts["right"], found.credit[:, 0]):
+                assert torch.equal(values, counts.float())
 
 
 def test_a_reward_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -91,6 +95,11 @@ def test_a_reward_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (torch.full((4,), 0.25), "0.25 for all 4 examples"),
         (unchecked(total=torch.arange(4.0), parts={"near": torch.rand(3)}, credit=None), r"part 'near' is \[3\]"),
         (unchecked(total=torch.arange(4.0), parts={}, credit=torch.rand(3, 2)), r"credit is \[3, 2\]"),
+        (
+            unchecked(total=torch.arange(4.0), parts={}, credit=torch.rand(4)),
+            r"credit is \[4\], expected \[4, decisions",
+        ),
+        (unchecked(total=torch.arange(4.0), parts={}, credit=torch.rand(4, 2, 1)), r"credit is \[4, 2, 1\]"),
     ],
 )
 def test_what_a_reward_gives_is_checked(output, says):
@@ -98,11 +107,21 @@ def test_what_a_reward_gives_is_checked(output, says):
         check_output(output, 4, "mine")
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 1)])
+def test_a_guard_names_credit_of_another_shape(shape):
+    whole = unchecked(total=torch.arange(4.0), parts={}, credit=torch.rand(shape))
+    with pytest.raises(InputError, match=r"^reward mine: its credit is \[4.*expected \[4, decisions\]"):
+        guarded(lambda *_: whole, name="mine")(torch.zeros(4), None)
+
+
 def test_good_outputs_pass():
     numbers = torch.arange(4.0)
     assert torch.equal(check_output(numbers, 4, "mine").total, numbers)
     whole = RewardOutput(numbers, {"near": numbers}, torch.rand(4, 2))
-    assert check_output(whole, 4, "mine") is whole
+    found = check_output(whole, 4, "mine")
+    assert found.total is numbers
+    assert found.parts["near"] is numbers
+    assert found.credit is whole.credit
     assert check_output(torch.zeros(1), 1, "mine").total.tolist() == [0]
 
 

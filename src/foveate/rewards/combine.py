@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from foveate.types import InputError, RewardOutput, rows_of, split
+from foveate.types import InputError, RewardOutput, map_tree, rows_of, split
 
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
 
@@ -230,11 +230,14 @@ def _shaped(output: Any, batch: int, name: str) -> RewardOutput:
     for what, values in _named(output).items():
         if values.shape != (batch,):
             raise InputError(f"reward {name}: its {what} is {list(values.shape)}, expected [{batch}]: one an example")
-    if isinstance(output, Tensor):
-        return RewardOutput(output if output.is_floating_point() else output.float())  # counts have no mean
-    if output.credit is not None and len(output.credit) != batch:
-        raise InputError(f"reward {name}: its credit is {list(output.credit.shape)}, expected [{batch}, decisions]")
-    return output
+    found = RewardOutput(_real(output)) if isinstance(output, Tensor) else map_tree(_real, output)
+    if (credit := found.credit) is not None and (credit.ndim != 2 or len(credit) != batch):
+        raise InputError(f"reward {name}: its credit is {list(credit.shape)}, expected [{batch}, decisions]")
+    return found
+
+
+def _real(values: Tensor) -> Tensor:
+    return values if values.is_floating_point() else values.float()  # counts have no mean
 
 
 def _named(output: Tensor | RewardOutput) -> dict[str, Tensor]:
