@@ -157,6 +157,25 @@ def test_a_guard_leaves_credit_as_it_is_and_takes_that_of_a_failed_example() -> 
         assert found.credit.tolist() == [[1, 2], [0, 0], [5, 6]]
 
 
+def test_a_failed_example_moves_neither_the_mean_of_the_total_nor_those_of_the_parts() -> None:
+    """However it fails: by a total, by a part, or by raising."""
+
+    def worth(predictions: Tensor, targets: Tensor) -> RewardOutput:
+        if (predictions == -9).any():
+            raise ValueError("-9")
+        part = torch.where(predictions == -8, torch.nan, predictions)
+        return RewardOutput(torch.where(predictions == -7, torch.nan, 2 * predictions), {"half": part})
+
+    for failing in (-9.0, -8.0, -7.0):
+        values = torch.tensor([1.0, failing, 2.0, 6.0])
+        found = guarded(worth, skip=True)(values, None)
+        assert found.parts["half"].tolist() == [1, 3, 2, 6]
+        assert found.total.tolist() == [2, 6, 4, 12]
+        assert found.parts["skipped"].tolist() == [0, 1, 0, 0]
+    with pytest.raises(InputError, match=r"^reward mine: its part 'half' is nan for example 1 \(1 of 4\): correct"):
+        guarded(worth, name="mine")(torch.tensor([1.0, -8.0, 2.0, 6.0]), None)
+
+
 def test_a_function_that_gives_another_number_of_scores_is_told() -> None:
     with pytest.raises(InputError, match=r"^reward short: its total is \[2\], expected \[3\]: one an example"):
         guarded(lambda predictions, targets: predictions[1:, 0], name="short")(torch.ones(3, 2), None)

@@ -360,6 +360,15 @@ def test_inputs_whose_answers_all_failed_do_not_move_the_reward_that_is_told() -
     assert scored.advantages.flatten().tolist() == [-2, 2, 0, 0]
 
 
+def test_parts_sum_to_the_total_though_answers_failed() -> None:
+    totals = torch.tensor([1.0, 3.0, math.nan, 4.0, math.nan, 8.0, 5.0, math.nan])
+    worth = lambda *_: RewardOutput(totals, {"third": totals / 3, "rest": 2 * totals / 3})  # noqa: E731
+    args = images(2), torch.zeros(2), noise.key(0, torch.arange(2)), Tuning(4), MovingAverage()
+    found = score(small(), guarded(worth, skip=True), *args).output
+    assert found.parts["skipped"].tolist() == totals.isnan().float().tolist()
+    torch.testing.assert_close(found.parts["third"] + found.parts["rest"], found.total)
+
+
 def test_what_only_gets_worse_ends_as_it_began(tmp_path: Path) -> None:
     """Trained to be wrong, judged by being right: the weights of the start are the best there are."""
     targets = noise.integers(noise.key(0, "targets", torch.arange(16)), 5, 4)

@@ -70,8 +70,8 @@ def tune(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: go on with the run in `out`; pass the model as it was at the start.
         overwrite: delete the run that is there.
-        skip_bad: an answer for which the reward raises or is not finite teaches nothing and is counted ("part
-            skipped"), instead of stopping the run.
+        skip_bad: an answer for which the reward raises, or is not finite in its total, a part or a credit, teaches
+            nothing and is counted ("part skipped"), instead of stopping the run.
         optimizer: what makes the optimizer of a list of parameters: a class of torch.optim, or a function, e.g.
             `partial(torch.optim.AdamW, weight_decay=0.1)`; Adafactor as in the paper. The learning rate of all its
             groups is the setting `learning_rate`, whatever it was made with.

@@ -167,13 +167,22 @@ def _own(output: RewardOutput, behaviour: Tensor | None, tuning: Tuning) -> Floa
 
 
 def _among_scored(output: RewardOutput, samples: int) -> RewardOutput:
-    """An answer without a score takes the mean of its input's others, so that these are compared with each other."""
+    """An answer without a score takes the mean of its input's others, so that these are compared with each other.
+
+    In the parts too, so that these still sum to the total.
+    """
     if (skipped := output.skipped) is None:
         return output
-    total, missing = output.total.view(-1, samples), skipped.view(-1, samples)
+    missing = skipped.view(-1, samples)
     there = (~missing).sum(1, keepdim=True)
-    mean = torch.where(missing, 0.0, total).sum(1, keepdim=True) / there.clamp(min=1)
-    return replace(output, total=torch.where(missing & (there > 0), mean, total).flatten())
+
+    def filled(values: Tensor) -> Tensor:
+        groups = values.view(-1, samples)
+        mean = torch.where(missing, 0.0, groups).sum(1, keepdim=True) / there.clamp(min=1)
+        return torch.where(missing & (there > 0), mean, groups).flatten()
+
+    parts = {name: one if name.split("/")[-1] == "skipped" else filled(one) for name, one in output.parts.items()}
+    return replace(output, total=filled(output.total), parts=parts)
 
 
 def _learned_from(advantages: Float[Tensor, "rows #time"], output: RewardOutput) -> Float[Tensor, "rows #time"]:
