@@ -239,10 +239,11 @@ def _shaped(output: Any, batch: int, name: str) -> RewardOutput:
     for what, values in _named(output).items():
         if values.shape != (batch,):
             raise InputError(f"reward {name}: its {what} is {list(values.shape)}, expected [{batch}]: one an example")
-    found = RewardOutput(_real(output)) if isinstance(output, Tensor) else map_tree(_real, output)
-    if (credit := found.credit) is not None and (credit.ndim != 2 or len(credit) != batch):
+    if isinstance(output, Tensor):
+        return RewardOutput(_real(output))
+    if (credit := output.credit) is not None and (credit.ndim != 2 or len(credit) != batch):
         raise InputError(f"reward {name}: its credit is {list(credit.shape)}, expected [{batch}, decisions]")
-    return found
+    return map_tree(_real, output)
 
 
 def _real(values: Tensor) -> Tensor:
