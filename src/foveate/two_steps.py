@@ -274,9 +274,8 @@ def _update(
     logged: dict[str, Tensor] = {}
     known = []
     loss = None
-    for some, wanted, part in zip(
-        split(inputs, size), split(targets, size), split(scored, size * samples), strict=True
-    ):
+    both = split((inputs, targets), size)  # targets may be None
+    for (some, wanted), part in zip(both, split(scored, size * samples), strict=True):
         share, whole = rows_of(some) / rows, policy.pieces(part.actions)
         pieces = chosen(whole)
         scale = len(whole) / len(pieces)
