@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks import best_seconds
 from foveate import noise
-from foveate.learn.answers import Tuning, score
+from foveate.learn.answers import score
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Tuning
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.rewards.images import compressibility
 from foveate.run import Run

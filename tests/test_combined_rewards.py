@@ -63,6 +63,10 @@ def test_whole_numbers_and_answers_to_yes_or_no_are_a_reward_as_they_are():
     for counts in (torch.tensor([3, -1]), torch.tensor([True, False])):
         total = guarded(lambda predictions, targets, counts=counts: counts)(torch.zeros(2), None).total
         assert total.mean() == counts.float().mean()
+        whole = unchecked(total=counts, parts={"right": counts}, credit=counts[:, None])
+        for found in (guarded(lambda *_, whole=whole: whole)(torch.zeros(2), None), check_output(whole, 2, "mine")):
+            for values in (found.total, found.parts["right"], found.credit[:, 0]):
+                assert torch.equal(values, counts.float())
 
 
 def test_a_reward_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -91,6 +95,11 @@ def test_a_reward_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (torch.full((4,), 0.25), "0.25 for all 4 examples"),
         (unchecked(total=torch.arange(4.0), parts={"near": torch.rand(3)}, credit=None), r"part 'near' is \[3\]"),
         (unchecked(total=torch.arange(4.0), parts={}, credit=torch.rand(3, 2)), r"credit is \[3, 2\]"),
+        (
+            unchecked(total=torch.arange(4.0), parts={}, credit=torch.rand(4)),
+            r"credit is \[4\], expected \[4, decisions",
+        ),
+        (unchecked(total=torch.arange(4.0), parts={}, credit=torch.rand(4, 2, 1)), r"credit is \[4, 2, 1\]"),
     ],
 )
 def test_what_a_reward_gives_is_checked(output, says):
@@ -98,11 +107,21 @@ def test_what_a_reward_gives_is_checked(output, says):
         check_output(output, 4, "mine")
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 1)])
+def test_a_guard_names_credit_of_another_shape(shape):
+    whole = unchecked(total=torch.arange(4.0), parts={}, credit=torch.rand(shape))
+    with pytest.raises(InputError, match=r"^reward mine: its credit is \[4.*expected \[4, decisions\]"):
+        guarded(lambda *_: whole, name="mine")(torch.zeros(4), None)
+
+
 def test_good_outputs_pass():
     numbers = torch.arange(4.0)
     assert torch.equal(check_output(numbers, 4, "mine").total, numbers)
     whole = RewardOutput(numbers, {"near": numbers}, torch.rand(4, 2))
-    assert check_output(whole, 4, "mine") is whole
+    found = check_output(whole, 4, "mine")
+    assert found.total is numbers
+    assert found.parts["near"] is numbers
+    assert found.credit is whole.credit
     assert check_output(torch.zeros(1), 1, "mine").total.tolist() == [0]
 
 
@@ -136,6 +155,25 @@ def test_a_guard_leaves_credit_as_it_is_and_takes_that_of_a_failed_example() -> 
         found = guarded(worth, skip=True)(torch.where(fine == 4, broken, fine), fine)
         assert found.total.tolist() == [3, 7, 11]
         assert found.credit.tolist() == [[1, 2], [0, 0], [5, 6]]
+
+
+def test_a_failed_example_moves_neither_the_mean_of_the_total_nor_those_of_the_parts() -> None:
+    """However it fails: by a total, by a part, or by raising."""
+
+    def worth(predictions: Tensor, targets: Tensor) -> RewardOutput:
+        if (predictions == -9).any():
+            raise ValueError("-9")
+        part = torch.where(predictions == -8, torch.nan, predictions)
+        return RewardOutput(torch.where(predictions == -7, torch.nan, 2 * predictions), {"half": part})
+
+    for failing in (-9.0, -8.0, -7.0):
+        values = torch.tensor([1.0, failing, 2.0, 6.0])
+        found = guarded(worth, skip=True)(values, None)
+        assert found.parts["half"].tolist() == [1, 3, 2, 6]
+        assert found.total.tolist() == [2, 6, 4, 12]
+        assert found.parts["skipped"].tolist() == [0, 1, 0, 0]
+    with pytest.raises(InputError, match=r"^reward mine: its part 'half' is nan for example 1 \(1 of 4\): correct"):
+        guarded(worth, name="mine")(torch.tensor([1.0, -8.0, 2.0, 6.0]), None)
 
 
 def test_a_function_that_gives_another_number_of_scores_is_told() -> None:

@@ -16,19 +16,10 @@ from torch.distributions import Normal, kl_divergence
 import foveate
 from foveate import noise
 from foveate.judging import CHAINS, Contest
-from foveate.learn.answers import (
-    Tuning,
-    answering,
-    decided,
-    divergence,
-    frozen,
-    likelihood_loss,
-    log_prob,
-    reward_loss,
-    score,
-)
+from foveate.learn.answers import answering, decided, divergence, frozen, likelihood_loss, log_prob, reward_loss, score
 from foveate.learn.baselines import MovingAverage, group_normalised, reward_weights
 from foveate.learn.keeper import Keeper
+from foveate.learn.settings import Tuning
 from foveate.models.denoising import gaussian_steps
 from foveate.models.diffusion import ClassDenoiser, small_unet
 from foveate.models.low_rank import Unadapted, add_low_rank, take_start

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import foveate
 from foveate import noise
 from foveate.data import segmentation
-from foveate.learn.answers import Tuning, answering, likelihood_loss, reward_loss, score
+from foveate.learn.answers import answering, likelihood_loss, reward_loss, score
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Tuning
 from foveate.models.dense import UNet, dense_network
 from foveate.models.segmenter import Labels, Segmenter, tiled_logits
 from foveate.rewards.masks import credited, dice_reward, effects_on_total, iou_effects, iou_reward

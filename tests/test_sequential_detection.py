@@ -16,8 +16,9 @@ from foveate import agents, noise
 from foveate.cli import main
 from foveate.data.detection import load_detections
 from foveate.geometry import Boxes
-from foveate.learn.answers import Scored, Tuning
+from foveate.learn.answers import Scored
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Tuning
 from foveate.models.sequential import SequentialDetector, Walk, assigned, candidate_losses, near_objects, raster
 from foveate.rewards.boxes import average_precision
 from foveate.run import Run

@@ -17,8 +17,9 @@ import foveate
 from foveate import commands, noise
 from foveate.cli import main
 from foveate.data.captions import load_captions, words_of
-from foveate.learn.answers import Tuning, reward_loss, score
+from foveate.learn.answers import reward_loss, score
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Tuning
 from foveate.models.encoder_decoder import Tokens
 from foveate.models.hf_captioner import TextCaptioner, adapted, word_tokenizer
 from foveate.models.named_captioners import named_captioner, small_captioner

@@ -18,14 +18,15 @@ import foveate
 from foveate import noise
 from foveate.distributions import Categorical
 from foveate.geometry import Boxes
-from foveate.learn.answers import Tuning, answering, distinct, frozen, likelihood_loss, repeat, reward_loss, score
+from foveate.learn.answers import answering, distinct, frozen, likelihood_loss, repeat, reward_loss, score
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Tuning
 from foveate.models.box_tokens import BoxTokens, BoxWriter
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.rewards.boxes import DetectionReward
 from foveate.rewards.combine import guarded
 from foveate.run import Run
-from foveate.tuning import _check_drawn, _optimizer
+from foveate.tuning import _check_asked, _check_drawn, _optimizer
 from foveate.two_steps import tune_on_reward
 from foveate.types import Decisions, InputError, RewardOutput, Sampler, map_tree
 
@@ -179,11 +180,25 @@ def test_a_temperature_is_that_of_the_answers_and_of_their_scores_and_is_gone_af
         ({"epochs": 0}, "epochs"),
         ({"epochs": 2}, "clip"),
         ({"subset": 0.0}, "subset"),
+        ({"samples": 2.5}, "samples"),
+        ({"baseline": "leave_one_out"}, "baseline"),
+        ({"baseline": "mean"}, "baseline"),
+        ({"credit": "togo"}, "credit"),
+        ({"anchored": "rewards", "anchor": 0.1}, "anchored"),
+        ({"precision": "fp16"}, "precision"),
+        *(({"learning_rate": rate}, "learning_rate") for rate in (-1.0, 0.0, math.nan, math.inf)),
+        *(({"anchor": weight}, "anchor") for weight in (-1.0, math.nan, math.inf)),
+        *(({"entropy": weight}, "entropy") for weight in (math.nan, -math.inf)),
+        *(({"clip": clip, "epochs": 2}, "clip") for clip in (-0.2, 0.0, math.nan)),
+        ({"warmup": -5}, "warmup"),
     ],
 )
 def test_settings_that_teach_nothing_are_refused(settings: dict[str, object], field: str) -> None:
+    made = Tuning()
+    for name, value in settings.items():  # as outside the tests, where nobody checks the types of fields
+        object.__setattr__(made, name, value)
     with pytest.raises(InputError, match=f"^{field}: "):
-        Tuning(**settings)  # type: ignore[arg-type]
+        made.__post_init__()
 
 
 def test_an_anchor_needs_its_reference(tmp_path: Path) -> None:
@@ -343,6 +358,15 @@ def test_inputs_whose_answers_all_failed_do_not_move_the_reward_that_is_told() -
     scored = score(small(), lambda *_: output, inputs, torch.zeros(2), keys, tuning, MovingAverage())
     assert scored.output.total.tolist() == totals.tolist()
     assert scored.advantages.flatten().tolist() == [-2, 2, 0, 0]
+
+
+def test_parts_sum_to_the_total_though_answers_failed() -> None:
+    totals = torch.tensor([1.0, 3.0, math.nan, 4.0, math.nan, 8.0, 5.0, math.nan])
+    worth = lambda *_: RewardOutput(totals, {"third": totals / 3, "rest": 2 * totals / 3})  # noqa: E731
+    args = images(2), torch.zeros(2), noise.key(0, torch.arange(2)), Tuning(4), MovingAverage()
+    found = score(small(), guarded(worth, skip=True), *args).output
+    assert found.parts["skipped"].tolist() == totals.isnan().float().tolist()
+    torch.testing.assert_close(found.parts["third"] + found.parts["rest"], found.total)
 
 
 def test_what_only_gets_worse_ends_as_it_began(tmp_path: Path) -> None:
@@ -578,6 +602,60 @@ def test_boxes_in_other_units_than_their_targets_are_named(tmp_path: Path) -> No
                 model, DetectionReward(), lambda step, each=(inputs, some): each, out=tmp_path / "run", steps=1
             )
     assert not (tmp_path / "run").exists()
+
+
+PAIR = images(4), torch.ones(4, 2).long()
+MIXED = [torch.rand(1, 4, 4), torch.rand(1, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ((PAIR[0], PAIR[1][:3]), "targets: found 3 for 4 inputs, expected one for each"),
+        ((PAIR[0], [0, 1, 1, 0]), "targets: found list, expected tensors that begin with the batch"),
+        (([], PAIR[1]), "inputs: found list, expected tensors"),
+        (PAIR[0], "batches: found Tensor, expected a pair of inputs and targets"),
+        (
+            ((255 * PAIR[0]).byte(), PAIR[1]),
+            "inputs: found images in uint8, expected float32 in .*: divide them by 255",
+        ),
+        ((MIXED, PAIR[1][:2]), "inputs: 2 images of 1x4x4, 1x4x8, expected one tensor"),
+        ((MIXED, None), "inputs: 2 images of 1x4x4, 1x4x8, expected one tensor"),
+    ],
+)
+@pytest.mark.parametrize("where", ["first", "later", "held out"])
+def test_a_batch_that_cannot_be_learned_from_is_named_whenever_it_comes(
+    batch: Any, says: str, where: str, tmp_path: Path
+) -> None:
+    batches = lambda step: batch if step == {"first": 0, "later": 2}.get(where) else PAIR  # noqa: E731
+    held_out = [PAIR, batch] if where == "held out" else []
+    with pytest.raises(InputError, match=f"^{says}"):
+        foveate.tune(small(), agreement, batches, out=tmp_path / "run", steps=3, held_out=held_out, device="cpu")
+
+
+def test_what_is_no_image_is_not_blamed_on_the_reward(tmp_path: Path) -> None:
+    broken = torch.where(torch.arange(4)[:, None, None, None] == 2, torch.nan, PAIR[0])
+    with pytest.raises(InputError, match=r"^inputs: image 2 of the first batch has NaN .* pixels \(1 of 4\)"):
+        foveate.tune(small(), agreement, lambda step: (broken, PAIR[1]), out=tmp_path / "run", steps=1)
+    with pytest.raises(InputError, match=r"^batches: found list, expected a function of the step"):
+        _check_asked([PAIR], 1)
+    with pytest.raises(InputError, match=r"^every: found 0, expected at least 1"):
+        foveate.tune(small(), agreement, lambda step: PAIR, out=tmp_path / "run", steps=1, every=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_may_need_no_targets_and_what_is_held_out_may_be_read_once(tmp_path: Path) -> None:
+    looks = [0]
+
+    def early(predictions: Tokens, targets: None) -> Tensor:
+        looks[0] += len(predictions.ids) == 4  # one answer to each
+        return predictions.ids.float().sum(1)
+
+    batches = lambda step: (images(4), None)  # noqa: E731
+    held_out: Any = ((images(4), None) for _ in range(2))
+    how: dict[str, Any] = {"steps": 4, "every": 2, "chunk": 3, "device": "cpu"}
+    foveate.tune(small(), early, batches, out=tmp_path / "run", held_out=held_out, **how)
+    assert looks[0] == 2 * 4, "two batches at the start, at steps 2 and 4, and when the weights are chosen"
 
 
 def test_a_model_that_scores_at_random_is_named(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate import noise
-from foveate.learn.answers import Precision, Reward, answering, repeat
+from foveate.learn.answers import Reward, answering, repeat
 from foveate.learn.baselines import reward_weights
 from foveate.learn.keeper import Keeper
+from foveate.learn.settings import Precision
 from foveate.models.diffusion import Denoiser, Noised
 from foveate.run import Run
 from foveate.two_steps import Batches, learn_likelihood

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foveate import noise
-from foveate.learn.answers import Precision, Reward, answering, divergence
+from foveate.learn.answers import Reward, answering, divergence
 from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.learn.settings import Precision
 from foveate.models.classifier import ImageClassifier
 from foveate.models.diffusion import Denoiser
 from foveate.rewards.generated import diversity, frechet_distance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from foveate import noise
 from foveate.analysis import curve_page
 from foveate.geometry import Boxes, check_boxes
-from foveate.learn.answers import Reward, Tuning, answering, decided, frozen, log_prob, repeat
+from foveate.learn.answers import Reward, answering, decided, frozen, log_prob, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
+from foveate.learn.settings import Tuning
 from foveate.rewards.combine import check_output, guarded
 from foveate.run import Run
 from foveate.two_steps import Batches, held_out_scores, tune_on_reward
@@ -34,7 +35,7 @@ def tune(
     out: Path | str,
     steps: int | None = None,
     minutes: float | None = None,
-    held_out: Sequence[tuple[Tree, Tree]] = (),
+    held_out: Iterable[tuple[Tree, Tree]] = (),
     every: int = 100,
     seed: int = 0,
     device: str = "auto",
@@ -58,8 +59,9 @@ def tune(
     Args:
         policy: what answers: a `foveate.types.Sampler`. It is moved to the device and changed.
         reward: (predictions, targets) → `RewardOutput`, or a tensor with a number for each.
-        batches: step → (inputs, targets), trees of tensors that begin with the batch, on any device. The same step must
-            give the same batch, or a resumed run sees other data than one that was not interrupted.
+        batches: step → (inputs, targets), trees of tensors that begin with the batch, on any device; targets may be
+            None, if the reward needs none. The same step must give the same batch, or a resumed run sees other data
+            than one that was not interrupted.
         out: folder of the run.
         steps: budget in steps.
         minutes: budget in minutes.
@@ -69,21 +71,23 @@ def tune(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: go on with the run in `out`; pass the model as it was at the start.
         overwrite: delete the run that is there.
-        skip_bad: an answer for which the reward raises or is not finite teaches nothing and is counted ("part
-            skipped"), instead of stopping the run.
+        skip_bad: an answer for which the reward raises, or is not finite in its total, a part or a credit, teaches
+            nothing and is counted ("part skipped"), instead of stopping the run.
         optimizer: what makes the optimizer of a list of parameters: a class of torch.optim, or a function, e.g.
             `partial(torch.optim.AdamW, weight_decay=0.1)`; Adafactor as in the paper. The learning rate of all its
             groups is the setting `learning_rate`, whatever it was made with.
-        **settings: fields of `foveate.learn.answers.Tuning`.
+        **settings: fields of `foveate.learn.settings.Tuning`.
 
     Returns:
         The policy, tuned.
 
     Raises:
         InputError: settings that teach nothing, a reward or an optimizer that is none, other units, images of several
-            sizes, a model whose scores are random or not those of what it draws, a folder in use.
+            sizes, in whole numbers or not finite, more or fewer targets than inputs, a model whose scores are random or
+            not those of what it draws, a folder in use.
     """
-    tuning = Tuning(**settings)
+    tuning, held_out = Tuning(**settings), list(held_out)
+    _check_asked(batches, every)
     config = asdict(tuning)
     if optimizer is not torch.optim.Adafactor:
         config["optimizer"] = getattr(getattr(optimizer, "func", optimizer), "__name__", type(optimizer).__name__)
@@ -103,8 +107,10 @@ def tune(
     learner = _optimizer(optimizer, policy)
     run.track(policy=policy, reference=reference, keeper=keeper, optimizer=learner, average=average)
 
-    def ready(tree: Tree) -> Tree:
-        return map_tree(lambda leaf: leaf.to(run.device), tree)
+    def ready(batch: Any) -> tuple[Tree, Tree]:
+        _check_batch(batch)
+        moved: tuple[Tree, Tree] = map_tree(lambda leaf: leaf.to(run.device), batch)
+        return moved
 
     name = getattr(reward, "__name__", "given")
     checked = guarded(reward, skip_bad, name)
@@ -153,7 +159,7 @@ def _check_start(
 ) -> None:
     """Look at answers to the first inputs, at least `ENOUGH` of them, before anything is learned from them."""
     inputs, targets = batch
-    _check_stacked(inputs, targets)
+    _check_finite(inputs)
     rows = rows_of(inputs)
     device, wanted = next(policy.parameters()).device, repeat(targets, tuning.samples)
     drawn, outputs = [], []
@@ -172,10 +178,44 @@ def _check_start(
         _check_drawn(policy, inputs, drawn)
 
 
-def _check_stacked(inputs: Tree, targets: Tree) -> None:
+def _check_asked(batches: Any, every: int) -> None:
+    if every < 1:
+        raise InputError(f"every: found {every}, expected at least 1 step; to look at nothing, leave held_out out")
+    if not callable(batches):
+        raise InputError(f"batches: found {type(batches).__name__}, expected a function of the step that gives a batch")
+
+
+def _check_batch(batch: Any) -> None:
+    """What shapes and types tell of a batch; cheap, as every one is looked at."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise InputError(f"batches: found {type(batch).__name__}, expected a pair of inputs and targets")
+    inputs, targets = batch
+    rows = None if targets is None else _rows(targets, "targets")
+    _check_stacked(inputs, rows)
+    if rows not in (None, found := _rows(inputs, "inputs")):
+        raise InputError(f"targets: found {rows} for {found} inputs, expected one for each")
+    if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8 and inputs.ndim == 4:
+        raise InputError("inputs: found images in uint8, expected float32 in [0, 1]: divide them by 255")
+
+
+def _rows(tree: Tree, name: str) -> int:
+    try:
+        return rows_of(tree)
+    except (IndexError, TypeError) as error:  # without a tensor, or with one that has no rows
+        raise InputError(f"{name}: found {type(tree).__name__}, expected tensors that begin with the batch") from error
+
+
+def _check_finite(inputs: Tree) -> None:
+    if isinstance(inputs, Tensor) and inputs.ndim >= 4 and not (fine := inputs.isfinite().flatten(1).all(1)).all():
+        row = int((~fine).nonzero()[0])
+        count = f"{int((~fine).sum())} of {len(fine)}"
+        raise InputError(f"inputs: image {row} of the first batch has NaN or infinite pixels ({count}); correct it")
+
+
+def _check_stacked(inputs: Tree, rows: int | None) -> None:
     images: Any = inputs
     listed = isinstance(inputs, list | tuple) and all(isinstance(each, Tensor) and each.ndim == 3 for each in images)
-    if listed and (len(images[0]) != rows_of(targets) or len({each.shape for each in images}) > 1):
+    if listed and images and (rows not in (None, len(images[0])) or len({each.shape for each in images}) > 1):
         sizes = ", ".join(dict.fromkeys("x".join(map(str, each.shape)) for each in images))
         raise InputError(
             f"inputs: {len(images)} images of {sizes}, expected one tensor [batch, channels, height, width]: "

@@ -17,21 +17,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from foveate import noise
-from foveate.learn.answers import (
-    Precision,
-    Reward,
-    Scored,
-    Tuning,
-    answering,
-    distinct,
-    likelihood_loss,
-    repeat,
-    reward_loss,
-    score,
-)
+from foveate.learn.answers import Reward, Scored, answering, distinct, likelihood_loss, repeat, reward_loss, score
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.learn.settings import Precision, Tuning
 from foveate.parts import look_at
 from foveate.rewards.combine import check_output
 from foveate.run import Run
@@ -284,9 +274,8 @@ def _update(
     logged: dict[str, Tensor] = {}
     known = []
     loss = None
-    for some, wanted, part in zip(
-        split(inputs, size), split(targets, size), split(scored, size * samples), strict=True
-    ):
+    both = split((inputs, targets), size)  # targets may be None
+    for (some, wanted), part in zip(both, split(scored, size * samples), strict=True):
         share, whole = rows_of(some) / rows, policy.pieces(part.actions)
         pieces = chosen(whole)
         scale = len(whole) / len(pieces)

@@ -18,11 +18,10 @@ that the memory is that of a piece; sums over decisions are sums over pieces.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -30,93 +29,11 @@ from torch import Tensor, nn
 
 from foveate.learn.baselines import MovingAverage, group_normalised, leave_one_out, self_critical, value_loss
 from foveate.learn.policy_gradient import entropy_bonus, kl_penalty, masked_mean, policy_gradient
+from foveate.learn.settings import Precision, Tuning
 from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, map_tree
 
 T = TypeVar("T")
-Baseline = Literal["leave-one-out", "normalised", "greedy", "moving-average", "learned", "none"]
-Credit = Literal["answer", "to-go", "difference", "flip"]
-Precision = Literal["fp32", "bf16"]
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How to tune.
-
-    Attributes:
-        samples: answers to each input of a batch.
-        baseline: what is subtracted from a reward: the mean of the other answers, that of the greedy answer, a moving
-            average, the model's own expectation (`values` of its decisions), or nothing. "normalised" takes off the
-            mean of the input's answers and divides by their standard deviation (`group_normalised`): no units are left,
-            and the anchor weighs the same whatever the reward is measured in.
-        credit: what a decision is weighed by. "answer": the reward of the whole answer, less the baseline. The others
-            take the reward's `credit` [rows, time]. "to-go": what this decision and those after it gained, if the
-            credits sum to the reward, less the mean of that over the other answers. "difference" and "flip" are for
-            decisions that are independent of each other: how much more the answer is worth than without the decision,
-            less the mean of that over the other answers; how much more than with the other of two choices, times the
-            probability of that choice.
-        anchor: weight of the KL to the model as it was at the start, in nats of a whole answer.
-        anchored: "loss" adds that KL to the loss, whose gradient leaves out how the model changes what it comes to
-            decide about; "reward" takes it off the answer's reward too, which adds that part.
-        entropy: weight of the entropy, which is sought.
-        epochs: updates on the answers of one batch; with more than one, give a `clip`.
-        clip: of the importance ratio in later epochs (PPO).
-        learning_rate: constant after the warm-up.
-        warmup: steps over which it rises from 0.
-        anneal: the learning rate falls evenly to 0 at the end of the phase, which leaves less noise in the weights.
-        chunk: inputs to a backward pass, if a batch is too large for the memory; the gradient is the same.
-        subset: share of the pieces of an answer's decisions (`Sampler.chunk`) that an update learns from, drawn anew
-            for each and weighed up, so that the expectation is that of all. Of a denoising chain, whose steps share
-            one advantage, a third of them is a cheaper update and hardly a noisier one.
-        precision: "bf16" runs the model in mixed precision; rewards and losses stay in fp32.
-        temperature: by which a sampler divides its scores while it draws answers and learns from them; None: its own.
-            Answers drawn at 1 from a model of likelihood are often much worse than its likeliest ones, and learning to
-            draw as well as these takes the time in which they could become better: below 1 it begins there. The
-            sampler has an attribute `temperature`, as `foveate.models.encoder_decoder.EncoderDecoder`.
-    """
-
-    samples: int = 8
-    baseline: Baseline = "leave-one-out"
-    anchor: float = 0.0
-    entropy: float = 0.0
-    epochs: int = 1
-    clip: float | None = None
-    learning_rate: float = 1e-5
-    warmup: int = 20
-    anneal: bool = False
-    credit: Credit = "answer"
-    chunk: int | None = None
-    precision: Precision = "fp32"
-    anchored: Literal["loss", "reward"] = "loss"
-    subset: float = 1.0
-    temperature: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be learned from.
-
-        Raises:
-            InputError: a number out of its range, or settings that do not go together.
-        """
-        for name in ("samples", "epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
-        if self.chunk is not None and self.chunk < 1:
-            raise InputError(f"chunk: found {self.chunk}, expected at least 1 input; leave it out for all at once")
-        compares = self.credit in ("to-go", "difference") or (
-            self.credit == "answer" and self.baseline in ("leave-one-out", "normalised")
-        )
-        if compares and self.samples < 2:
-            raise InputError(f"samples: found {self.samples}, but {self.baseline} compares at least 2; try 8")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise InputError(f"temperature: found {self.temperature:g}, expected more than 0; below 1 is near greedy")
-        if not 0 < self.subset <= 1:
-            raise InputError(f"subset: found {self.subset:g}, expected more than 0 and at most 1")
-        if self.anchored == "reward" and self.credit != "answer":
-            raise InputError(
-                f"anchored: found 'reward', which is of whole answers, but credit {self.credit!r}; use 'loss'"
-            )
-        if self.epochs > 1 and self.clip is None:
-            raise InputError(f"clip: not given, but {self.epochs} epochs go far from the answers' own policy; try 0.2")
 
 
 @dataclass(frozen=True)
@@ -250,13 +167,22 @@ def _own(output: RewardOutput, behaviour: Tensor | None, tuning: Tuning) -> Floa
 
 
 def _among_scored(output: RewardOutput, samples: int) -> RewardOutput:
-    """An answer without a score takes the mean of its input's others, so that these are compared with each other."""
+    """An answer without a score takes the mean of its input's others, so that these are compared with each other.
+
+    In the parts too, so that these still sum to the total.
+    """
     if (skipped := output.skipped) is None:
         return output
-    total, missing = output.total.view(-1, samples), skipped.view(-1, samples)
+    missing = skipped.view(-1, samples)
     there = (~missing).sum(1, keepdim=True)
-    mean = torch.where(missing, 0.0, total).sum(1, keepdim=True) / there.clamp(min=1)
-    return replace(output, total=torch.where(missing & (there > 0), mean, total).flatten())
+
+    def filled(values: Tensor) -> Tensor:
+        groups = values.view(-1, samples)
+        mean = torch.where(missing, 0.0, groups).sum(1, keepdim=True) / there.clamp(min=1)
+        return torch.where(missing & (there > 0), mean, groups).flatten()
+
+    parts = {name: one if name.split("/")[-1] == "skipped" else filled(one) for name, one in output.parts.items()}
+    return replace(output, total=filled(output.total), parts=parts)
 
 
 def _learned_from(advantages: Float[Tensor, "rows #time"], output: RewardOutput) -> Float[Tensor, "rows #time"]:

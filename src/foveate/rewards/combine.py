@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from foveate.types import InputError, RewardOutput, rows_of, split
+from foveate.types import InputError, RewardOutput, map_tree, rows_of, split
 
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
 
@@ -65,10 +65,10 @@ def product(rewards: Mapping[str, Reward]) -> Reward:
 def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
     """A reward that names the example on which another one fails, instead of failing with the whole batch.
 
-    An example fails if its total or a credit of its decisions is NaN or infinite, or if the reward raises for it; only
-    then is it asked an example at a time. With `skip` a failed example gets the mean of the others and the part
-    "skipped" is 1 for it, else 0 (it is no summand), by which `foveate.learn.answers.score` knows not to learn from
-    it or compare with it; other parts and the credit of its decisions are 0 there.
+    An example fails if its total, a part or a credit of its decisions is NaN or infinite, or if the reward raises for
+    it; only then is it asked an example at a time. With `skip` a failed example gets the mean of the others, in the
+    total as in the parts, and the part "skipped" is 1 for it, else 0 (it is no summand), by which
+    `foveate.learn.answers.score` knows not to learn from it or compare with it; the credit of its decisions is 0.
 
     Raises:
         InputError: an example failed and is not to be skipped, or all did (`targets` that are numbers are told); or
@@ -89,26 +89,35 @@ def guarded(reward: Reward, skip: bool = False, name: str = "given") -> Reward:
                 raise InputError(
                     f"reward {name}: raises on the batch, but on none of its examples: {error!r}"
                 ) from error
-        bad = ~found.total.isfinite()
+        bad = ~torch.stack([values.isfinite() for values in _named(found).values()]).all(0)
         if found.credit is not None:
             bad |= ~found.credit.isfinite().all(1)
         if not skip and not bad.any():
             return found
         if bad.any() and (not skip or bool(bad.all())):
             row = int(bad.nonzero()[0])
-            what = "has no finite credit" if math.isfinite(value := float(found.total[row])) else f"is {value}"
-            what = f"raises {errors[row]!r}" if row in errors else what
+            what = f"raises {errors[row]!r}" if row in errors else _broken(found, row)
             of = f", target {targets[row].tolist()}" if isinstance(targets, Tensor) and targets.ndim == 1 else ""
             remedy = "nothing is left to learn from"
             if not skip:
                 remedy = "correct the reward, or skip such examples (--skip-bad; from Python skip_bad=True)"
             raise InputError(f"reward {name}: {what} for example {row}{of} ({int(bad.sum())} of {len(bad)}): {remedy}")
         total = torch.where(bad, found.total[~bad].mean(), found.total)
-        parts = {part: torch.where(bad, 0.0, value) for part, value in found.parts.items()}
+        parts = {part: torch.where(bad, value[~bad].mean(), value) for part, value in found.parts.items()}
         credit = None if found.credit is None else torch.where(bad[:, None], 0.0, found.credit)
         return RewardOutput(total, parts | {"skipped": bad.to(total)}, credit)
 
     return careful
+
+
+def _broken(output: RewardOutput, row: int) -> str:
+    """What of an example is NaN or infinite."""
+    if not math.isfinite(total := float(output.total[row])):
+        return f"is {total}"
+    for part, values in output.parts.items():
+        if not math.isfinite(value := float(values[row])):
+            return f"its part {part!r} is {value}"
+    return "has no finite credit"
 
 
 def _one_by_one(reward: Reward, predictions: Any, targets: Any) -> tuple[RewardOutput, dict[int, Exception]]:
@@ -231,10 +240,14 @@ def _shaped(output: Any, batch: int, name: str) -> RewardOutput:
         if values.shape != (batch,):
             raise InputError(f"reward {name}: its {what} is {list(values.shape)}, expected [{batch}]: one an example")
     if isinstance(output, Tensor):
-        return RewardOutput(output if output.is_floating_point() else output.float())  # counts have no mean
-    if output.credit is not None and len(output.credit) != batch:
-        raise InputError(f"reward {name}: its credit is {list(output.credit.shape)}, expected [{batch}, decisions]")
-    return output
+        return RewardOutput(_real(output))
+    if (credit := output.credit) is not None and (credit.ndim != 2 or len(credit) != batch):
+        raise InputError(f"reward {name}: its credit is {list(credit.shape)}, expected [{batch}, decisions]")
+    return map_tree(_real, output)
+
+
+def _real(values: Tensor) -> Tensor:
+    return values if values.is_floating_point() else values.float()  # counts have no mean
 
 
 def _named(output: Tensor | RewardOutput) -> dict[str, Tensor]:

@@ -34,8 +34,9 @@ from foveate.data import captions
 from foveate.data.captions import END, LONGEST, RESERVED, Captioned, Part, load_captions
 from foveate.data.classification import check_rgb
 from foveate.data.picture_folders import check_memory, read_pictures
-from foveate.learn.answers import Precision, Reward, Tuning
+from foveate.learn.answers import Reward
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Precision, Tuning
 from foveate.models.backbones import EMBEDDED
 from foveate.models.captioner import Captioner
 from foveate.models.encoder_decoder import Tokens

@@ -36,8 +36,9 @@ from foveate.colors import CHROMA, coloured, light_and_chroma
 from foveate.data.classification import check_shape
 from foveate.data.photographs import evaluation_split, held_out_split, load_photographs
 from foveate.data.picture_folders import Split, read_pictures
-from foveate.learn.answers import Precision, Reward, Tuning, answering, likelihood_loss
+from foveate.learn.answers import Reward, answering, likelihood_loss
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Precision, Tuning
 from foveate.models.backbones import convolutions
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder

@@ -37,8 +37,9 @@ from foveate.data.classification import check_rgb
 from foveate.data.panoptic import PanopticMaps, chosen, load_panoptic, mirrored
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Segments
-from foveate.learn.answers import Reward, Tuning, answering
+from foveate.learn.answers import Reward, answering
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Tuning
 from foveate.models.backbones import stem
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder

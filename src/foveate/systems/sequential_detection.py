@@ -33,9 +33,10 @@ from foveate.data.classification import check_rgb
 from foveate.data.detection import Detections, check_objects, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes
-from foveate.learn.answers import Reward, Scored, Tuning, repeat
+from foveate.learn.answers import Reward, Scored, repeat
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.returns import reward_to_go
+from foveate.learn.settings import Tuning
 from foveate.models.sequential import SequentialDetector, Walk, candidate_losses, near_objects, raster
 from foveate.parts import tracked
 from foveate.rewards.boxes import THRESHOLDS, average_precision, corpus_average_precision

@@ -34,8 +34,9 @@ from foveate import noise, pictures
 from foveate.data.captions import RESERVED, Captioned, Part, load_captions, not_learned, numbered, vocabulary, words_of
 from foveate.data.classification import check_rgb
 from foveate.data.picture_folders import read_pictures
-from foveate.learn.answers import Precision, Reward, Tuning
+from foveate.learn.answers import Reward
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Precision, Tuning
 from foveate.models.encoder_decoder import Tokens
 from foveate.models.hf_captioner import TextCaptioner
 from foveate.models.named_captioners import SMALL, named_captioner

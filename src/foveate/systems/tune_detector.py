@@ -36,10 +36,11 @@ from foveate.data.classification import check_rgb
 from foveate.data.detection import Detections, check_objects, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes
-from foveate.learn.answers import Precision, Reward, Scored, Tuning
+from foveate.learn.answers import Reward, Scored
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
 from foveate.learn.schedule import one_cycle, set_learning_rate
+from foveate.learn.settings import Precision, Tuning
 from foveate.models.adapters import load_weights, named, take_coco
 from foveate.models.candidates import Candidates
 from foveate.parts import restored, tracked

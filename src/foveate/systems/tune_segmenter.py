@@ -36,9 +36,10 @@ from foveate import noise, pictures
 from foveate.data.classification import check_rgb, read_pictures
 from foveate.data.picture_folders import Split
 from foveate.data.segmentation import Segmented, crops, load_segmented, masks_of
-from foveate.learn.answers import Precision, Reward, Tuning
+from foveate.learn.answers import Reward
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.keeper import Keeper
+from foveate.learn.settings import Precision, Tuning
 from foveate.models.dense import dense_network
 from foveate.models.segmenter import Labels, Segmenter, tiled_logits
 from foveate.parts import restored
