@@ -46,7 +46,7 @@ from foveate.rewards.combine import check_output, guarded, load_reward
 from foveate.rewards.masks import credited, dice_reward, iou_reward
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, RewardOutput, split
+from foveate.types import Evaluation, InputError, RewardOutput, check_least, split
 
 PIXELS = 2**19  # of images that are scored in one pass
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
@@ -129,9 +129,8 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: a field is out of its range, the data cannot be read, no such model or reward.
     """
-    for name in ("batch", "crop", "every", "looks", "width"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise InputError(f"{name}: found {value}, expected at least 1")
+    check_least(config, 1, "batch", "crop", "every", "looks", "width")
+    check_least(config, 0, "learning_rate", "tuning_rate", "control_rate", "anchor", "jitter")
     if not 0 <= config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share:g}, expected from 0 to less than 1")
     if config.width % 8:
