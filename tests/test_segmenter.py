@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -371,10 +372,13 @@ def no_credit(predictions: Tensor, targets: Tensor) -> Tensor:
 def test_rewards_of_the_users_own(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^reward .*always: is 0\.5 for all"):
         foveate.train("tune-segmenter", steps=4, out=tmp_path / "a", reward="test_segmenter:always", **QUICK)
-    with pytest.raises(InputError, match=r"^credit: 'flip' asks the reward for one"):
-        foveate.train("tune-segmenter", steps=4, out=tmp_path / "b", reward="test_segmenter:no_credit", **QUICK)
-    settings = QUICK | {"reward": "test_segmenter:no_credit", "credit": "answer"}
-    foveate.train("tune-segmenter", steps=4, out=tmp_path / "c", **settings)
+    settings = QUICK | {"reward": "test_segmenter:no_credit"}
+    with pytest.raises(InputError, match=r"^credit: 'flip' asks for one of each pixel, found none in reward .*no_cred"):
+        foveate.train("tune-segmenter", steps=4, out=tmp_path / "b", credit="flip", **settings)
+    assert not (tmp_path / "b").exists(), "told before the first phase"
+    assert foveate.train("tune-segmenter", steps=4, out=tmp_path / "c", **settings).config.credit == "answer"
+    for config, credit in ((Config(reward="iou"), "flip"), (Config(credit="answer"), "answer")):
+        assert tune_segmenter.resolve(replace(config, image_size=24)).credit == credit
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,28 @@ def test_tuning_goes_on_from_what_another_run_was_tuned_to(system: str, tmp_path
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize(
+    "system",
+    ["captioning", "colorization", "detection", "panoptic", "tune-captioner", "tune-detector", "tune-segmenter"],
+)
+def test_numbers_with_which_nothing_can_be_tuned_are_named_at_once(system: str) -> None:
+    module = agents.system_module(system)
+    config = module.Config(**QUICK[system])
+    wrong = {
+        "batch": 0,
+        "tuning_batch": 0,
+        "every": 0,
+        "samples": 0,
+        "tuning_rate": -1.0,
+        "anchor": -0.5,
+        "jitter": -1.0,
+    }
+    wrong |= {"learning_rate": math.nan, "patch": 0, "width": -8, "scenes": 0, "stride": 0}
+    for name in wrong.keys() & {entry.name for entry in dataclasses.fields(config)}:
+        with pytest.raises(InputError, match=f"^{name}: found {wrong[name]:g}"):
+            module.resolve(dataclasses.replace(config, **{name: wrong[name]}))
+
+
 @pytest.mark.parametrize("system", ["tune-detector", "tune-segmenter"])
 def test_half_precision_leaves_the_ratio_at_one(system: str, tmp_path: Path) -> None:
     agent = foveate.train(system, steps=8, device="cpu", out=tmp_path / "run", precision="bf16", **QUICK[system])

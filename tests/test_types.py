@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate.distributions import Categorical, Gaussian
-from foveate.types import Decisions, InputError, Trajectory, concatenate, map_tree
+from foveate.types import Decisions, InputError, Trajectory, check_least, concatenate, map_tree
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,14 @@ def test_shapes_of_a_trajectory_are_checked_in_tests():
     step = torch.rand(2, 3)
     with pytest.raises(Exception, match="rewards"):
         Trajectory({}, step, step, step[:, :2], step > 0, step > 0, step > 0)
+
+
+@pytest.mark.parametrize("found", [0, -1, 0.5, float("nan")])
+def test_numbers_that_are_too_small_are_named(found):
+    check_least(Leaf(torch.zeros(1), 1), 1, "extra")
+    check_least(Leaf(torch.zeros(1), None), 1, "extra")
+    with pytest.raises(InputError, match=f"^extra: found {found:g}, expected at least 1$"):
+        check_least(Leaf(torch.zeros(1), found), 1, "extra")
 
 
 def test_input_errors_are_value_errors():

@@ -38,6 +38,17 @@ def known(value: T | None) -> T:
     return value
 
 
+def check_least(config: Any, least: int, *names: str) -> None:
+    """Check that these numbers of a config are `least` or more; None is nothing wrong.
+
+    Raises:
+        InputError: one is less, or NaN.
+    """
+    for name in names:
+        if (value := getattr(config, name)) is not None and not value >= least:
+            raise InputError(f"{name}: found {value:g}, expected at least {least}")
+
+
 def map_tree(function: Callable[..., Any], first: T, *rest: T) -> T:
     """Apply `function` to the tensors at the same place of one or several trees of the same shape.
 

@@ -45,7 +45,7 @@ from foveate.rewards.captions import Cider, Words, document_frequency, of_texts
 from foveate.rewards.combine import guarded, load_reward
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, known, map_tree, split
+from foveate.types import Evaluation, InputError, check_least, known, map_tree, split
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ def resolve(config: Config) -> Config:
     config = replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
     if not 0 <= config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
-    for name in ("batch", "tuning_batch", "every", "scenes", "least_count", "patch"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    sizes = "patch", "length", "width", "heads"
+    check_least(config, 1, "batch", "tuning_batch", "every", "scenes", "least_count", *sizes)
+    check_least(config, 0, "learning_rate", "tuning_rate", "anchor")
     if config.tune_backbone and backbone == "convolutions":
         raise InputError("tune_backbone: convolutions are not pretrained and learn anyway; leave it out")
     _tuning(config)

@@ -48,7 +48,7 @@ from foveate.rewards.combine import guarded
 from foveate.rewards.named_images import picture_score
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, known
+from foveate.types import Evaluation, InputError, check_least, known
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,19 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: a field is out of its range, or the data cannot be read.
     """
-    for name in ("code_share", "likelihood_share"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 0 and less than 1")
+    check_least(config, 0, "code_share", "likelihood_share")
     if config.code_share + config.likelihood_share >= 1:
         raise InputError("code_share, likelihood_share: together they leave nothing for the reward; lower one")
+    check_least(config, 1, "batch", "tuning_batch", "image_size", "code_patch", "code_width", "patch", "width", "heads")
+    check_least(config, 0, "code_rate", "learning_rate", "tuning_rate", "anchor")
     _tuning(config)
     _reward(config)
     splits = "train", "val", held_out_split(config.data, config.root)
     train, *_ = (_load(config.data, config.root, split, config.image_size) for split in splits)  # now, not after hours
-    shape = train.shape
-    if shape[2] != shape[3]:
-        raise InputError(f"image_size: pictures of {shape[3]}x{shape[2]} are not square; give one, e.g. 64")
-    return replace(config, image_size=shape[2])
+    height, width = train.shape[2:]
+    if height != width:
+        raise InputError(f"image_size: pictures of {width}x{height} are not square; give one, e.g. 64")
+    return replace(config, image_size=height)
 
 
 def _data(config: Config, split: Split, device: torch.device) -> Tensor:

@@ -46,7 +46,7 @@ from foveate.rewards.combine import guarded, load_reward
 from foveate.rewards.sets import box_by_box
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Decisions, Evaluation, InputError, Tree, map_tree, split
+from foveate.types import Decisions, Evaluation, InputError, Tree, check_least, map_tree, split
 
 Control = Literal["likelihood", "confidence"]
 
@@ -133,16 +133,18 @@ def resolve(config: Config) -> Config:
     """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
     if not 0 <= config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
+    check_least(config, 1, "batch", "tuning_batch", "scenes", "objects", "most", "bins", "patch", "width")
+    check_least(config, 0, "learning_rate", "tuning_rate", "anchor", "confidence")
     _tuning(config)
     parts = data, *_ = [_data(config, part) for part in ("train", "val", "test")]
     _reward(config, data)
     for part in parts:
         check_objects(part, config.root or config.data)
     counts = [int(part.boxes.mask.sum(1).max()) for part in parts]
-    most = config.most or max(25, max(counts) * 5 // 4)
+    most, bins = config.most or max(25, max(counts) * 5 // 4), config.bins or min(1000, 4 * config.image_size)
     if most < counts[0]:
         raise InputError(f"most: found {most}, but an image has {counts[0]} boxes; raise it")
-    config = replace(config, most=most, bins=config.bins or min(1000, 4 * config.image_size), classes=data.classes)
+    config = replace(config, most=most, bins=bins, classes=data.classes)
     build(config)  # what cannot be built is said now
     return config
 
@@ -190,10 +192,7 @@ def train(config: Config, run: Run) -> None:
     (average,) = run.track(average=MovingAverage())
     reward, share = _reward(config, data), (1 - config.likelihood_share) / (1 + len(config.controls))
     held_out = split(chosen(val, torch.arange(len(val)).to(run.device)), 50)
-    answers, batches = (
-        _answers(config, data, run),
-        partial(_batch, config, data, run, "reward", size=config.tuning_batch),
-    )
+    batches = partial(_batch, config, data, run, "reward", size=config.tuning_batch)
 
     def look(name: str) -> dict[str, Any]:
         policy = parts[name][0].eval()
@@ -205,7 +204,7 @@ def train(config: Config, run: Run) -> None:
         policy, optimizer, keeper = parts[name]
         how: Any = {"start": start, "beside": beside, "keeper": keeper, "precision": config.precision}
         how |= {"validate": partial(look, name), "learning_rate": config.learning_rate}
-        learn_likelihood(run, name, share, policy, answers, optimizer, **how)
+        learn_likelihood(run, name, share, policy, _answers(config, data, run), optimizer, **how)
 
     check_reward(run, parts["likelihood"][0], reward, batches(0), config.samples)  # now, not after the first phase
     learn("likelihood", config.likelihood_share)
@@ -244,9 +243,8 @@ def _answers(config: Config, data: Detections, run: Run) -> Callable[[int], tupl
     def batch(step: int) -> tuple[Tensor, Tokens]:
         images, boxes = _batch(config, data, run, "likelihood", step, config.batch)
         keys = noise.key(config.seed, "order", step, torch.arange(config.batch)[run.rows(config.batch)]).to(run.device)
-        return images, _code(config).encode(
-            replace(boxes, mask=boxes.wanted), keys if config.order == "random" else None
-        )
+        order = keys if config.order == "random" else None
+        return images, _code(config).encode(replace(boxes, mask=boxes.wanted), order)
 
     return batch
 

@@ -49,7 +49,7 @@ from foveate.rewards.combine import guarded, load_reward
 from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, known
+from foveate.types import Evaluation, InputError, check_least, known
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,9 @@ def resolve(config: Config) -> Config:
     if min(shares) < 0 or sum(shares) >= 1:
         told = f"found {shares[0]} and {shares[1]}, expected at least 0 each and less than 1 together"
         raise InputError(f"code_share, likelihood_share: {told}, so that the reward has its part")
-    lowest = dict.fromkeys(("batch", "tuning_batch", "scenes", "most", "least_area"), 1) | {"unmatched": 0}
-    for name, low in lowest.items():
-        if getattr(config, name) < low:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least {low}")
+    sizes = "code_patch", "code_width", "patch", "width", "heads"
+    check_least(config, 1, "batch", "tuning_batch", "scenes", "most", "least_area", *sizes)
+    check_least(config, 0, "unmatched", "code_rate", "learning_rate", "tuning_rate")
     _tuning(config)
     _reward(config)
     data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours

@@ -45,7 +45,7 @@ from foveate.rewards.captions import Cider, Words, document_frequency, of_texts
 from foveate.rewards.combine import guarded, load_reward
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, RewardOutput, map_tree, split
+from foveate.types import Evaluation, InputError, RewardOutput, check_least, map_tree, split
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def resolve(config: Config) -> Config:
     """
     if not 0 <= config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
-    for name in ("batch", "tuning_batch", "every", "scenes", "least_count", "patch", "length"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise InputError(f"{name}: found {value}, expected at least 1")
+    sizes = "patch", "length", "width", "heads"
+    check_least(config, 1, "batch", "tuning_batch", "every", "scenes", "least_count", *sizes)
+    check_least(config, 0, "learning_rate", "tuning_rate", "anchor")
     _tuning(config)
     if config.reward != "cider":
         load_reward(config.reward)

@@ -49,7 +49,7 @@ from foveate.rewards.combine import guarded, load_reward
 from foveate.rewards.sets import above, best_level, placing_loss, set_scores, without_each
 from foveate.run import Run
 from foveate.two_steps import check_reward, held_out_scores, tune_on_reward
-from foveate.types import Decisions, Evaluation, InputError, concatenate, known, map_tree
+from foveate.types import Decisions, Evaluation, InputError, check_least, concatenate, known, map_tree
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,9 @@ def resolve(config: Config) -> Config:
     """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
     if not 0 <= config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share}, expected from 0 to less than 1")
-    if config.candidates < 1:
-        raise InputError(f"candidates: found {config.candidates}, expected at least 1")
+    check_least(config, 1, "batch", "candidates", "every", "objects", "scenes", "stride", "width")
+    check_least(config, 0, "learning_rate", "tuning_rate", "anchor", "jitter", "placing")
+    _tuning(config)
     for split in ("train", "val", "test"):  # now, not after hours
         check_objects(data := _data(config, split), config.root or config.data)
     _reward(config, _data(config, "train"))

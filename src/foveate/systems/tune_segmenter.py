@@ -47,7 +47,7 @@ from foveate.rewards.combine import check_output, guarded, load_reward
 from foveate.rewards.masks import credited, dice_reward, iou_reward
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, RewardOutput, split
+from foveate.types import Evaluation, InputError, RewardOutput, check_least, split
 
 PIXELS = 2**19  # of images that are scored in one pass
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
@@ -95,8 +95,8 @@ class Config:
     """peak of the one-cycle schedule of cross-entropy"""
     reward: str = "dice"
     """dice, iou, or package.module:function of masks and true masks"""
-    credit: Literal["flip", "answer"] = "flip"
-    """weigh a pixel by its own effect on the reward, or by the reward of the whole mask"""
+    credit: Literal["flip", "answer"] | None = None
+    """a pixel is weighed by its own effect on the reward, or by that of the mask; None: flip, for your reward answer"""
     samples: int = 2
     """masks drawn for each window"""
     temperature: float = 1.0
@@ -120,6 +120,7 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the tuned segmenter
+REWARDS: tuple[Literal["dice", "iou"], ...] = ("dice", "iou")  # with credit; other names are of the user's functions
 ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 _load = lru_cache(maxsize=6)(load_segmented)
 
@@ -130,13 +131,13 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: a field is out of its range, the data cannot be read, no such model or reward.
     """
-    for name in ("batch", "crop", "every", "looks", "width"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise InputError(f"{name}: found {value}, expected at least 1")
+    check_least(config, 1, "batch", "crop", "every", "looks", "width")
+    check_least(config, 0, "learning_rate", "tuning_rate", "control_rate", "anchor", "jitter")
     if not 0 <= config.likelihood_share < 1:
         raise InputError(f"likelihood_share: found {config.likelihood_share:g}, expected from 0 to less than 1")
     if config.width % 8:
         raise InputError(f"width: found {config.width}, expected a multiple of 8")
+    config = replace(config, credit=config.credit or ("flip" if config.reward in REWARDS else "answer"))
     _tuning(config)
     _reward(config)
     parts = [_data(config, split) for split in ("train", "val", "test")]
@@ -167,7 +168,7 @@ def _tuning(config: Config) -> Tuning:
 
 def _reward(config: Config) -> Reward:
     """Of masks, given the true ones and which pixels are known; the others count for nothing."""
-    named = {name: credited(name, config.exclusive) for name in ("dice", "iou")}
+    named: dict[str, Reward] = {name: credited(name, config.exclusive) for name in REWARDS}
     score: Reward = named.get(config.reward) or guarded(load_reward(config.reward), config.skip_bad, config.reward)
 
     def reward(predictions: Bool[Tensor, "rows classes height width"], targets: tuple[Tensor, Tensor]) -> RewardOutput:
@@ -218,6 +219,8 @@ def train(config: Config, run: Run) -> None:
 
     first_scores = check_reward(run, start, reward, windows(0, "reward"), config.samples)  # now, not after a phase
     check_output(first_scores, len(first_scores.total), config.reward)
+    if first_scores.credit is None and config.credit == "flip":
+        raise InputError(f"credit: 'flip' asks for one of each pixel, found none in reward {config.reward}; use answer")
     rest = (1 - config.likelihood_share) / 2
     first = arguments("likelihood", "likelihood", config.likelihood_share, answers)
     learn_likelihood(**first, learning_rate=config.learning_rate, precision=config.precision)
@@ -229,9 +232,8 @@ def train(config: Config, run: Run) -> None:
         reference=start,
         keeper=keepers["keeper"],
     )
-    further = arguments("control", "control", rest, answers)
-    further |= {"learning_rate": config.control_rate, "precision": config.precision}
-    learn_likelihood(**further, start=start, keeper=keepers["control_keeper"])
+    further = arguments("control", "control", rest, answers) | {"start": start, "keeper": keepers["control_keeper"]}
+    learn_likelihood(**further, learning_rate=config.control_rate, precision=config.precision)
 
 
 def _windows(config: Config, data: Segmented, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -344,7 +346,6 @@ def check(config: Config) -> dict[str, Any]:
     """The first images of the data, each beside its masks."""
     data = _data(config, "train")
     ids = torch.linspace(0, len(data) - 1, min(8, len(data))).long()
-    images = data.pixels[ids].float() / 255
-    masks, _ = masks_of(data.labels[ids], len(data.classes))
+    images, (masks, _) = data.pixels[ids].float() / 255, masks_of(data.labels[ids], len(data.classes))
     tiles = torch.stack((images, pictures.painted(images, masks)), 1).flatten(0, 1)
     return {"data": pictures.image_grid(tiles, [text for row in ids.tolist() for text in (data.names[row], "")])}
