@@ -20,8 +20,9 @@ from foveate import noise
 from foveate.cli import main
 from foveate.data.zoom import LEFT, zoomed
 from foveate.geometry import Boxes, overlaps
-from foveate.learn.answers import Tuning, repeat, reward_loss, score
+from foveate.learn.answers import repeat, reward_loss, score
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Tuning
 from foveate.models.adapters import Adapter, adapted, load_weights, named, take_coco
 from foveate.models.candidates import Candidates, ClassAndBox, Detector, Proposals, likeliest, to_boxes, to_numbers
 from foveate.models.cells import Cells, taught

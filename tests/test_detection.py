@@ -14,8 +14,9 @@ import foveate
 from foveate import agents, commands, noise
 from foveate.cli import main
 from foveate.geometry import Boxes
-from foveate.learn.answers import Tuning, frozen, likelihood_loss
+from foveate.learn.answers import frozen, likelihood_loss
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Tuning
 from foveate.models.box_tokens import EACH, RIGHT, BoxTokens, BoxWriter
 from foveate.rewards.boxes import iou_reward
 from foveate.run import Run

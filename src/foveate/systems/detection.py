@@ -19,7 +19,6 @@ al. 2022, "Pix2seq". What differs here and why, and the numbers: docs/systems/de
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,8 +34,9 @@ from foveate.data.classification import check_rgb
 from foveate.data.detection import Detections, check_objects, chosen, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes, joined
-from foveate.learn.answers import Precision, Reward, Scored, Tuning, answering
+from foveate.learn.answers import Reward, Scored, answering
 from foveate.learn.baselines import MovingAverage
+from foveate.learn.settings import Precision, Tuning
 from foveate.models.backbones import stem
 from foveate.models.box_tokens import BoxTokens, BoxWriter, by_token, ranked
 from foveate.models.encoder_decoder import Tokens
@@ -204,7 +204,7 @@ def train(config: Config, run: Run) -> None:
         policy, optimizer, keeper = parts[name]
         how: Any = {"start": start, "beside": beside, "keeper": keeper, "precision": config.precision}
         how |= {"validate": partial(look, name), "learning_rate": config.learning_rate}
-        learn_likelihood(run, name, share, policy, _answers(config, data, run), optimizer, **how)
+        learn_likelihood(run, name, share, policy, partial(_answers, config, data, run), optimizer, **how)
 
     check_reward(run, parts["likelihood"][0], reward, batches(0), config.samples)  # now, not after the first phase
     learn("likelihood", config.likelihood_share)
@@ -237,16 +237,12 @@ def _batch(config: Config, data: Detections, run: Run, phase: str, step: int, si
     return views(data, rows, keys)
 
 
-def _answers(config: Config, data: Detections, run: Run) -> Callable[[int], tuple[Tensor, Tokens]]:
+def _answers(config: Config, data: Detections, run: Run, step: int) -> tuple[Tensor, Tokens]:
     """Images of a step and the texts of their boxes."""
-
-    def batch(step: int) -> tuple[Tensor, Tokens]:
-        images, boxes = _batch(config, data, run, "likelihood", step, config.batch)
-        keys = noise.key(config.seed, "order", step, torch.arange(config.batch)[run.rows(config.batch)]).to(run.device)
-        order = keys if config.order == "random" else None
-        return images, _code(config).encode(replace(boxes, mask=boxes.wanted), order)
-
-    return batch
+    images, boxes = _batch(config, data, run, "likelihood", step, config.batch)
+    keys = noise.key(config.seed, "order", step, torch.arange(config.batch)[run.rows(config.batch)]).to(run.device)
+    order = keys if config.order == "random" else None
+    return images, _code(config).encode(replace(boxes, mask=boxes.wanted), order)
 
 
 def _confidence(
@@ -288,8 +284,9 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
 def compared(config: Config, policy: BoxWriter, run: Run, images: int) -> tuple[Reward, Tensor, Boxes]:
     """The reward, and the first test images with their boxes: for `foveate analyse`."""
     test = _data(config, "test")
-    inputs, targets = chosen(test, torch.arange(min(images, len(test)), device=run.device))
-    return _reward(config, _data(config, "train")), inputs, targets
+    return _reward(config, _data(config, "train")), *chosen(
+        test, torch.arange(min(images, len(test)), device=run.device)
+    )
 
 
 def _score(policy: BoxWriter, data: Detections, run: Run, trusts: tuple[float, ...] = ()) -> dict[str, float]:

@@ -126,11 +126,7 @@ _load = lru_cache(maxsize=6)(load_segmented)
 
 
 def resolve(config: Config) -> Config:
-    """Check the fields, and fill in what the data decides.
-
-    Raises:
-        InputError: a field is out of its range, the data cannot be read, no such model or reward.
-    """
+    """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
     check_least(config, 1, "batch", "crop", "every", "looks", "width")
     check_least(config, 0, "learning_rate", "tuning_rate", "control_rate", "anchor", "jitter")
     if not 0 <= config.likelihood_share < 1:
