@@ -611,6 +611,7 @@ def test_volumes_that_break_the_convention_are_named(config: system.Config) -> N
     [
         ({"starts": 0}, r"^starts: found 0"),
         ({"registrations": -1}, r"^registrations: found -1"),
+        ({"rows": 4, "returns": 6}, r"^rows: found 4, expected more than returns \(6\)"),
         ({"cube": 5}, r"^cube: found 5"),
     ],
 )

@@ -113,6 +113,8 @@ def resolve(config: Config) -> Config:
     for name in ("copies", "rows", "starts", "side", "width", "hidden"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    if config.rows <= config.returns:
+        raise InputError(f"rows: found {config.rows}, expected more than returns ({config.returns}): raise it")
     if config.registrations < 0:
         raise InputError(f"registrations: found {config.registrations}, expected 0 or more")
     _acting(config)
