@@ -606,6 +606,22 @@ def test_volumes_that_break_the_convention_are_named(config: system.Config) -> N
         read_volumes(Path(__file__).parent, 1.0)
 
 
+def test_registration_is_left_out_where_a_volume_is_too_thin_for_it(
+    config: system.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = system._data(config, "test").first(2)
+    last = torch.tensor([data.sizes[0].tolist(), [*data.sizes[0, :2].tolist(), 3]])
+    thin = replace(data, sizes=last, landmarks=torch.minimum(data.landmarks, last[:, None] - 1.0), files=("a", "thin"))
+    parts = {"test": thin, "train": system._data(config, "train")}
+    monkeypatch.setattr(system, "_data", lambda config, part: parts[part])
+    monkeypatch.setattr(system, "restored", lambda *_: {})
+    config = replace(config, registrations=2, horizon=5)
+    run = Run(tmp_path / "run", system="landmarks", config={}, steps=1, device="cpu", quiet=True)
+    found = system.evaluate(config, system.build(config).eval(), run)
+    assert set(found.baselines) == {"mean position", "untrained"}
+    assert "registration is left out: thin has fewer than 4 voxels along an axis" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
