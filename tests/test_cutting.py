@@ -513,6 +513,15 @@ def test_what_is_wrong_with_a_set_is_named(davis: Path, case: str) -> None:
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_split_without_a_frame_to_cut_is_named_before_training(davis: Path, part: str) -> None:
+    for name in load_videos("davis", davis, part, 24).names:
+        for mask in sorted((davis / "Annotations/480p" / name).iterdir())[1:]:
+            resave(mask, (32, 24), 0)
+    with pytest.raises(InputError, match=rf"^{davis}, {part} videos: found no frame with the object after a first one"):
+        cutting.resolve(cutting.Config(data="davis", root=davis, image_size=24))
+
+
 def test_what_is_wrong_with_a_users_video_is_named(davis: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()

@@ -32,7 +32,7 @@ from torch.optim import Adam
 from foveate import noise, pictures
 from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
 from foveate.envs import following
-from foveate.envs.cutting import ACTIONS, FACTORS, NAMES, PAST, CuttingEnv, check_factors, true_boxes
+from foveate.envs.cutting import ACTIONS, FACTORS, NAMES, PAST, CuttingEnv, check_factors, frames_to_cut, true_boxes
 from foveate.envs.following import Clips, Step, acting, clips_of, follow, mask_iou, shown, truth
 from foveate.geometry import enlarged
 from foveate.learn.keeper import Keeper
@@ -119,7 +119,7 @@ def resolve(config: Config) -> Config:
     Acting(config.batch, discount=config.discount)
     config = replace(config, image_size=config.image_size or (120 if config.data == "davis" else 64))
     for part in ("train", "val", "test"):
-        _loaded(config, part)  # now, not after hours
+        frames_to_cut(_loaded(config, part), f"{config.root or config.data}, {part} videos")  # now, not after hours
     build(config)
     return config
 
