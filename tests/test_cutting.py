@@ -549,6 +549,12 @@ def test_what_is_wrong_with_a_users_video_is_named(davis: Path, tmp_path: Path) 
     ):
         with pytest.raises(InputError, match=message):
             as_video(*wrong, 24)
+    config = cutting.Config(image_size=24)
+    for several, message in ((frames[0], r"\[3, 30, 40\]"), (list(frames), "a list")):
+        with pytest.raises(
+            InputError, match=rf"^frames: found {message}, expected a tensor \[time, 3, height, width\]"
+        ):
+            cutting.predict(config, cutting.build(config), {"frames": several, "mask": mask})
 
 
 @pytest.mark.parametrize(

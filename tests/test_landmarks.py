@@ -602,6 +602,12 @@ def test_volumes_that_break_the_convention_are_named(config: system.Config) -> N
         volumes_of(torch.linspace(0, 300, 60).view(1, 1, 3, 4, 5), torch.ones(1, 3), 1.0, names)
     with pytest.raises(InputError, match=r"^spacing: found 0 mm"):
         volumes_of(torch.rand(1, 1, 3, 4, 5), torch.tensor([[1.0, 0.0, 1.0]]), 1.0, names)
+    policy = system.build(config)
+    for shape in ((3, 4, 5), (1, 3, 4, 5), (1, 2, 3, 4, 5)):
+        with pytest.raises(InputError, match=r"^volumes: found \[.*expected \[batch, 1, depth, height, width\]"):
+            system.predict(config, policy, torch.rand(shape))
+    with pytest.raises(InputError, match=r"^spacing: found \[3\], expected \[2, 3\]"):
+        system.predict(config, policy, {"volume": torch.rand(2, 1, 3, 4, 5), "spacing": torch.ones(3)})
     with pytest.raises(InputError, match=r"no volumes"):
         read_volumes(Path(__file__).parent, 1.0)
 

@@ -281,7 +281,7 @@ class _Played:
         return davis_scores(masks, *truth(self.videos), boundary=False)["j"]
 
 
-def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[str, Tensor]:
+def predict(config: Config, policy: Cutting, images: dict[str, Any]) -> dict[str, Tensor]:
     """Carry the first mask through one video.
 
     Takes `frames` [time, 3, height, width] in [0, 1] and `mask` [1, height, width], where the object is in the first.
@@ -295,8 +295,13 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     assert config.image_size is not None
     if missing := {"frames", "mask"} - set(images):
         raise InputError(f"{min(missing)}: not given; expected frames, and the mask of the first")
-    count, _, height, width = images["frames"].shape
-    video = as_video(images["frames"], images["mask"], config.image_size).to(policy.executor.factors.device)
+    if not isinstance(frames := images["frames"], Tensor) or frames.ndim != 4:
+        told = list(frames.shape) if isinstance(frames, Tensor) else f"a {type(frames).__name__}"
+        raise InputError(
+            f"frames: found {told}, expected a tensor [time, 3, height, width]: stack the frames of a video"
+        )
+    count, _, height, width = frames.shape
+    video = as_video(frames, images["mask"], config.image_size).to(policy.executor.factors.device)
     clips = clips_of(video, config.likeness)
     executor, env = policy.executor, _env(config, clips, policy.executor)
     place = acting(env, policy.placer, config.horizon, float(policy.margin), way := list[Step]())
