@@ -612,6 +612,17 @@ def test_volumes_that_break_the_convention_are_named(config: system.Config) -> N
         read_volumes(Path(__file__).parent, 1.0)
 
 
+@pytest.mark.parametrize("starts", [1, 3, 4])
+def test_the_error_against_walks_ends_at_the_error_of_all(config: system.Config, starts: int) -> None:
+    torch.manual_seed(1)
+    config = replace(config, starts=starts, horizon=20, absent=0.0)
+    data, policy = system._data(config, "test"), system.build(config).eval()
+    env = system._walking(config, data, policy, starts)
+    assert starts == 1 or search(policy, env, data, starts).gone.any()
+    metrics, curves = system._walked(config, policy, data)
+    assert curves["error (mm) against walks"]["agent"][-1] == (starts, metrics["error_mm"])
+
+
 def test_registration_is_left_out_where_a_volume_is_too_thin_for_it(
     config: system.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data.volumes import WARPS, Part, Volumes, load_volumes, read_volumes, volumes_of
-from foveate.envs.landmark_search import away, every_landmark, scores, search, with_belief
+from foveate.envs.landmark_search import answered, away, every_landmark, scores, search, with_belief
 from foveate.envs.landmark_walk import LandmarkWalkEnv
 from foveate.learn.keeper import Keeper
 from foveate.learn.replay import Replay
@@ -257,8 +257,10 @@ def _walked(config: Config, policy: CubeQ, data: Volumes) -> tuple[dict[str, flo
     states, length = one.walks.states, one.walks.states.place.shape[1]
     ways = [env.distance(map_tree(lambda leaf, step=step: leaf[:, step], states)) for step in range(length)]
     curve = [(float(step), float(each.mean())) for step, each in enumerate(ways)]
-    counts = range(1, config.starts + 1, 2)
-    medians = [(float(n), float(away(found.single[:, :, :n].median(2)[0], data).mean())) for n in counts]
+    medians = []
+    for n in (*range(1, config.starts, 2), config.starts):
+        points, _ = answered(found.single[:, :, :n], found.gone[:, :, :n], data.sizes)
+        medians.append((float(n), float(away(points, data).mean())))
     return metrics, {"error (mm) against steps": {"agent": curve}, "error (mm) against walks": {"agent": medians}}
 
 
