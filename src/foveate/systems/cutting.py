@@ -296,9 +296,9 @@ def predict(config: Config, policy: Cutting, images: dict[str, Any]) -> dict[str
     if missing := {"frames", "mask"} - set(images):
         raise InputError(f"{min(missing)}: not given; expected frames, and the mask of the first")
     if not isinstance(frames := images["frames"], Tensor) or frames.ndim != 4:
-        told = list(frames.shape) if isinstance(frames, Tensor) else f"a {type(frames).__name__}"
+        met = list(frames.shape) if isinstance(frames, Tensor) else f"a {type(frames).__name__}"
         raise InputError(
-            f"frames: found {told}, expected a tensor [time, 3, height, width]: stack the frames of a video"
+            f"frames: found {met}, expected a tensor [time, 3, height, width]: stack the frames of a video"
         )
     count, _, height, width = frames.shape
     video = as_video(frames, images["mask"], config.image_size).to(policy.executor.factors.device)
