@@ -516,6 +516,15 @@ def test_what_is_wrong_with_a_set_is_named(davis: Path, case: str) -> None:
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_split_without_a_frame_to_cut_is_named_before_training(davis: Path, part: str) -> None:
+    for name in load_videos("davis", davis, part, 24).names:
+        for mask in sorted((davis / "Annotations/480p" / name).iterdir())[1:]:
+            resave(mask, (32, 24), 0)
+    with pytest.raises(InputError, match=rf"^{davis}, {part} videos: found no frame with the object after a first one"):
+        cutting.resolve(cutting.Config(data="davis", root=davis, image_size=24))
+
+
 def test_what_is_wrong_with_a_users_video_is_named(davis: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -543,6 +552,12 @@ def test_what_is_wrong_with_a_users_video_is_named(davis: Path, tmp_path: Path) 
     ):
         with pytest.raises(InputError, match=message):
             as_video(*wrong, 24)
+    config = cutting.Config(image_size=24)
+    for several, message in ((frames[0], r"\[3, 30, 40\]"), (list(frames), "a list")):
+        with pytest.raises(
+            InputError, match=rf"^frames: found {message}, expected a tensor \[time, 3, height, width\]"
+        ):
+            cutting.predict(config, cutting.build(config), {"frames": several, "mask": mask})
 
 
 @pytest.mark.parametrize(

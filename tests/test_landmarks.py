@@ -602,8 +602,41 @@ def test_volumes_that_break_the_convention_are_named(config: system.Config) -> N
         volumes_of(torch.linspace(0, 300, 60).view(1, 1, 3, 4, 5), torch.ones(1, 3), 1.0, names)
     with pytest.raises(InputError, match=r"^spacing: found 0 mm"):
         volumes_of(torch.rand(1, 1, 3, 4, 5), torch.tensor([[1.0, 0.0, 1.0]]), 1.0, names)
+    policy = system.build(config)
+    for shape in ((3, 4, 5), (1, 3, 4, 5), (1, 2, 3, 4, 5)):
+        with pytest.raises(InputError, match=r"^volumes: found \[.*expected \[batch, 1, depth, height, width\]"):
+            system.predict(config, policy, torch.rand(shape))
+    with pytest.raises(InputError, match=r"^spacing: found \[3\], expected \[2, 3\]"):
+        system.predict(config, policy, {"volume": torch.rand(2, 1, 3, 4, 5), "spacing": torch.ones(3)})
     with pytest.raises(InputError, match=r"no volumes"):
         read_volumes(Path(__file__).parent, 1.0)
+
+
+@pytest.mark.parametrize("starts", [1, 3, 4])
+def test_the_error_against_walks_ends_at_the_error_of_all(config: system.Config, starts: int) -> None:
+    torch.manual_seed(1)
+    config = replace(config, starts=starts, horizon=20, absent=0.0)
+    data, policy = system._data(config, "test"), system.build(config).eval()
+    env = system._walking(config, data, policy, starts)
+    assert starts == 1 or search(policy, env, data, starts).gone.any()
+    metrics, curves = system._walked(config, policy, data)
+    assert curves["error (mm) against walks"]["agent"][-1] == (starts, metrics["error_mm"])
+
+
+def test_registration_is_left_out_where_a_volume_is_too_thin_for_it(
+    config: system.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = system._data(config, "test").first(2)
+    last = torch.tensor([data.sizes[0].tolist(), [*data.sizes[0, :2].tolist(), 3]])
+    thin = replace(data, sizes=last, landmarks=torch.minimum(data.landmarks, last[:, None] - 1.0), files=("a", "thin"))
+    parts = {"test": thin, "train": system._data(config, "train")}
+    monkeypatch.setattr(system, "_data", lambda config, part: parts[part])
+    monkeypatch.setattr(system, "restored", lambda *_: {})
+    config = replace(config, registrations=2, horizon=5)
+    run = Run(tmp_path / "run", system="landmarks", config={}, steps=1, device="cpu", quiet=True)
+    found = system.evaluate(config, system.build(config).eval(), run)
+    assert set(found.baselines) == {"mean position", "untrained"}
+    assert "registration is left out: thin has fewer than 4 voxels along an axis" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -611,6 +644,7 @@ def test_volumes_that_break_the_convention_are_named(config: system.Config) -> N
     [
         ({"starts": 0}, r"^starts: found 0"),
         ({"registrations": -1}, r"^registrations: found -1"),
+        ({"rows": 4, "returns": 6}, r"^rows: found 4, expected more than returns \(6\)"),
         ({"cube": 5}, r"^cube: found 5"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from foveate.data.detection import Detections, load_detections, of_class, severa
 from foveate.data.sought import every_search, of_target
 from foveate.envs.box_search import ACTIONS, TRIGGER, BoxSearchEnv
 from foveate.geometry import Boxes, overlaps
+from foveate.learn.keeper import Keeper
 from foveate.learn.q_learning import Dueling
 from foveate.models.box_slots import BoxSlots, matched, slot_loss
 from foveate.models.region_q import AROUND, CROSS, REGION, RegionQ, crossed, region_cells, seen_maps
@@ -434,6 +436,20 @@ def test_a_class_or_a_split_without_objects_is_named(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="target: found 'cow'"):
         localization.resolve(localization.Config(data="voc", root=tmp_path, target="cow", steps=1))
+
+
+def test_a_rare_object_is_looked_for_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of val only a part is searched in training; an object that comes later is in it."""
+    monkeypatch.setattr(localization, "HELD_OUT", 2)
+    cats, dogs = [("cat", False)], [("dog", False)]
+    voc(tmp_path, {"train": cats + dogs * 2, "val": cats * 3 + dogs, "test": cats + dogs})
+    small = {"copies": 4, "batch": 4, "replay": 100, "width": 8, "hidden": 8, "bins": 2, "views": 1, "patience": 4}
+    config = localization.Config(data="voc", root=tmp_path, target="dog", image_size=24, **small)
+    run = Run(tmp_path / "run", system="test", config={}, steps=2, device="cpu", quiet=True)
+    localization.train(localization.resolve(config), run)
+    keeper = Keeper(localization.build(localization.resolve(config)), "held_out_ap50")
+    assert run.restore("policy_keeper", keeper)
+    assert math.isfinite(keeper.score)
 
 
 def test_each_class_needs_an_object_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

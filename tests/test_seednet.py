@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate import noise
 from foveate.data.salient import Salient, load_salient
@@ -199,7 +199,7 @@ def test_what_is_good_is_rewarded_and_true_seeds_are_always_right() -> None:
     for action in torch.randint(2 * AREA, (20,), generator=torch.Generator().manual_seed(0)):
         reward = env.transition(env.state, action.expand(8), torch.zeros(8).long())[1]
         assert ((reward >= 0) == told[:, action]).all()
-    played = play(env, torch.arange(8))
+    played = play(env, torch.arange(8), noise.key("users", torch.arange(8)))
     assert played.right.all()
     assert played.ious.shape == (8, 11)
     assert played.ious[:, -1].mean() > played.ious[:, 0].mean() + 0.1
@@ -362,15 +362,30 @@ def test_a_users_seeds_begin_what_is_predicted() -> None:
             seednet.predict(config, policy, wrong)
 
 
+def test_agent_and_controls_meet_the_same_users_and_every_draw_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seednet, "AT_ONCE", 8)  # with four images the third draw begins a new part
+    config, data = seednet.Config(**SMALL, seeds=1), load_salient("scenes", None, "train", 20, scenes=4)
+    agent, control = SeedQ(width=8, depth=1).eval(), SeedMask(True, width=8, depth=1)
+    seen: dict[nn.Module, list[Tensor]] = {agent: [], control: []}
+    for network in seen:
+        network.register_forward_pre_hook(lambda network, shown: seen[network].append(shown[0]["seeds"]))
+    seednet._score(config, data, 5, "cpu", agent, None)
+    seednet._drawn(config, data, 5, "cpu", control, None)
+    users, others = (torch.cat(each).view(5, 4, -1) for each in seen.values())
+    assert torch.equal(users, others)
+    assert [len(users[:, image].unique(dim=0)) for image in range(4)] == [5] * 4
+
+
 def test_it_learns_which_side_is_which_and_cuts_better_for_it(tmp_path: Path) -> None:
     """On the images it learned from; half of all seeds of an untrained network lie on the wrong side or do nothing."""
     torch.manual_seed(0)
     data, ids = load_salient("scenes", None, "train", 20, scenes=8), torch.arange(8)
+    keys = noise.key("users", ids)
     env = SeedsEnv(16, salient=data, horizon=5, reward="gain")
     env.reset(seed=0)
     network, target = SeedQ(width=16, depth=2), SeedQ(width=16, depth=2)
     test = SeedsEnv(8, salient=data, horizon=5, autoreset="disabled")
-    before = play(test, ids, network.eval())
+    before = play(test, ids, keys, network.eval())
     run = Run(tmp_path / "run", system="test", config={}, steps=150, device="cpu", quiet=True)
     optimizer = torch.optim.Adam(network.parameters())
     parts = run.track(
@@ -382,6 +397,6 @@ def test_it_learns_which_side_is_which_and_cuts_better_for_it(tmp_path: Path) ->
         partial(with_belief, network.both, lambda state: env.right(state.image)),
     )
     learn_by_acting(run, "agent", 1.0, env, network, target, optimizer, replay, how, good=env.rewarded, beside=told)
-    after = play(test, ids, network.eval())
+    after = play(test, ids, keys, network.eval())
     assert after.right.float().mean() > max(0.85, before.right.float().mean() + 0.1)
     assert after.ious[:, -1].mean() > max(before.ious[:, -1].mean(), after.ious[:, 0].mean()) + 0.15

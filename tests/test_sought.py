@@ -11,7 +11,15 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from foveate import noise
 from foveate.data.detection import Detections, load_detections
-from foveate.data.sought import check_classes, every_search, in_pieces, of_searches, of_target, searches_to_learn
+from foveate.data.sought import (
+    check_classes,
+    every_search,
+    first_shown,
+    in_pieces,
+    of_searches,
+    of_target,
+    searches_to_learn,
+)
 from foveate.geometry import Boxes
 from foveate.rewards.regions import Searched, ap50, box_scores
 from foveate.types import InputError
@@ -66,6 +74,24 @@ def test_a_class_of_which_there_is_only_a_crowd_is_not_taught_to_be_absent() -> 
     searches = searches_to_learn(replace(data, boxes=boxes))
     assert len(searches) == 60
     assert not (data.boxes.labels[searches[:, 0], 0] == searches[:, 1]).any()
+
+
+@pytest.mark.parametrize(
+    ("showing", "taken"),
+    [
+        (range(20), [0, 1, 2, 3]),  # as many as are asked for: the first
+        ([1, 3, 5], [0, 1, 2, 3]),
+        ([17], [0, 1, 2, 17]),
+        ([3, 8, 9, 15], [0, 1, 3, 8]),
+        ([], [0, 1, 2, 3]),
+    ],
+)
+def test_the_first_pictures_are_taken_but_half_of_them_show_an_object(showing: Any, taken: list[int]) -> None:
+    data = scenes(20)
+    there = torch.isin(torch.arange(20), torch.tensor(list(showing)))
+    data = replace(data, boxes=replace(data.boxes, mask=data.boxes.mask & there[:, None]))
+    assert torch.equal(first_shown(data, 4).pixels, data.pixels[taken])
+    assert torch.equal(first_shown(data, 30).pixels, data.pixels)
 
 
 def test_pieces_hold_each_picture_once_and_all_searches_in_order() -> None:

@@ -100,7 +100,11 @@ class Walk:
 
 @torch.no_grad()
 def walk(
-    env: Any, network: Callable[[Tree], Tensor], ids: Int[Tensor, " batch"], look: Callable[[State], Tree] | None = None
+    env: Any,
+    network: Callable[[Tree], Tensor],
+    ids: Int[Tensor, " batch"],
+    look: Callable[[State], Tree] | None = None,
+    keys: Int[Tensor, " batch"] | None = None,
 ) -> Walk:
     """Play one episode on each of these examples, always taking the best action.
 
@@ -109,9 +113,10 @@ def walk(
         network: (what `look` makes) → values [batch, actions]; any function that says what it would do.
         ids: the examples.
         look: (state) → the network's input; None: `env.observe`.
+        keys: of what chance decides in each episode; None: those of the seeds 0, 1, 2, ...
     """
     look = look or env.observe
-    env.reset(seed=0, options={"ids": ids})
+    env.reset(seed=0, options={"ids": ids} if keys is None else {"ids": ids, "keys": keys})
     states, rows = [env.state], []
     while not bool(env.waiting.all()):
         taken = ~env.waiting

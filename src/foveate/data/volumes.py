@@ -321,8 +321,8 @@ def read_volumes(path: Path, spacing: float) -> dict[str, Tensor]:
 
 
 def volumes_of(
-    volumes: Float[Tensor, "batch 1 depth height width"],
-    spacing: Float[Tensor, "batch 3"],
+    volumes: Float[Tensor, "..."],
+    spacing: Float[Tensor, "..."],
     wanted: float,
     names: tuple[str, ...],
     sizes: Int[Tensor, "batch 3"] | None = None,
@@ -330,15 +330,21 @@ def volumes_of(
     """Volumes of the user, resampled to one spacing; of their landmarks only the names are known.
 
     Args:
-        volumes: in [0, 1]; axes right, anterior, superior for width, height, depth.
-        spacing: mm between voxels, x, y, z.
+        volumes: [batch, 1, depth, height, width] in [0, 1]; axes right, anterior, superior for width, height, depth.
+        spacing: [batch, 3], mm between voxels, x, y, z.
         wanted: the spacing to resample to.
         names: of the landmarks.
         sizes: voxels along x, y, z where the rest of a volume is padding.
 
     Raises:
-        InputError: values outside of [0, 1], no volume, or a spacing that is not above 0.
+        InputError: another shape, values outside of [0, 1], no volume, or a spacing that is not above 0.
     """
+    if volumes.ndim != 5 or volumes.shape[1] != 1:
+        raise InputError(
+            f"volumes: found {list(volumes.shape)}, expected [batch, 1, depth, height, width]: reshape them"
+        )
+    if spacing.shape != (len(volumes), 3):
+        raise InputError(f"spacing: found {list(spacing.shape)}, expected [{len(volumes)}, 3]: x, y, z of each volume")
     if not len(volumes) or not bool(((volumes >= 0) & (volumes <= 1)).all()):
         said = f"{float(volumes.min()):g} to {float(volumes.max()):g}" if len(volumes) else "no volume"
         raise InputError(f"volumes: found values of {said}, expected [0, 1]; stretch them, or read files by `read`")

@@ -142,10 +142,7 @@ class CuttingEnv(TensorEnv):
         if videos is None:
             place = None if root is None else Path(root)
             videos = load_videos(data, place, split, image_size, scenes, length)
-        boxes, there = true_boxes(videos)
-        shown = (there & (torch.arange(len(there)) > videos.first[videos.video].cpu())).nonzero().squeeze(1)
-        if not len(shown):
-            raise InputError("videos: found no frame with the object after a first one, expected two frames a video")
+        (boxes, _), shown = true_boxes(videos), frames_to_cut(videos)
         self.patch, self.alpha, self.past, self.jitter, self.gap = patch, alpha, history, jitter, gap
         self.stop_factor, self.size = stop_factor, videos.size
         if planes is None:
@@ -288,6 +285,19 @@ def true_boxes(videos: Videos) -> tuple[Float[Tensor, "frames 4"], Bool[Tensor, 
     boxes, there = mask_boxes(videos.masks)
     last = torch.where(there, torch.arange(len(there), device=there.device), -1).cummax(0).values
     return boxes[last.clamp(min=0)], there
+
+
+def frames_to_cut(videos: Videos, name: str = "videos") -> Int[Tensor, " frames"]:
+    """The frames with the object, but for the first of each video.
+
+    Raises:
+        InputError: there are none, under this name.
+    """
+    there, first = true_boxes(videos)[1], videos.first[videos.video]
+    found = (there & (torch.arange(len(there), device=there.device) > first)).nonzero().squeeze(1)
+    if not len(found):
+        raise InputError(f"{name}: found no frame with the object after a first one, expected two frames a video")
+    return found
 
 
 def check_factors(factors: tuple[float, ...]) -> None:

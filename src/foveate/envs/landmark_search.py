@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.data.volumes import Volumes
@@ -91,10 +91,22 @@ def search(network: Callable[[Tree], Tensor], env: LandmarkWalkEnv, volumes: Vol
     last = map_tree(lambda leaf: leaf[:, -1], walks.states)
     single = env.answer(last).view(count, landmarks, starts, 3).cpu()
     gone = env.left(last).view(count, landmarks, starts).cpu()
+    return Found(*answered(single, gone, volumes.sizes), single, gone, walks)
+
+
+def answered(
+    single: Float[Tensor, "volumes landmarks starts 3"],
+    gone: Bool[Tensor, "volumes landmarks starts"],
+    sizes: Int[Tensor, "volumes 3"],
+) -> tuple[Float[Tensor, "volumes landmarks 3"], Bool[Tensor, "volumes landmarks"]]:
+    """The median inside of the volume of those answers whose walks did not leave, and whether half of them or more did.
+
+    Where most left it is the median of all.
+    """
     present = gone.float().mean(2) <= 0.5
     stayed = torch.where((gone & present[..., None])[..., None], math.nan, single)
     points = stayed.nanquantile(0.5, dim=2)
-    return Found(torch.minimum(points.clamp(min=0), (volumes.sizes - 1.0)[:, None]), present, single, gone, walks)
+    return torch.minimum(points.clamp(min=0), (sizes - 1.0)[:, None]), present
 
 
 def away(points: Float[Tensor, "volumes landmarks 3"], volumes: Volumes) -> Float[Tensor, "volumes landmarks"]:

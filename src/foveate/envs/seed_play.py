@@ -38,26 +38,23 @@ class Played:
 def play(
     env: SeedsEnv,
     ids: Int[Tensor, " batch"],
+    keys: Int[Tensor, " batch"],
     network: Callable[[Tree], Tensor] | None = None,
     look: Callable[[State], Tree] | None = None,
-    seed: int = 0,
 ) -> Played:
-    """Play one episode on each of these examples, with the user's seeds that the copies draw.
+    """Play one episode on each of these examples, begun by the user of each key, whom `draw` meets too.
 
     Args:
         env: with as many copies, and autoreset "disabled".
         ids: the examples.
+        keys: of the users, and of the true seeds.
         network: (what `look` makes) → values. None: seeds with true labels, of either side as often, anywhere well
             inside it.
         look: (state) → the network's input; None: `env.observe`.
-        seed: of the true seeds.
     """
-    keys = noise.key(seed, "true seeds", torch.arange(len(ids), device=ids.device))
-    found = (
-        walk(env, partial(_true_seeds, env, keys), ids, lambda state: state)
-        if network is None
-        else walk(env, network, ids, look)
-    )
+    if network is None:
+        network, look = partial(_true_seeds, env, noise.fold(keys, "true seeds")), lambda state: state
+    found = walk(env, network, ids, look, keys)
     states = [map_tree(lambda leaf, at=time: leaf[:, at], found.states) for time in range(found.actions.shape[1] + 1)]
     there = env.object[ids].flatten(1).gather(1, found.actions % AREA)
     return Played(torch.stack([env.iou(each) for each in states], 1), found.actions, there == (found.actions >= AREA))
@@ -79,13 +76,12 @@ def shown_first(env: SeedsEnv, ids: Int[Tensor, " batch"], keys: Int[Tensor, " b
 def draw(
     env: SeedsEnv,
     ids: Int[Tensor, " batch"],
+    keys: Int[Tensor, " batch"],
     network: nn.Module,
     look: Callable[[State], Tree],
-    seed: int = 0,
 ) -> Float[Tensor, " batch"]:
     """IoU of masks that a network draws at once: (what `look` makes) → scores of pixels, above 0 for the object."""
-    keys = noise.key(seed, "drawn", torch.arange(len(ids), device=ids.device))
-    state = shown_first(env, ids, keys)
+    state = shown_first(env, ids, noise.fold(keys, "initial"))  # as an environment's reset does: the users of `play`
     return env.iou(replace(state, walker=(network.eval()(look(state)) > 0).byte() * 255))
 
 

@@ -17,6 +17,7 @@ from foveate.types import InputError
 
 BINS, SAMPLED = 32, 0.2  # of the histogram; part of the voxels that are compared
 MESH = 5  # B-splines along each axis
+LEAST = 4  # voxels along each axis of a volume: with fewer SimpleITK takes no gradients of it
 
 
 def registered(
@@ -30,7 +31,7 @@ def registered(
 
     Args:
         atlas: in [0, 1].
-        volume: in [0, 1].
+        volume: in [0, 1], at least `LEAST` voxels along each axis.
         points: x, y, z in voxels of the atlas.
         spacing: of both, mm.
         elastic: B-splines after the affine transform.

@@ -32,7 +32,7 @@ from torch.optim import Adam
 from foveate import noise, pictures
 from foveate.data.masked_videos import Videos, as_video, load_videos, read_video, views
 from foveate.envs import following
-from foveate.envs.cutting import ACTIONS, FACTORS, NAMES, PAST, CuttingEnv, check_factors, true_boxes
+from foveate.envs.cutting import ACTIONS, FACTORS, NAMES, PAST, CuttingEnv, check_factors, frames_to_cut, true_boxes
 from foveate.envs.following import Clips, Step, acting, clips_of, follow, mask_iou, shown, truth
 from foveate.geometry import enlarged
 from foveate.learn.keeper import Keeper
@@ -119,7 +119,7 @@ def resolve(config: Config) -> Config:
     Acting(config.batch, discount=config.discount)
     config = replace(config, image_size=config.image_size or (120 if config.data == "davis" else 64))
     for part in ("train", "val", "test"):
-        _loaded(config, part)  # now, not after hours
+        frames_to_cut(_loaded(config, part), f"{config.root or config.data}, {part} videos")  # now, not after hours
     build(config)
     return config
 
@@ -284,7 +284,7 @@ class _Played:
         return davis_scores(masks, *truth(self.videos), boundary=False)["j"]
 
 
-def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[str, Tensor]:
+def predict(config: Config, policy: Cutting, images: dict[str, Any]) -> dict[str, Tensor]:
     """Carry the first mask through one video.
 
     Takes `frames` [time, 3, height, width] in [0, 1] and `mask` [1, height, width], where the object is in the first.
@@ -298,8 +298,13 @@ def predict(config: Config, policy: Cutting, images: dict[str, Tensor]) -> dict[
     assert config.image_size is not None
     if missing := {"frames", "mask"} - set(images):
         raise InputError(f"{min(missing)}: not given; expected frames, and the mask of the first")
-    count, _, height, width = images["frames"].shape
-    video = as_video(images["frames"], images["mask"], config.image_size).to(policy.executor.factors.device)
+    if not isinstance(frames := images["frames"], Tensor) or frames.ndim != 4:
+        met = list(frames.shape) if isinstance(frames, Tensor) else f"a {type(frames).__name__}"
+        raise InputError(
+            f"frames: found {met}, expected a tensor [time, 3, height, width]: stack the frames of a video"
+        )
+    count, _, height, width = frames.shape
+    video = as_video(frames, images["mask"], config.image_size).to(policy.executor.factors.device)
     clips = clips_of(video, config.likeness)
     executor, env = policy.executor, _env(config, clips, policy.executor)
     place = acting(env, policy.placer, config.horizon, way := list[Step]())

@@ -31,12 +31,12 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data.volumes import WARPS, Part, Volumes, load_volumes, read_volumes, volumes_of
-from foveate.envs.landmark_search import away, every_landmark, scores, search, with_belief
+from foveate.envs.landmark_search import answered, away, every_landmark, scores, search, with_belief
 from foveate.envs.landmark_walk import LandmarkWalkEnv
 from foveate.learn.keeper import Keeper
 from foveate.learn.replay import Replay
 from foveate.learn.schedule import one_cycle, set_learning_rate
-from foveate.models.atlas import most_usual, registered
+from foveate.models.atlas import LEAST, most_usual, registered
 from foveate.models.cube_q import CubeQ, VolumeRegressor, stretched
 from foveate.parts import restored, tracked
 from foveate.pictures.volumes import walk_frames, walk_grid, walk_slices
@@ -110,11 +110,11 @@ PART = "policy"  # the tracked part that holds the policy
 
 def resolve(config: Config) -> Config:
     """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
-    for name in ("copies", "rows", "starts", "side", "width", "hidden"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
-    if config.registrations < 0:
-        raise InputError(f"registrations: found {config.registrations}, expected 0 or more")
+    for name in ("copies", "rows", "starts", "side", "width", "hidden", "registrations"):
+        if getattr(config, name) < (least := int(name != "registrations")):
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least {least}")
+    if config.rows <= config.returns:
+        raise InputError(f"rows: found {config.rows}, expected more than returns ({config.returns}): raise it")
     _acting(config)
     if config.warps is None:
         config = replace(config, warps=WARPS.get(config.data, 1))
@@ -132,8 +132,7 @@ def _data(config: Config, part: Part) -> Volumes:
 
 
 def _how(config: Config) -> dict[str, Any]:
-    names = ("cube", "scales", "past", "horizon", "absent")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in ("cube", "scales", "past", "horizon", "absent")}
 
 
 def _walking(config: Config, data: Volumes, policy: CubeQ, starts: int, absent: float = 0.0) -> LandmarkWalkEnv:
@@ -189,9 +188,7 @@ def _regress(
     val: Volumes,
 ) -> None:
     """The regressor's phase: Huber loss of the distance along each axis, in voxels."""
-    seen, shown = (
-        stretched(each.voxels.to(run.device), each.sizes.to(run.device), config.side) for each in (data, val)
-    )
+    seen, shown = (stretched(one.voxels.to(run.device), one.sizes.to(run.device), config.side) for one in (data, val))
     truth, sizes = data.relative.to(run.device), data.sizes.to(run.device)
     for step in run.steps("regressor", 0.5):
         if step == 0:
@@ -234,8 +231,11 @@ def evaluate(config: Config, policy: CubeQ, run: Run, elsewhere: bool = False) -
         began, sizes = time.perf_counter(), data.sizes.to(run.device)
         points = regressor.points(stretched(data.voxels.to(run.device), sizes, config.side), sizes)
         baselines[name] = scores(points, data, seconds=time.perf_counter() - began)
-    if config.registrations and not elsewhere:
-        baselines["registration"] = _registered(config, data)
+    tested = data.first(0 if elsewhere else config.registrations)
+    if thin := [file for file, side in zip(tested.files, tested.sizes.amin(1), strict=True) if side < LEAST]:
+        run.say(f"registration is left out: {thin[0]} has fewer than {LEAST} voxels along an axis, too few for it")
+    elif len(tested):
+        baselines["registration"] = _registered(config, tested)
     return Evaluation(metrics, baselines, curves)
 
 
@@ -257,17 +257,19 @@ def _walked(config: Config, policy: CubeQ, data: Volumes) -> tuple[dict[str, flo
     states, length = one.walks.states, one.walks.states.place.shape[1]
     ways = [env.distance(map_tree(lambda leaf, step=step: leaf[:, step], states)) for step in range(length)]
     curve = [(float(step), float(each.mean())) for step, each in enumerate(ways)]
-    counts = range(1, config.starts + 1, 2)
-    medians = [(float(n), float(away(found.single[:, :, :n].median(2)[0], data).mean())) for n in counts]
+    medians = []
+    for n in (*range(1, config.starts, 2), config.starts):
+        points, _ = answered(found.single[:, :, :n], found.gone[:, :, :n], data.sizes)
+        medians.append((float(n), float(away(points, data).mean())))
     return metrics, {"error (mm) against steps": {"agent": curve}, "error (mm) against walks": {"agent": medians}}
 
 
 def _registered(config: Config, data: Volumes) -> dict[str, float]:
     known = _data(config, "train")
-    atlas, count = most_usual(known.relative), min(config.registrations, len(data))
+    atlas = most_usual(known.relative)
     whole, points, began = known.cut(atlas), known.landmarks[atlas], time.perf_counter()
-    found = torch.stack([registered(whole, data.cut(row), points, data.spacing) for row in range(count)])
-    return scores(found, data.first(count), seconds=time.perf_counter() - began)
+    found = torch.stack([registered(whole, data.cut(row), points, data.spacing) for row in range(len(data))])
+    return scores(found, data, seconds=time.perf_counter() - began)
 
 
 def predict(config: Config, policy: CubeQ, volumes: Tree) -> dict[str, Tensor]:
@@ -315,9 +317,8 @@ def picture(config: Config, policy: CubeQ, run: Run, images: Tree | None = None)
     if images is None:
         said = [f"{off:.1f} mm off" for off in away(found.points, data)[0].tolist()]
     else:
-        said = [
-            "{:.1f} {:.1f} {:.1f} mm".format(*at) for at in predict(config, policy, images)["points_mm"][0].tolist()
-        ]
+        places = predict(config, policy, images)["points_mm"][0].tolist()
+        said = ["{:.1f} {:.1f} {:.1f} mm".format(*at) for at in places]
     for number, name in enumerate(data.names[:SHOWN]):
         states = map_tree(lambda leaf, row=number: leaf[row, : counts[row] + 1], found.walks.states)
         path, told = torch.cat((env.voxel(states).cpu(), found.points[:, number])), f"{name}: {counts[number]} steps"

@@ -187,7 +187,7 @@ def _regressor(config: Config) -> BoxSlots:
 def train(config: Config, run: Run) -> None:
     """Learn to search; then, for as long, the regressor that sees as much and is told where the boxes are."""
     data, val = several_views(showing(_data(config, "train")), config.views or 1), _data(config, "val")
-    val = subset(val, torch.arange(min(HELD_OUT, len(val))))
+    val = sought.first_shown(val, HELD_OUT)
     searches, held = sought.searches_to_learn(data), sought.searches_to_learn(val)
     torch.manual_seed(config.seed)
     policy, optimizer, keeper = tracked(run, PART, build(config), by="held_out_ap50")

@@ -231,14 +231,21 @@ def _supervise(
     run.save()
 
 
+def _users(data: Salient, draws: int, device: Any) -> list[tuple[Tensor, Tensor]]:
+    """Images and keys of their users, `AT_ONCE` together: the same for all networks and all seeds of a run."""
+    ids = torch.arange(len(data), device=device).repeat(draws)
+    keys = noise.key("user", ids, torch.arange(draws, device=device).repeat_interleave(len(data)))
+    return list(zip(ids.split(AT_ONCE), keys.split(AT_ONCE), strict=True))
+
+
 def _score(
     config: Config, data: Salient, draws: int, device: Any, network: SeedQ | None, frozen: Tensor | None
 ) -> tuple[dict[str, float], list[tuple[float, float]]]:
     """Metrics after all seeds, and the IoU after each. Without a network: of seeds with true labels."""
     episodes = []
-    for part, ids in enumerate(torch.arange(len(data), device=device).repeat(draws).split(AT_ONCE)):
+    for ids, keys in _users(data, draws, device):
         env = _world(config, data, len(ids), device, autoreset="disabled")
-        episodes.append(seed_play.play(env, ids, network, _look(env, frozen), config.seed + part))
+        episodes.append(seed_play.play(env, ids, keys, network, _look(env, frozen)))
     played = map_tree(lambda *parts: torch.cat(parts), *episodes)
     curve = [(float(step), float(value)) for step, value in enumerate(played.ious.mean(0))]
     return seed_play.seed_scores(played), curve
@@ -246,9 +253,9 @@ def _score(
 
 def _drawn(config: Config, data: Salient, draws: int, device: Any, network: SeedMask, frozen: Tensor | None) -> Scores:
     """Metrics of masks that are drawn at once."""
-    env, ids = _world(config, data, 1, device), torch.arange(len(data), device=device).repeat(draws)
-    how, parts = (network, _look(env, frozen)), enumerate(ids.split(AT_ONCE))
-    return seed_play.iou_scores(torch.cat([seed_play.draw(env, some, *how, config.seed + k) for k, some in parts]))
+    env = _world(config, data, 1, device)
+    how = network, _look(env, frozen)
+    return seed_play.iou_scores(torch.cat([seed_play.draw(env, *some, *how) for some in _users(data, draws, device)]))
 
 
 def evaluate(config: Config, policy: SeedQ, run: Run, elsewhere: bool = False) -> Evaluation:
