@@ -439,6 +439,11 @@ def test_who_has_foretold_the_detections_better_leads() -> None:
     assert scores["knowing", 1.0] == scores["knowing", 0.0] == pytest.approx(1.0)
     assert scores["lost", 1.0] == scores["moving", 1.0] > scores["lost", 0.0] + 0.2
     assert scores["moving", 1.0] == scores["moving", 0.0] < 0.95
+    strict = replace(led, births=4, match=0.6)  # what is best where agents lead need not be where they do not
+    (behind,) = follow(found, frames, [10.0], [strict], lost, straight=led)
+    (alone,) = follow(found, frames, [10.0], [led], moving)
+    assert torch.equal(behind.boxes, alone.boxes)
+    assert follow(found, frames, [10.0], [strict], lost)[0].mask.sum() < alone.mask.sum()
 
 
 def test_sequences_and_rules_in_lockstep_are_those_one_by_one() -> None:
@@ -552,7 +557,7 @@ def test_negative_scores_are_tracked_by_the_rules_they_were_evaluated_by(trained
     policy = copy.deepcopy(trained.policy)
     begun = []
     for score in (-4.0, -1.0, -0.3, 0.5):
-        policy.rules.copy_(rules_tensor(Rules(score=score, births=1, match=1.0)))
+        policy.rules.copy_(rules_tensor(Rules(score=score, births=1, match=1.0)))  # both
         made = tracking.predict(trained.config, policy, images)
         begun.append(made["ids"][made["mask"]].unique().numel())
     assert begun == [6, 4, 2, 0], "a track begins where the score is above the rule's"

@@ -123,6 +123,7 @@ def follow(
     rates: Sequence[float],
     rules: Sequence[Rules],
     propose: Propose,
+    straight: Rules | None = None,
 ) -> list[Boxes]:
     """Follow what is detected through all sequences, once for each set of rules.
 
@@ -132,6 +133,8 @@ def follow(
         rates: frames a second of each sequence.
         rules: sets of rules.
         propose: where tracks go.
+        straight: the rules while a set's `lead` leaves it to constant velocity; what is best for proposals that are
+            trusted need not be for these. None: the same.
 
     Returns:
         For each set of rules the shown tracks, one frame a row; `labels` are identities from 0, those of one sequence.
@@ -161,7 +164,8 @@ def follow(
             frame, mine = now[run], tracks[run]
             part = slice(place, place + len(mine))
             place += len(mine)
-            follows = rule.lead > 0 and ahead[run] <= 0
+            if follows := rule.lead > 0 and ahead[run] <= 0:
+                rule = straight or rule
             boxes = plain[part] if follows else foretold[part]
             usable = there[frame] & (found[1][frame] >= min(rule.score, rule.score / 2))
             corners, scores = found[0][frame][usable], found[1][frame][usable]

@@ -95,12 +95,12 @@ class Follower(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("rules", rules_tensor(Rules()))
+        self.register_buffer("rules", rules_tensor(Rules()).repeat(2, 1))
 
     @property
-    def chosen(self) -> Rules:
-        """The rules that were chosen for it."""
-        return rules_of(self.rules)
+    def chosen(self) -> tuple[Rules, Rules]:
+        """The rules that were chosen for it, and those while constant velocity leads."""
+        return rules_of(self.rules[0]), rules_of(self.rules[1])
 
     def forward(self, seen: dict[str, Tensor]) -> Float[Tensor, "batch outputs"]:
         """What the network says."""

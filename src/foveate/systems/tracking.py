@@ -18,6 +18,7 @@ begin and end by a detector's boxes. Here: moves are rewarded (as there: `--shap
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ from foveate.models.tracker import Follower, TrackingNetwork, offsets_to
 from foveate.parts import restored, tracked
 from foveate.rewards.tracking import tracking_metrics
 from foveate.run import Run
-from foveate.types import Evaluation, InputError, map_tree
+from foveate.types import Evaluation, InputError, check_least, map_tree
 from foveate.value_learning import Acting, Walk, learn_by_acting, walk, with_belief
 
 
@@ -109,14 +110,11 @@ def _follower(config: Config, outputs: int) -> Follower:
 
 def resolve(config: Config) -> Config:
     """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
-    for name in ("copies", "batch", "horizon", "hidden"):
-        if (found := getattr(config, name)) < 1:
-            raise InputError(f"{name}: found {found}, expected at least 1")
+    check_least(config, 1, "copies", "batch", "horizon", "hidden")
     if config.communicate and config.neighbours < 1:
         raise InputError("neighbours: found 0, expected at least 1 to hear; or give --no-communicate")
     _acting(config)
-    if config.image_size is None and config.data in SIZES:
-        config = replace(config, image_size=SIZES[config.data])
+    config = replace(config, image_size=config.image_size or SIZES.get(config.data))
     for part in ("train", "val"):
         _env(config, part, 1)  # now, not after hours
     _videos(config, "test")
@@ -169,7 +167,8 @@ def train(config: Config, run: Run) -> None:
     other, optimizer, keeper = tracked(run, "regressor", _follower(config, 4), by="held_out_iou")
     _regress(config, run, env, other, optimizer, keeper, partial(_held_out, config, held, other))
     val = on(_videos(config, "val"), run.device)
-    policy.rules.copy_(rules_tensor(_rules(val, _proposer(config, policy.eval(), val))))
+    own = _rules(val, _proposer(config, policy.eval(), val), straight := _rules(val, moving))
+    policy.rules.copy_(torch.stack([rules_tensor(own), rules_tensor(straight)]))
     run.save()
 
 
@@ -229,21 +228,21 @@ def _proposer(config: Config, policy: Follower, videos: Videos) -> Propose:
     return Proposer(Walking(videos, config.patch, config.alpha), policy, *sizes, ROUNDS if _regresses(policy) else 0)
 
 
-def _tracks(videos: Videos, propose: Propose, rules: list[Rules]) -> list[Boxes]:
-    return follow(videos.detections, videos.sequences, videos.rates, rules, propose)
+def _tracks(videos: Videos, propose: Propose, rules: Sequence[Rules], straight: Rules | None = None) -> list[Boxes]:
+    return follow(videos.detections, videos.sequences, videos.rates, rules, propose, straight)
 
 
-def _rules(videos: Videos, propose: Propose, plain: bool = False) -> Rules:
-    """The rules under which tracks of these videos have the best HOTA; agents begin with those of constant velocity."""
+def _rules(videos: Videos, propose: Propose, straight: Rules | None = None) -> Rules:
+    """The rules under which tracks of these videos have the best HOTA; what is learned begins with `straight` ones."""
 
     def score(found: Boxes) -> float:
         return tracking_metrics(videos.truth, found, videos.sequences)["hota"]
 
-    learned = propose not in (still, moving)
-    first = replace(_rules(videos, moving), lead=1.0) if learned else Rules(shown=0.0 if plain else Rules.shown)
-    fixed = ("shown",) * plain + ("sure",) * (not learned)
+    plain = propose is still
+    first = replace(straight, lead=1.0) if straight else Rules(shown=0.0 if plain else Rules.shown)
+    fixed = ("shown",) * plain + ("sure",) * (straight is None)
     choices = {name: values for name, values in choices_for(videos.detections).items() if name not in fixed}
-    return best_rules(partial(_tracks, videos, propose), score, choices, first)[0]
+    return best_rules(partial(_tracks, videos, propose, straight=straight), score, choices, first)[0]
 
 
 def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False) -> Evaluation:
@@ -260,18 +259,20 @@ def evaluate(config: Config, policy: Follower, run: Run, elsewhere: bool = False
     parts |= restored(run, {"regressor": "regressor"}, lambda: _follower(config, 4))
     held, rows = _walker(config, "test", run.device), {}
 
+    own, straight = policy.chosen
+
     def score(propose: Propose, rules: Rules) -> dict[str, float]:
-        return tracking_metrics(test.truth, _tracks(test, propose, [rules])[0], test.sequences)
+        return tracking_metrics(test.truth, _tracks(test, propose, [rules], straight)[0], test.sequences)
 
     for name, network in parts.items():
-        rules = _rules(val, _proposer(config, network, val)) if name == "regressor" else policy.chosen
+        rules = _rules(val, _proposer(config, network, val), straight) if name == "regressor" else own
         rows[name] = score(_proposer(config, network, test), rules)
         rows[name] |= {"iou": float(_held_out(config, held, network, "iou")["iou"])}
-    always = replace(policy.chosen, lead=0.0)
+    always = replace(own, lead=0.0)
     rows["always led"] = score(_proposer(config, policy, test), always)
     rows["deaf"] = score(_proposer(replace(config, communicate=False), policy, test), always)
     rows["no motion"] = score(still, always)
-    rows["iou tracker"] = score(still, _rules(val, still, plain=True))
+    rows["iou tracker"] = score(still, _rules(val, still))
     rows["constant velocity"] = score(moving, _rules(val, moving))
     return Evaluation(rows.pop("agent"), rows)
 
@@ -295,7 +296,7 @@ def predict(config: Config, policy: Follower, images: dict[str, Any]) -> dict[st
     """
     videos, scale = given(images, config.image_size or SIZES[config.data])
     videos = on(videos, policy.rules.device)
-    (tracks,) = _tracks(videos, _proposer(config, policy, videos), [policy.chosen])
+    (tracks,) = _tracks(videos, _proposer(config, policy, videos), policy.chosen[:1], policy.chosen[1])
     return {"boxes": tracks.boxes / scale, "ids": tracks.labels, "mask": tracks.mask}
 
 
@@ -305,7 +306,7 @@ def picture(config: Config, policy: Follower, run: Run, images: dict[str, Any] |
     if images is None:
         videos = on(_videos(config, "test"), run.device)
         frames, truth = opening(videos, videos.truth, SHOWN)
-        (tracks,) = _tracks(videos, _proposer(config, policy, videos), [policy.chosen])
+        (tracks,) = _tracks(videos, _proposer(config, policy, videos), policy.chosen[:1], policy.chosen[1])
         rows = {"tracks": opening(videos, tracks, SHOWN)[1], "truth": truth}
         held = _walker(config, "test", run.device)
         drawn["walks"] = [pictures.image_grid(four) for four in _drawn(held, walk(held, policy, _spread(held)))]
