@@ -107,6 +107,11 @@ def test_a_wrong_box_is_named_or_its_picture_left_out_and_counted(tmp_path: Path
     assert (len(found), found.skipped) == (2, 1)
 
 
+def test_the_pixel_in_the_corner_is_a_box(tmp_path: Path) -> None:
+    found = load_detections("voc", three(tmp_path, [("cat", 0, 0, 1, 1)]), "train", 8)
+    torch.testing.assert_close(found.boxes.boxes[1, 0], torch.tensor([0, 0, 8 / 40, 8 / 20]))
+
+
 def test_a_missing_or_broken_file_is_named_or_left_out(tmp_path: Path) -> None:
     root = three(tmp_path, GOOD)
     (root / "JPEGImages" / "b.png").write_bytes(b"nothing")
