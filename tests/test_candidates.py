@@ -198,6 +198,17 @@ def test_no_candidates_give_an_empty_set_and_a_finite_loss(name: str) -> None:
     assert average_precision(policy.decode(scored.actions), _rows(_targets(6), slice(0, 6))).total.isfinite().all()
 
 
+@pytest.mark.parametrize("classes", [1, 3, 90])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_detector_of_another_number_of_classes_is_refused(name: str, classes: int) -> None:
+    """Its last logit would be taken for none, whatever it is of."""
+    policy, images = Candidates(_detector(name), classes), torch.rand(1, 3, 32, 32)
+    message = f"^model: its detector has 3 logits a candidate, expected {classes + 1}, of {classes} classes and none"
+    for ask in (lambda: policy.ranked(images), lambda: policy.sample(images, 2, False, torch.arange(1))):
+        with pytest.raises(InputError, match=message):
+            ask()
+
+
 def test_no_place_for_candidates_is_no_trouble_either() -> None:
     chosen, mask = likeliest(torch.zeros(2, 0, 4), torch.zeros(2, 0, 3), 5, 0.5, 0.01)
     assert chosen.shape == mask.shape == (2, 0)

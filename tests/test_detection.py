@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from foveate.run import Run
 from foveate.systems import detection
 from foveate.two_steps import tune_on_reward
 from foveate.types import InputError, concatenate, map_tree
-from test_detection_data import three
+from test_detection_data import GOOD, three
 
 SMALL = {"image_size": 24, "patch": 4, "objects": 1, "scenes": 300, "width": 32, "depth": 1, "most": 4, "device": "cpu"}
 
@@ -201,6 +202,26 @@ def test_crowds_are_not_taught() -> None:
         crowd=torch.tensor([[False, True]]),
     )
     assert boxes.wanted.tolist() == [[True, False]]
+
+
+def test_more_boxes_than_can_be_written_are_evaluated_without_a_ceiling(tmp_path: Path) -> None:
+    """Crowds are never written, so they do not count; a test picture may have more boxes than a text has room for."""
+    root = three(tmp_path / "set", GOOD)
+    crowded, many = (root / "Annotations" / f"{name}.xml" for name in ("b", "e"))
+    crowded.write_text(crowded.read_text().replace("</name>", "</name><difficult>1</difficult>", 1))
+    for name in ("a", "c"):  # one box each
+        path = root / "Annotations" / f"{name}.xml"
+        path.write_text(re.sub("<object><name>dog.*?</object>", "", path.read_text()))
+    settings = {"data": "voc", "root": str(root), "image_size": 16, "width": 16, "depth": 1, "batch": 2}
+    settings |= {"tuning_batch": 2, "samples": 2, "controls": (), "steps": 2, "device": "cpu"}
+
+    def baselines(most: int) -> set[str]:
+        run = foveate.train("detection", most=most, out=tmp_path / str(most), **settings)
+        return set(json.loads((run.folder / "evaluation.json").read_text())["baselines"])
+
+    assert "<name>dog" in many.read_text(), "the test picture has two"
+    assert "ceiling" in baselines(2)
+    assert baselines(1) == {"mle", "mle unending"}
 
 
 def test_pictures_left_out_are_counted_in_the_report(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def test_difficult_objects_are_neither_wanted_nor_blamed(tmp_path: Path) -> None
 
 BAD: dict[str, tuple[list[Object], str]] = {
     "no area": ([("cat", 4, 2, 4, 12)], "b.xml: object 0 .cat: 4, 2, 4, 12. has no area"),
+    "no area within": ([("cat", 40, 2, 41, 12)], "b.xml: object 0 .cat: 40, 2, 41, 12. has no area within the image"),
+    "no area before": ([("cat", -0.9, 2, 0, 12)], "b.xml: object 0 .cat: -0.9, 2, 0, 12. has no area within the image"),
     "inverted": ([*GOOD, ("cat", 20, 12, 4, 2)], "b.xml: object 2 .* ends before it begins"),
     "beyond": ([("cat", 4, 2, 60, 12)], "b.xml: object 0 .* reaches beyond the image of 40x20"),
     "normalised": ([("cat", 0.1, 0.1, 0.5, 0.6), ("dog", 0, 0, 1, 1)], "b.xml: object 0 .* in parts of the image"),
@@ -105,6 +107,11 @@ def test_a_wrong_box_is_named_or_its_picture_left_out_and_counted(tmp_path: Path
         load_detections("voc", root, "train", 8)
     found = load_detections("voc", root, "train", 8, skip_bad=True)
     assert (len(found), found.skipped) == (2, 1)
+
+
+def test_the_pixel_in_the_corner_is_a_box(tmp_path: Path) -> None:
+    found = load_detections("voc", three(tmp_path, [("cat", 0, 0, 1, 1)]), "train", 8)
+    torch.testing.assert_close(found.boxes.boxes[1, 0], torch.tensor([0, 0, 8 / 40, 8 / 20]))
 
 
 def test_a_missing_or_broken_file_is_named_or_left_out(tmp_path: Path) -> None:

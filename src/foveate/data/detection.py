@@ -92,9 +92,9 @@ def load_detections(
         say: is told what takes long, and how many boxes are cut at the edge of their picture.
 
     Raises:
-        InputError: unknown name; missing or damaged files; without `skip_bad`: a box without area, that ends before it
-            begins, over a pixel beyond its image, or of normalised coordinates; an unknown class; a missing picture,
-            or one of another size than annotated; an empty split.
+        InputError: unknown name; missing or damaged files; without `skip_bad`: a box without area within its image,
+            that ends before it begins, over a pixel beyond its image, or of normalised coordinates; an unknown class;
+            a missing picture, or one of another size than annotated; an empty split.
     """
     if name not in DATASETS:
         raise InputError(f"data: found {name!r}, expected one of {', '.join(DATASETS)}")
@@ -152,20 +152,21 @@ def _digits(split: Part, count: int, side: int, most: int, say: Callable[[str], 
 
 def _check(item: Item, classes: tuple[str, ...]) -> None:
     width, height = item.size
-    inside_one = [max(box) <= 1 for box in item.boxes]
+    # 0 and 1 alone may be the pixel in the corner
+    in_parts = all(max(box) <= 1 for box in item.boxes) and any(number % 1 for box in item.boxes for number in box)
     for place, (name, box) in enumerate(zip(item.names, item.boxes, strict=True)):
         numbers = ", ".join(f"{number:g}" for number in box)
         where = f"{item.where}: object {place} ({name}: {numbers})"
         if name not in classes:
             raise InputError(f"{where} is of an unknown class; known are {', '.join(classes)}")
-        if all(inside_one) and min(width, height) > 1:
+        if in_parts and min(width, height) > 1:
             raise InputError(f"{where} is in parts of the image, expected pixels; multiply by {width} and {height}")
         if not (box[2] >= box[0] and box[3] >= box[1]):
             raise InputError(f"{where} ends before it begins, expected left, top, right, bottom; correct it")
-        if box[2] == box[0] or box[3] == box[1]:
-            raise InputError(f"{where} has no area; correct or remove it")
         if _reaches_beyond(box, item.size, 1.0):
             raise InputError(f"{where} reaches beyond the image of {width}x{height}; clip it, or correct the size")
+        if min(box[2], width) <= max(box[0], 0) or min(box[3], height) <= max(box[1], 0):
+            raise InputError(f"{where} has no area within the image of {width}x{height}; correct or remove it")
 
 
 def _reaches_beyond(box: tuple[float, ...], size: tuple[int, int], by: float) -> bool:

@@ -27,7 +27,7 @@ from torchvision.ops import batched_nms
 from foveate import noise
 from foveate.distributions import Categorical, Gaussian
 from foveate.geometry import Boxes, areas
-from foveate.types import Decisions, Sampler, Tree, map_tree
+from foveate.types import Decisions, InputError, Sampler, Tree, map_tree
 
 MANY = 8  # so many times more candidates than are kept go into the suppression
 
@@ -104,6 +104,9 @@ class Candidates(Sampler):
         classes: how many there are.
         jitter: standard deviation with which boxes are drawn: of the centre in parts of the box's sides, and of the
             logarithms of these; 0: boxes are as predicted, and only classes are decided.
+
+    Raises:
+        InputError: once it is asked: the detector's logits are not of so many classes and none.
     """
 
     def __init__(self, detector: Detector, classes: int, jitter: float = 0.0) -> None:
@@ -119,7 +122,7 @@ class Candidates(Sampler):
         keys: Int[Tensor, " batch"],
     ) -> Chosen:
         """Draw `num_samples` sets for each image in [0, 1]; the detector looks once."""
-        found = _repeated(self.detector(inputs, None), num_samples)
+        found = _repeated(self._proposed(inputs), num_samples)
         distribution = self._distribution(found)
         if greedy:
             drawn = distribution.mode()
@@ -140,7 +143,7 @@ class Candidates(Sampler):
         """
         samples = len(actions.mask) // len(inputs)
         places, mask = map_tree(lambda leaf: leaf[::samples], (actions.places, actions.mask))
-        found = _repeated(self.detector(inputs, (places, mask)), samples)
+        found = _repeated(self._proposed(inputs, (places, mask)), samples)
         distribution = self._distribution(found)
         taken: Any = (actions.choices, actions.numbers) if self.jitter else actions.choices
         log_probs = distribution.log_prob(taken)[:, steps]
@@ -156,9 +159,18 @@ class Candidates(Sampler):
     @torch.no_grad()
     def ranked(self, images: Float[Tensor, "batch 3 height width"]) -> Boxes:
         """All candidates with their likeliest class and its probability: what average precision looks at."""
-        found = self.detector(images, None)
+        found = self._proposed(images)
         scores, labels = found.logits.softmax(-1)[..., :-1].max(-1)
         return Boxes(found.boxes, labels, found.mask, scores)
+
+    def _proposed(self, images: Tensor, places: tuple[Tree, Tensor] | None = None) -> Proposals:
+        found: Proposals = self.detector(images, places)
+        if (choices := found.logits.shape[-1]) != self.classes + 1:
+            raise InputError(
+                f"model: its detector has {choices} logits a candidate, expected {self.classes + 1}, of {self.classes} "
+                "classes and none: make it for as many classes as the data have"
+            )
+        return found
 
     def _distribution(self, found: Proposals) -> Any:
         if not self.jitter:

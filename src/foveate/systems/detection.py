@@ -140,7 +140,7 @@ def resolve(config: Config) -> Config:
     _reward(config, data)
     for part in parts:
         check_objects(part, config.root or config.data)
-    counts = [int(part.boxes.mask.sum(1).max()) for part in parts]
+    counts = [int(part.boxes.wanted.sum(1).max()) for part in parts]  # crowds are not written
     most, bins = config.most or max(25, max(counts) * 5 // 4), config.bins or min(1000, 4 * config.image_size)
     if most < counts[0]:
         raise InputError(f"most: found {most}, but an image has {counts[0]} boxes; raise it")
@@ -260,7 +260,7 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
     Baselines: `mle`, the start; `mle unending`, the start made to fill all its places; `control`, the start with more
     likelihood; `confidence` and `confidence unending`, that with the confidence learned on its own answers, without a
     reward. Boxes are scored by the probability of their class, and by their confidence as far as `val` says it helps.
-    `ceiling`: the true boxes as the code can write them.
+    `ceiling`: the true boxes as the code can write them; not there if an image has more than `most`.
     """
     data = _data(config, "test")
     if elsewhere and data.classes != config.classes:
@@ -273,8 +273,8 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
         baselines[name] = _score(other, data, run)
         if name != "control":
             baselines[f"{name} unending"] = _score(other.unending().eval(), data, run)
-    if not elsewhere:  # other data may have more boxes in an image than can be written
-        code = _code(config)
+    code = _code(config)
+    if int(data.boxes.wanted.sum(1).max()) <= code.most:
         written = code.decode(code.encode(replace(data.boxes, mask=data.boxes.wanted)))
         sure = replace(written, scores=torch.ones_like(written.boxes[..., 0]))
         baselines["ceiling"] = corpus_average_precision(sure, data.boxes, len(data.classes))
