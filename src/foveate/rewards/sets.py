@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from foveate.geometry import Boxes
 from foveate.rewards.boxes import DetectionReward, matched_iou
+from foveate.rewards.combine import load_reward
+from foveate.rewards.telling import check_tells_apart
 from foveate.types import RewardOutput, map_tree
 
 
@@ -75,6 +77,15 @@ def box_by_box(reward: Callable[[Boxes, Boxes], RewardOutput]) -> Callable[[Boxe
         return replace(whole, credit=output.total.view(-1, count + 1).diff(dim=1))
 
     return credited
+
+
+def check_tells_boxes(name: str, known: Iterable[str], drawn: Tensor, targets: Boxes) -> None:
+    """`check_tells_apart` of a reward of sets, unless it is a known one: the true boxes, the next image's, and none."""
+    if name in known:
+        return
+    right = replace(targets, mask=targets.wanted, crowd=None, scores=torch.ones_like(targets.boxes[..., 0]))
+    none = replace(right, mask=torch.zeros_like(right.mask))
+    check_tells_apart(load_reward(name), name, drawn, right, none, targets)
 
 
 def placing_loss(chosen: Boxes, placed: Float[Tensor, "batch count 4"], targets: Boxes) -> Float[Tensor, ""]:

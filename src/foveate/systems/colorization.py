@@ -46,6 +46,7 @@ from foveate.parts import restored, tracked
 from foveate.rewards.colors import colorfulness, vivid_and_varied
 from foveate.rewards.combine import guarded
 from foveate.rewards.named_images import picture_score
+from foveate.rewards.telling import FEW, check_tells_apart
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, check_least, known
@@ -145,17 +146,11 @@ def _code(config: Config) -> MapCode:
 
 def build(config: Config) -> Coded:
     """The policy of a resolved config, untrained."""
-    side, words = known(config.image_size) // config.code_patch, Words(config.levels)
-    writer = EncoderDecoder(
-        (1, known(config.image_size), known(config.image_size)),
-        config.patch,
-        words.count,
-        side * side,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        stem=convolutions(1, config.width, config.patch),
-    )
+    image, words = (1, known(config.image_size), known(config.image_size)), Words(config.levels)
+    side = image[1] // config.code_patch
+    sizes: dict[str, Any] = {"width": config.width, "depth": config.depth, "heads": config.heads}
+    sizes["stem"] = convolutions(1, config.width, config.patch)
+    writer = EncoderDecoder(image, config.patch, words.count, side * side, **sizes)
     return Coded(writer, words, Base(1, 2, (side, side), config.code_patch, len(config.levels), config.code_width))
 
 
@@ -211,7 +206,10 @@ def train(config: Config, run: Run) -> None:
     def compare(drawn: Tensor, chroma: Tensor) -> dict[str, Tensor]:
         return {"chroma_loss": F.mse_loss(drawn, chroma)}
 
-    check_reward(run, parts[PART][0], reward, inputs(0), config.samples)  # now, not after the first phase
+    found = check_reward(run, parts[PART][0], reward, inputs(0), config.samples)  # now, not after the first phase
+    if ":" in config.reward:  # of the user's own
+        seen, colours = light_and_chroma(data[:FEW].float() / 255)
+        check_tells_apart(reward, config.reward, found.total, colours, torch.zeros_like(colours), seen)
     learn_code(run, config.code_share, code, maps, compare, code_optimizer, config.code_rate, code_keeper, kept)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on
         for coded in (policy, keeper.best):

@@ -43,7 +43,7 @@ from foveate.models.encoder_decoder import Tokens
 from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
 from foveate.rewards.combine import guarded, load_reward
-from foveate.rewards.sets import box_by_box
+from foveate.rewards.sets import box_by_box, check_tells_boxes
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, Tree, check_least, map_tree, split
@@ -206,7 +206,8 @@ def train(config: Config, run: Run) -> None:
         how |= {"validate": partial(look, name), "learning_rate": config.learning_rate}
         learn_likelihood(run, name, share, policy, partial(_answers, config, data, run), optimizer, **how)
 
-    check_reward(run, parts["likelihood"][0], reward, batches(0), config.samples)  # now, not after the first phase
+    found = check_reward(run, parts["likelihood"][0], reward, batches(0), config.samples)  # not after the first phase
+    check_tells_boxes(config.reward, REWARDS, found.total, data.boxes)
     learn("likelihood", config.likelihood_share)
     start, (policy, optimizer, keeper) = parts["likelihood"][0], parts[PART]
 
@@ -265,10 +266,9 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
     data = _data(config, "test")
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
-    metrics = _score(policy, data, run)
+    metrics, baselines = _score(policy, data, run), dict[str, dict[str, float]]()
     if config.skip_bad:
         metrics["left_out"] = float(sum(_data(config, part).skipped for part in ("train", "val", "test")))
-    baselines = {}
     for name, other in restored(run, ROWS, partial(build, config)).items():
         baselines[name] = _score(other, data, run)
         if name != "control":

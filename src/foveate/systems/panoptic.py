@@ -47,6 +47,7 @@ from foveate.models.panoptic import Maps, PanopticChannels
 from foveate.parts import restored, tracked
 from foveate.rewards.combine import guarded, load_reward
 from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
+from foveate.rewards.telling import FEW, check_tells_maps
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, check_least, known
@@ -123,6 +124,7 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the policy
+REWARDS = ("matched", "pq")  # other names are of the user's functions
 ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 GAIN = 8.0  # of words: at 1 the base learns some hundred updates later to read the class of a thing from them
 AT_ONCE = 50  # images in a pass where nothing is learned
@@ -188,10 +190,11 @@ def build(config: Config) -> Coded:
 
 
 def _reward(config: Config) -> Reward:
-    named: dict[str, Reward] = {"pq": panoptic_quality}
-    named["matched"] = partial(matched_less_unmatched, unmatched=config.unmatched)
-    own = config.reward not in named
-    score = guarded(load_reward(config.reward, named), config.skip_bad, config.reward) if own else named[config.reward]
+    if config.reward in REWARDS:
+        costly = partial(matched_less_unmatched, unmatched=config.unmatched)
+        score: Reward = costly if config.reward == "matched" else panoptic_quality
+    else:
+        score = guarded(load_reward(config.reward, REWARDS), config.skip_bad, config.reward)
     return lambda scores, truth: score(_channels(config).segments(scores), truth)
 
 
@@ -228,7 +231,9 @@ def train(config: Config, run: Run) -> None:
         return lambda: {f"held_out_{name}": value for name, value in _score(config, model, val, run).items()}
 
     inputs = partial(batch, "reward", config.tuning_batch)
-    check_reward(run, parts[PART][0], _reward(config), inputs(0), config.samples)  # now, not after hours
+    found = check_reward(run, parts[PART][0], _reward(config), inputs(0), config.samples)  # now, not after hours
+    _, truth = chosen(data, torch.arange(min(FEW, len(data)), device=run.device))
+    check_tells_maps(config.reward, REWARDS, found.total, truth)
     how, every = (code_optimizer, config.code_rate, code_keeper, look(code)), 4 * EVERY
     learn_code(run, config.code_share, code, maps, channels.losses, *how, every=every)
     for policy, _, keeper in parts.values():  # all draw with the base model as it is from now on

@@ -41,9 +41,9 @@ from foveate.models.sequential import SequentialDetector, Walk, candidate_losses
 from foveate.parts import tracked
 from foveate.rewards.boxes import THRESHOLDS, average_precision, corpus_average_precision
 from foveate.rewards.combine import guarded, load_reward
-from foveate.rewards.sets import box_by_box, set_scores
+from foveate.rewards.sets import box_by_box, check_tells_boxes, set_scores
 from foveate.run import Run
-from foveate.two_steps import held_out_scores, tune_on_reward
+from foveate.two_steps import check_reward, held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, RewardOutput, Tree, concatenate, map_tree, split
 
 Pictures: TypeAlias = Float[Tensor, "batch channels height width"]
@@ -210,6 +210,8 @@ def train(config: Config, run: Run) -> None:
         torch.manual_seed(config.seed)
         parts[name] = tracked(run, name, _detector(config, name))
     (average,) = run.track(average=MovingAverage())
+    found = check_reward(run, parts[PART][0], _reward(config), _batch(config, data, run, PART, 0), config.samples)
+    check_tells_boxes(config.reward, REWARDS, found.parts["worth"], data.boxes)
     reward, share = partial(_rising, config, run), (1 - config.start_share) / (1 + len(config.controls))
     rows = torch.arange(len(val), device=run.device)
     (images, targets), keys = chosen(val, rows), noise.key(config.seed, "held out places", rows)
@@ -253,7 +255,6 @@ def evaluate(config: Config, policy: SequentialDetector, run: Run, elsewhere: bo
     if config.skip_bad:
         metrics["left_out"] = float(sum(_data(config, part).skipped for part in ("train", "val", "test")))
     objects = data.boxes.wanted.sum(1)
-    counts = objects[objects > 0].unique().tolist()
     baselines, series = {}, {"agent": curve}
     for row, part in ROWS.items():
         other = _detector(config, row).to(run.device)
@@ -261,7 +262,7 @@ def evaluate(config: Config, policy: SequentialDetector, run: Run, elsewhere: bo
             baselines[row], series[row], _ = _score(config, other.eval(), row, data)
     curves = {"map against glimpses": series}
     for name, number in (("glimpses", walk.mask.sum(1)), ("boxes", walk.found.mask.sum(1))):
-        means = [(float(count), float(number[objects == count].float().mean())) for count in counts]
+        means = [(float(n), float(number[objects == n].float().mean())) for n in objects.unique().tolist() if n]
         curves[f"{name} against objects in the image"] = {"agent": means}
     return Evaluation(metrics, baselines, curves)
 

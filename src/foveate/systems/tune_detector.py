@@ -46,7 +46,7 @@ from foveate.models.candidates import Candidates
 from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, average_precision, class_weights, corpus_average_precision
 from foveate.rewards.combine import guarded, load_reward
-from foveate.rewards.sets import above, best_level, placing_loss, set_scores, without_each
+from foveate.rewards.sets import above, best_level, check_tells_boxes, placing_loss, set_scores, without_each
 from foveate.run import Run
 from foveate.two_steps import check_reward, held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, check_least, concatenate, known, map_tree
@@ -198,7 +198,8 @@ def train(config: Config, run: Run) -> None:
 
     look, batches = partial(_look, config, reward, val, run), partial(_batch, config, data, run)
     start = parts["likelihood"][0]
-    check_reward(run, start, reward, batches("reward", 0), config.samples)  # now, not after the first phase
+    found = check_reward(run, start, reward, batches("reward", 0), config.samples)  # now, not after the first phase
+    check_tells_boxes(config.reward, REWARDS, found.total, data.boxes)
     if config.likelihood_share:
         _supervise(config, run, "likelihood", config.likelihood_share, parts["likelihood"], batches, look)
     policy, optimizer, keeper = parts[PART]
