@@ -296,8 +296,7 @@ def _score(
 def compared(config: Config, policy: SequentialDetector, run: Run, images: int) -> tuple[Reward, Tensor, Boxes]:
     """The reward, and the first test images with their boxes: for `foveate analyse`."""
     test = _data(config, "test")
-    inputs, targets = chosen(test, torch.arange(min(images, len(test)), device=run.device))
-    return _reward(config), inputs, targets
+    return _reward(config), *chosen(test, torch.arange(min(images, len(test)), device=run.device))
 
 
 def predict(config: Config, policy: SequentialDetector, images: Pictures) -> dict[str, Tensor]:

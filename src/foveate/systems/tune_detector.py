@@ -153,11 +153,11 @@ def _data(config: Config, split: Literal["train", "val", "test"]) -> Detections:
 
 def build(config: Config) -> Candidates:
     """The policy of a resolved config, untrained."""
-    assert config.classes is not None
-    settings = {"backbone": config.backbone, "stride": config.stride, "width": config.width}
-    detector = named(config.model, len(config.classes), still=config.pretrained, **settings)
+    classes = len(known(config.classes))
+    sizes = {"backbone": config.backbone, "stride": config.stride, "width": config.width}
+    detector = named(config.model, classes, config.pretrained, **sizes)
     detector.count, detector.overlap = config.candidates, config.overlap
-    return Candidates(detector, len(config.classes), config.jitter)
+    return Candidates(detector, classes, config.jitter)
 
 
 def _tuning(config: Config) -> Tuning:
@@ -195,7 +195,6 @@ def train(config: Config, run: Run) -> None:
     (average,) = run.track(average=MovingAverage())
     val = replace(val, pixels=val.pixels[:HELD_OUT], boxes=map_tree(lambda leaf: leaf[:HELD_OUT], val.boxes))
     reward, share = _reward(config, data), (1 - config.likelihood_share) / 2
-
     look, batches = partial(_look, config, reward, val, run), partial(_batch, config, data, run)
     start = parts["likelihood"][0]
     found = check_reward(run, start, reward, batches("reward", 0), config.samples)  # now, not after the first phase
@@ -291,8 +290,8 @@ def evaluate(config: Config, policy: Candidates, run: Run, elsewhere: bool = Fal
 def compared(config: Config, policy: Candidates, run: Run, images: int) -> tuple[Reward, Tensor, Boxes]:
     """The reward, and the first test images with their boxes: for `foveate analyse`."""
     test = _data(config, "test")
-    inputs, targets = chosen(test, torch.arange(min(images, len(test)), device=run.device))
-    return _reward(config, _data(config, "train")), inputs, targets
+    rows = torch.arange(min(images, len(test)), device=run.device)
+    return _reward(config, _data(config, "train")), *chosen(test, rows)
 
 
 def _score(policy: Candidates, data: Detections, run: Run) -> tuple[dict[str, float], Boxes]:
