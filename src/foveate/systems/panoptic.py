@@ -124,7 +124,7 @@ class Config:
 
 
 PART = "policy"  # the tracked part that holds the policy
-REWARDS = ("matched", "pq")  # other names are of the user's functions
+REWARDS = ("pq", "matched")  # other names are of the user's functions
 ROWS = {"mle": "likelihood", "control": "control"}  # baseline → its tracked part
 GAIN = 8.0  # of words: at 1 the base learns some hundred updates later to read the class of a thing from them
 AT_ONCE = 50  # images in a pass where nothing is learned
