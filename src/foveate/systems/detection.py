@@ -108,7 +108,7 @@ class Config:
     samples: int = 8
     """answers to each of them"""
     tuning_rate: float = 1e-3
-    """learning rate of the reward, constant after a warm-up"""
+    """learning rate of the reward, which falls evenly to 0"""
     temperature: float = 1.0
     """by which scores are divided where texts are drawn for the reward; below 1 they are nearer to the likeliest"""
     credit: Literal["to-go", "answer"] = "to-go"
@@ -166,7 +166,7 @@ def build(config: Config) -> BoxWriter:
 
 def _tuning(config: Config) -> Tuning:
     same = "samples", "anchor", "credit", "precision", "temperature"
-    return Tuning(learning_rate=config.tuning_rate, **{name: getattr(config, name) for name in same})
+    return Tuning(learning_rate=config.tuning_rate, anneal=True, **{name: getattr(config, name) for name in same})
 
 
 def _reward(config: Config, data: Detections) -> Reward:
