@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -14,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import best_seconds, diffusion, environments, ram, retina, rewards, sampling
+from benchmarks import acting, best_seconds, diffusion, environments, ram, random_walker, retina, rewards, sampling
 
 from foveate import noise
 from foveate.models.retina import build_pyramid, look
 from foveate.rewards.boxes import DetectionReward
 from foveate.rewards.panoptic import panoptic_quality
+from foveate.systems import tracking
 
 SMALL = (28, 8, 1, 6)
 
@@ -51,23 +54,16 @@ def test_a_name_matches_exactly_and_a_mistyped_one_is_told_the_nearest() -> None
     assert "ram-60" in done.stderr  # the others are named
 
 
-def test_rows_of_the_files() -> None:
-    files = ram, retina, environments, rewards, sampling
-    rows = {name: row for file in files for name, row in file.ROWS.items()}
-    expected = {
-        "ram",
-        "ram-60",
-        "ram-products",
-        "retina-512",
-        "retina-1024",
-        "retina-2048",
-        "glimpse-env",
-        "glimpse-env-sync",
-        "noise",
-    }
-    expected |= {"cider", "detection-reward", "average-precision", "pq", "sampling"}
-    assert expected <= set(rows)
-    assert len(rows) == sum(len(file.ROWS) for file in files)
+def test_the_page_lists_the_rows_that_there_are_and_no_others() -> None:
+    root, rows = Path(__file__).parents[1], list[str]()
+    for path in sorted((root / "benchmarks").glob("*.py")):
+        rows += getattr(importlib.import_module(f"benchmarks.{path.stem}"), "ROWS", {})
+    assert len(rows) == len(set(rows)), "a name is one row's"
+    listed = list[str]()
+    for line in (root / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            listed += re.findall("`(.+?)`", line.split("|")[1])
+    assert sorted(listed) == sorted(rows)
 
 
 def test_best_seconds_takes_turns_and_keeps_the_best() -> None:
@@ -131,7 +127,7 @@ def test_retina_rows_in_the_small() -> None:
 
 
 def test_environment_rows_in_the_small() -> None:
-    for task in (environments.glimpses, environments.boxes):
+    for task in (environments.glimpses, environments.boxes, partial(environments.volumes, 24)):
         for peer in (environments.one_by_one, environments.sync_vector):
             ours, theirs, unit = environments.compare(task, peer, copies=16, rounds=1)
             assert ours > theirs
@@ -200,7 +196,24 @@ def test_a_replay_of_states_is_a_small_part_of_one_of_what_is_seen() -> None:
 
 
 def test_sizes_are_compared_on_the_same_steps() -> None:
-    ours, theirs, unit = environments.compare_sizes(partial(environments.boxes, count=4), 64, 32, rounds=1)
+    """64 times the pixels, 64 times the voxels: far less than the bound is what a busy machine makes of equal work."""
+    for task, large, small in ((partial(environments.boxes, count=4), 512, 64), (environments.volumes, 96, 24)):
+        ours, theirs, unit = environments.compare_sizes(task, large, small, rounds=5)
+        assert ours > theirs / 4
+        assert f"at {large} a side" in unit
+
+
+def test_steps_and_their_networks_are_both_timed() -> None:
+    settings = {"scenes": 1, "image_size": 32, "patch": 12, "hidden": 16, "batch": 8, "copies": 8, "horizon": 2}
+    ours, networks, unit = acting.compare_step(tracking, 5, **settings)
+    assert 0 < ours < networks, "a network's part of a step is less than the step"
+    assert unit.startswith("training steps/s")
+
+
+def test_a_random_walker_row_in_the_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"IMAGES": 2, "ROUNDS": 1}.items():
+        monkeypatch.setattr(random_walker, name, value)
+    ours, theirs, unit = random_walker.row(20)
     assert ours > 0
     assert theirs > 0
-    assert "64" in unit
+    assert unit == "images a second"

@@ -18,7 +18,8 @@ from foveate.envs.tensor_env import TensorEnv
 from foveate.learn.q_learning import Believing, Dueling, epsilon, explore, follow, q_loss, td_target
 from foveate.learn.replay import Replay
 from foveate.run import Run
-from foveate.types import InputError
+from foveate.systems import cutting, tracking
+from foveate.types import InputError, map_tree
 from foveate.value_learning import Acting, learn_by_acting, walk, with_belief
 
 LENGTH, RIGHT = 6, 1
@@ -279,6 +280,38 @@ def test_a_learner_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tm
     again = learn("stopped", resume=True)
     for name in whole:
         assert torch.equal(whole[name], again[name]), name
+
+
+@pytest.mark.parametrize(
+    ("system", "settings"),
+    [
+        (tracking, {"scenes": 1, "image_size": 32, "patch": 12, "hidden": 16}),
+        (cutting, {"scenes": 4, "image_size": 48, "length": 4, "crop": 16, "width": 8, "patch": 12}),
+    ],
+)
+def test_each_process_begins_with_episodes_of_its_own(
+    system: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begun(run: Run, phase: str, share: float, env: TensorEnv, *others: Any, **how: Any) -> None:
+        leaves = list[Tensor]()
+        map_tree(lambda leaf: leaves.append(leaf.flatten().float()) or leaf, env.observe(env.state))
+        states.append(torch.cat(leaves))
+        raise Begun
+
+    states: list[Tensor] = []
+    monkeypatch.setattr(system, "learn_by_acting", begun)
+    monkeypatch.setattr(system, "_learn", lambda *parts: None, raising=False)  # the phase of cutting before it
+    config = system.resolve(system.Config(copies=4, **settings))
+    for rank in (0, 1, 1):
+        run = Run(tmp_path / f"{len(states)}", system="test", config={}, steps=4, device="cpu", quiet=True)
+        run.rank = rank
+        with pytest.raises(Begun):
+            system.train(config, run)
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[0], states[1])
 
 
 def test_replay_and_environment_go_on_exactly_where_they_were(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from foveate.envs.registration_walks import SOFT, Expert, expert_loss, steps, wa
 from foveate.models.mutual_information import by_mutual_information
 from foveate.models.registration import ConvLSTMCell, PairEyes, Recall, RegistrationPolicy
 from foveate.run import Run
+from foveate.run.processes import shared
 from foveate.systems import registration
 from foveate.types import Decisions, InputError, map_tree
 
@@ -346,6 +347,8 @@ def test_what_is_remembered_is_a_part_of_the_run() -> None:
     assert torch.equal(other.state[1], state[1])
     assert other.starts.tolist() == [True, False, True]
     assert Recall(RegistrationPolicy(SIDE, 8, "none", 8), 3).state is None
+    assert not shared(one), "each process has walks of its own"
+    assert shared(policy)
 
 
 # ---- walks ----

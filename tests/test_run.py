@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate import noise
+from foveate.learn.replay import Replay
 from foveate.run import Run, RunError, checkpoints
 from foveate.run import folder as folders
 from foveate.types import InputError
@@ -67,6 +68,7 @@ def train(
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     net, optimizer, counter = run.track(net=net, optimizer=optimizer, counter=Counter())
+    (replay,) = run.track(replay=Replay(torch.zeros(BATCH // run.processes, dtype=torch.int64), 80))
     for phase in phases:
         for step in run.steps(phase, 1 / len(phases)):
             rows = noise.examples(run.seed, step, BATCH, SIZE)[run.rows(BATCH)]
@@ -78,6 +80,7 @@ def train(
                 loss = loss * math.nan
             run.optimise(loss, optimizer, clip=5.0)
             counter.total += rows.sum()
+            replay.write(rows, torch.zeros_like(rows), error.detach(), mask, mask, mask)
             run.log(loss=loss, progress=run.progress)
             if stop_at == (phase, step):
                 raise Stop
@@ -383,6 +386,21 @@ def test_two_processes_are_one_with_the_same_batch_even_if_interrupted(tmp_path:
     seen = [checkpoints.read_part(last, name)["total"] for name in ("counter", "counter.1")]
     assert seen[0] != seen[1]
     assert sum(seen) == whole.total
+    ours = checkpoints.read_part(checkpoints.listed(tmp_path / "one" / "checkpoints")[-1], "replay")
+    parts = [checkpoints.read_part(last, name) for name in ("replay", "replay.1")]
+    for name in ("state_0", "taken"):
+        assert torch.equal(torch.cat([part[name] for part in parts], 1), ours[name]), "each process's own go on"
+
+
+def test_what_belongs_to_a_process_is_found_where_only_the_main_one_had_saved_it(tmp_path: Path) -> None:
+    """As runs of several processes were saved once; and a network is the main process's in all."""
+    train(tmp_path / "run", steps=3)
+    run, replay, net = Run.open(tmp_path / "run"), Replay(torch.zeros(BATCH).long(), 80), nn.Linear(4, 8)
+    run._group.rank = 1
+    assert run.restore("replay", replay)
+    assert int(replay.written) == 3
+    assert run._group.file("replay", replay) == "replay.1"
+    assert run._group.file("net", net) == "net"
 
 
 def test_rows_are_shared_out_equally_or_not_at_all(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,15 @@ def test_what_does_not_count_is_left_out_of_the_truth(tmp_path: Path) -> None:
     path = tmp_path / "gt.txt"
     path.write_text("1,1,1,1,5,5,0,1,1\n1,2,1,1,5,5,1,7,1\n1,3,1,1,5,5,1,1,0.5\n")
     assert read_boxes(path, 1, True).labels[0].tolist() == [3]
+
+
+def test_world_coordinates_are_no_classes(tmp_path: Path) -> None:
+    """Ten columns, as in 3D MOT15: what stands where newer sets have a class is a place in metres."""
+    path = tmp_path / "gt.txt"
+    path.write_text(
+        "1,1,1,1,5,5,1,-5.40,-4.24,0\n1,2,9,1,5,5,1,7,2.5,0\n1,3,1,9,5,5,1,-1,-1,-1\n1,4,9,9,5,5,0,7,2.5,0\n"
+    )
+    assert read_boxes(path, 1, True).labels[0].tolist() == [1, 2, 3]
 
 
 def test_sequences_are_chosen_by_name(tmp_path: Path) -> None:
@@ -528,6 +538,28 @@ def test_a_users_video_is_tracked_in_its_own_pixels(trained: agents.Agent, tmp_p
     assert len(drawn["video"]) == 6
 
 
+def test_negative_scores_are_tracked_by_the_rules_they_were_evaluated_by(trained: agents.Agent, tmp_path: Path) -> None:
+    """Log-odds, one of them exactly 0: what is read is what was evaluated, and rules mean the same for both."""
+    folder, scores = write_sequence(tmp_path / "a", 5), (-2.0, -0.5, 0.0, -3.0, -0.1)
+    lines = [f"{at},-1,{2 * at},2,10,20,{score}" for at, score in enumerate(scores, 1)] + ["1,-1,25,5,9,9,-0.9"]
+    (folder / "det" / "det.txt").write_text("\n".join(lines))
+    found, images = read_sequence(folder, 32).detections, tracking.read(trained.config, folder)
+    seen = given(images, 32)[0].detections
+    assert torch.equal(seen.mask, found.mask)
+    assert seen.scores is not None
+    assert found.scores is not None
+    assert torch.equal(seen.scores[seen.mask], found.scores[found.mask])
+    policy = copy.deepcopy(trained.policy)
+    begun = []
+    for score in (-4.0, -1.0, -0.3, 0.5):
+        policy.rules.copy_(rules_tensor(Rules(score=score, births=1, match=1.0)))
+        made = tracking.predict(trained.config, policy, images)
+        begun.append(made["ids"][made["mask"]].unique().numel())
+    assert begun == [6, 4, 2, 0], "a track begins where the score is above the rule's"
+    raw = {name: value for name, value in images.items() if name != "mask"}
+    assert given(raw, 32)[0].detections.mask.sum() == 5, "without a mask a score of 0 is no box"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -538,6 +570,7 @@ def test_a_users_video_is_tracked_in_its_own_pixels(trained: agents.Agent, tmp_p
         ({"boxes": torch.zeros(2, 1, 4), "scores": torch.zeros(2, 1)}, r"boxes, scores: found \(2, 1, 4\)"),
         ({"boxes": torch.tensor([[[5.0, 5, 2, 9]]])}, "boxes: box 0 of image 0 .* ends before it begins"),
         ({"frames": torch.zeros(1, 1, 8, 8)}, "frames: 1 channels, expected 3"),
+        ({"mask": torch.ones(1, 2)}, r"mask: found \(1, 2\), expected \(1, 1\)"),
     ],
 )
 def test_what_is_wrong_with_a_users_video_is_named(change: dict[str, Tensor], message: str) -> None:

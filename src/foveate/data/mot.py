@@ -1,8 +1,8 @@
 """Sequences in MOTChallenge's folders: SEQUENCE/{img1/%06d.jpg, gt/gt.txt, det/det.txt, seqinfo.ini}.
 
 A line of gt.txt or det.txt is `frame, identity, left, top, width, height, score, ...`, frames from 1. A true box whose
-score is 0 is not to be counted and is left out; in the newer sets (a class in the eighth column) so is what is no
-pedestrian. Numbers are taken as they stand.
+score is 0 is not to be counted and is left out; in the newer sets (nine columns, the eighth a class) so is what is no
+pedestrian. Columns of world coordinates (ten in all) are not read. Numbers are taken as they stand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from foveate.types import InputError
 VAL_SHARE = 0.25  # last part of a sequence to train on
 ALONE = (0.6, 0.8)  # where one sequence alone is cut into train, val and test
 COLUMNS = "frame,identity,left,top,width,height,score"
-PEDESTRIAN = 1
+CLASSED, PEDESTRIAN = 9, 1  # columns of MOT16 and later: ..., counts, class, visible
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _lines(path: Path, frames: int, truth: bool) -> list[tuple[int, int, float, 
             if not side > 0:
                 raise InputError(f"{where}: {name} is {side:g}, expected above 0 ({COLUMNS}); remove the line")
         if truth:
-            if score == 0 or (len(fields) > 8 and _other_class(fields[7])):
+            if score == 0 or (len(fields) == CLASSED and _other_class(fields[7])):
                 continue
             if (place := (int(frame), int(identity))) in seen:
                 raise InputError(
@@ -238,7 +238,7 @@ def _lines(path: Path, frames: int, truth: bool) -> list[tuple[int, int, float, 
 
 
 def _other_class(field: str) -> bool:
-    """In MOT16 and later the eighth column is a class; in MOT15 it is -1 or a coordinate that nobody knows."""
+    """Whether a class is told that is not the pedestrian's; -1 tells none."""
     try:
         return float(field) not in (-1, PEDESTRIAN)
     except ValueError:

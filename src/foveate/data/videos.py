@@ -245,7 +245,8 @@ def given(images: dict[str, Any], image_size: int) -> tuple[Videos, float]:
 
     Args:
         images: "frames" [time, 3, height, width] in [0, 1], "boxes" [time, count, 4] in their pixels, "scores" [time,
-            count], 0 where there is no box; "rate", frames a second (25).
+            count], of any scale, and "mask" [time, count], true where there is a box (where the score is not 0);
+            "rate", frames a second (25).
         image_size: longer side in pixels at most.
 
     Raises:
@@ -263,7 +264,10 @@ def given(images: dict[str, Any], image_size: int) -> tuple[Videos, float]:
             f"boxes, scores: found {tuple(boxes.shape)} and {tuple(scores.shape)}, expected ({len(frames)}, count, 4) "
             f"and ({len(frames)}, count): pad each frame to the same count"
         )
-    found = Boxes(boxes.float(), torch.zeros_like(scores, dtype=torch.int64), scores > 0, scores.float())
+    mask = images["mask"].detach().cpu().bool() if "mask" in images else scores != 0
+    if mask.shape != scores.shape:
+        raise InputError(f"mask: found {tuple(mask.shape)}, expected {tuple(scores.shape)}, true where there is a box")
+    found = Boxes(boxes.float(), torch.zeros_like(scores, dtype=torch.int64), mask, scores.float())
     check_boxes(found, "boxes")
     zoom = min(1.0, image_size / max(frames.shape[2:]))
     if zoom < 1:

@@ -40,7 +40,7 @@ class Transitions:
 
 
 class Replay(nn.Module):
-    """A ring of rows; a module, so that a run tracks it and resumes it exactly.
+    """A ring of rows; a module, so that a run tracks it and resumes it exactly, each process its own.
 
     Args:
         example: a tree of [copies, ...], what a state to be stored looks like.
@@ -51,6 +51,7 @@ class Replay(nn.Module):
         InputError: fewer than 2 rows.
     """
 
+    of_process = True
     actions: Tensor
     rewards: Tensor
     terminated: Tensor

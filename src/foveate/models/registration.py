@@ -165,6 +165,7 @@ class Recall(nn.Module):
         copies: walks side by side.
     """
 
+    of_process = True  # a run saves each process's own
     hidden: Tensor
     cell: Tensor
     starts: Tensor

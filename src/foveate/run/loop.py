@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from foveate import noise
 from foveate.run import checkpoints
 from foveate.run import folder as run_folder
-from foveate.run.processes import Interrupt, Processes, RunError
+from foveate.run.processes import Interrupt, Processes, RunError, shared
 from foveate.run.progress import Metrics, Progress
 from foveate.types import InputError
 
@@ -149,7 +149,8 @@ class Run:
 
         A part is anything with `state_dict` and `load_state_dict` (modules, optimizers, environments, replay); the
         latter is given tensors on the CPU. Returns the parts in the order given. Modules and optimizers are the same
-        in all processes and saved once; every process saves its own copy of anything else.
+        in all processes and saved once; every process saves its own copy of anything else, and of a module whose
+        `of_process` is true.
 
         Track whatever a later phase starts from (a frozen reference, say), or a resumed run will not have it.
 
@@ -161,7 +162,8 @@ class Run:
                 raise ValueError(f"another part is tracked as {name!r}")
             if isinstance(part, nn.Module):
                 part.to(self.device)
-                self._group.copy_from_main(part)
+                if shared(part):
+                    self._group.copy_from_main(part)
             if self._resumed:
                 self.restore(name, part)
             elif self._source and isinstance(part, nn.Module):
@@ -178,6 +180,8 @@ class Run:
         if found is None:
             raise InputError(f"{self.folder}: found no checkpoint that can be read; train it first")
         file = self._group.file(name, part)
+        if file not in found.parts and isinstance(part, nn.Module):
+            file = name  # of a run that saved the main process's only
         if file in found.parts:
             checkpoints.restore(found, file, part)
         return file in found.parts

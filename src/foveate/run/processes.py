@@ -23,6 +23,11 @@ from foveate.types import InputError
 T = TypeVar("T")
 
 
+def shared(part: Any) -> bool:
+    """Whether a part is the same in all processes: optimizers, and modules unless their `of_process` is true."""
+    return isinstance(part, nn.Module | torch.optim.Optimizer) and not getattr(part, "of_process", False)
+
+
 class RunError(RuntimeError):
     """A run cannot go on: the disk is full, the loss diverged. One line: what happened, what is safe, the remedy."""
 
@@ -55,7 +60,7 @@ class Processes:
 
     def writes(self, part: Any) -> bool:
         """Whether this process saves its copy of a part: the main one all, the others what is not the same in all."""
-        return self.rank == 0 or not isinstance(part, nn.Module | torch.optim.Optimizer)
+        return self.rank == 0 or not shared(part)
 
     def file(self, name: str, part: Any) -> str:
         """The name under which this process finds its copy of a part."""

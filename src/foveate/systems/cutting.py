@@ -167,7 +167,7 @@ def train(config: Config, run: Run) -> None:
     run.track(**{PART: policy, "untrained": untrained, "regressor": regressor, "target": target})
     (clips, (val, planes)), executor = (_clips(config, part, run.device) for part in ("train", "val")), policy.executor
     env, held_out = _env(config, clips, executor, config.copies), _env(config, (val, planes), executor)
-    env.reset(seed=config.seed)
+    env.reset(seed=config.seed + run.rank * config.copies)
     replay, share = Replay(env.state, REPLAY), (1 - config.execution_share) / 2
     run.track(env=env, replay=replay)
 
@@ -184,7 +184,7 @@ def train(config: Config, run: Run) -> None:
     of = {name: kept(name, part) for name, part in networks.items()}
     _learn(config, run, "executor", config.execution_share, env, executor, *of["executor"], partial(mask_iou, held_out))
     if not int(replay.written):  # its first states know the masks of a network that had learned nothing
-        env.reset(seed=config.seed)
+        env.reset(seed=config.seed + run.rank * config.copies)
     how = Acting(config.batch, discount=config.discount, learning_rate=config.learning_rate)
     (adam, keeper), acts = of["agent"], partial(score, acting(held_out, policy.placer, config.horizon))
     looks: dict[str, Any] = {"keeper": keeper, "validate": acts, "every": config.every}

@@ -158,7 +158,7 @@ def train(config: Config, run: Run) -> None:
     torch.manual_seed(config.seed)
     policy, optimizer, keeper = tracked(run, PART, build(config), by="held_out_iou")
     env = _env(config, "train", config.copies, run.device)
-    env.reset(seed=config.seed)
+    env.reset(seed=config.seed + run.rank * config.copies)
     target, _, replay = run.track(target=copy.deepcopy(policy), env=env, replay=Replay(env.state, MEMORY))
     held = _walker(config, "val", run.device)
     validate = partial(_held_out, config, held, policy)
@@ -283,7 +283,8 @@ def predict(config: Config, policy: Follower, images: dict[str, Any]) -> dict[st
         config: of the run.
         policy: its agent.
         images: "frames" [time, 3, height, width] in [0, 1]; what a detector found in them, "boxes" [time, count, 4] in
-            pixels of the frames, and "scores" [time, count], 0 where there is none; "rate", frames a second (25).
+            pixels of the frames, "scores" [time, count] as those trained on, and "mask" [time, count], true where there
+            is a box (if not given: where the score is not 0); "rate", frames a second (25).
 
     Returns:
         "boxes" [time, tracks, 4] in pixels of the frames, "ids" [time, tracks], the same number for the same object,
@@ -332,9 +333,8 @@ def read(config: Config, path: Path) -> dict[str, Any]:
     if others:
         raise InputError(f"{path}: holds {1 + len(others)} sequences ({folder.name}, {others[0].name}, ...); name one")
     clip = read_sequence(folder, config.image_size or SIZES[config.data], truth=False)
-    assert clip.detections.scores is not None
-    scores = torch.where(clip.detections.mask, clip.detections.scores.clamp(min=1e-6), 0.0)
-    return {"frames": clip.pixels.float() / 255, "boxes": clip.detections.boxes, "scores": scores, "rate": clip.rate}
+    found = {name: getattr(clip.detections, name) for name in ("boxes", "scores", "mask")}
+    return {"frames": clip.pixels.float() / 255, **found, "rate": clip.rate}
 
 
 def check(config: Config) -> dict[str, Any]:
