@@ -45,7 +45,7 @@ from foveate.models.painter import Painter, Scribbler
 from foveate.parts import learning, restored
 from foveate.pictures import denoising, painting
 from foveate.run import Run
-from foveate.types import Evaluation, InputError
+from foveate.types import Evaluation, InputError, check_least
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ load = lru_cache(maxsize=6)(load_images)
 
 def resolve(config: Config) -> Config:
     """Check the fields and the data, of which it takes the classes; raises `InputError`."""
-    for name in ("image_size", "batch", "every", "looks", "images"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    check_least(config, 1, "image_size", "batch", "every", "looks", "images")
     if not 0 < config.judge_share < 1:
         raise InputError(f"judge_share: found {config.judge_share:g}, expected more than 0 and less than 1")
     for name in ("penalty", "gan_penalty", "blur", "entropy"):

@@ -44,7 +44,7 @@ from foveate.models.regions import Place, changes, cut, jittered
 from foveate.parts import ADAM, restored
 from foveate.rewards.videos import davis_scores, overlap
 from foveate.run import Run
-from foveate.types import Evaluation, InputError
+from foveate.types import Evaluation, InputError, check_least
 from foveate.value_learning import Acting, learn_by_acting
 
 
@@ -112,9 +112,7 @@ def resolve(config: Config) -> Config:
     """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
     if not 0 < config.execution_share < 1:
         raise InputError(f"execution_share: found {config.execution_share}, expected more than 0 and less than 1")
-    for name in ("scenes", "length", "hidden", "horizon", "copies", "batch", "every", "patch", "gap"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    check_least(config, 1, "scenes", "length", "hidden", "horizon", "copies", "batch", "every", "patch", "gap")
     check_factors(config.factors)
     Acting(config.batch, discount=config.discount)
     config = replace(config, image_size=config.image_size or (120 if config.data == "davis" else 64))

@@ -41,7 +41,7 @@ from foveate.models.cube_q import CubeQ, VolumeRegressor, stretched
 from foveate.parts import restored, tracked
 from foveate.pictures.volumes import walk_frames, walk_grid, walk_slices
 from foveate.run import Run
-from foveate.types import Evaluation, InputError, Tree, map_tree
+from foveate.types import Evaluation, InputError, Tree, check_least, map_tree
 from foveate.value_learning import Acting, learn_by_acting
 
 
@@ -110,9 +110,8 @@ PART = "policy"  # the tracked part that holds the policy
 
 def resolve(config: Config) -> Config:
     """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
-    for name in ("copies", "rows", "starts", "side", "width", "hidden", "registrations"):
-        if getattr(config, name) < (least := int(name != "registrations")):
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least {least}")
+    check_least(config, 1, "copies", "rows", "starts", "side", "width", "hidden")
+    check_least(config, 0, "registrations")
     if config.rows <= config.returns:
         raise InputError(f"rows: found {config.rows}, expected more than returns ({config.returns}): raise it")
     _acting(config)

@@ -46,7 +46,7 @@ from foveate.pictures.searches import search_frames, search_grid
 from foveate.rewards import regions as judged
 from foveate.rewards.regions import Searched, ap50
 from foveate.run import Run
-from foveate.types import Evaluation, InputError, concatenate, map_tree
+from foveate.types import Evaluation, InputError, check_least, concatenate, map_tree
 from foveate.value_learning import Acting, learn_by_acting, walk, with_belief
 
 Pictures: TypeAlias = Float[Tensor, "batch channels height width"]
@@ -130,10 +130,9 @@ _load = lru_cache(maxsize=6)(load_detections)
 
 def resolve(config: Config) -> Config:
     """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
-    for name in ("copies", "replay", "patience", "triggers", "bins", "hidden", "scenes", "objects", "views", "spare"):
-        number = getattr(config, name)
-        if number is not None and number < 1:
-            raise InputError(f"{name}: found {number}, expected at least 1")
+    check_least(
+        config, 1, "copies", "replay", "patience", "triggers", "bins", "hidden", "scenes", "objects", "views", "spare"
+    )
     if config.width < 8 or config.width % 8:
         raise InputError(f"width: found {config.width}, expected a multiple of 8")
     if config.replay < 4 * config.copies * config.ahead:

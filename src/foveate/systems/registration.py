@@ -43,7 +43,7 @@ from foveate.parts import restored, tracked
 from foveate.pictures.registration import frames, overlays
 from foveate.rewards.registration import NEAR, registration_scores
 from foveate.run import Run
-from foveate.types import Evaluation, InputError, map_tree
+from foveate.types import Evaluation, InputError, check_least, map_tree
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,7 @@ _load = lru_cache(maxsize=6)(load_pairs)
 
 def resolve(config: Config) -> Config:
     """Check the fields and the data; raises `InputError`."""
-    for name in ("pairs", "horizon", "depth", "width", "copies", "segment", "batch", "views"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    check_least(config, 1, "pairs", "horizon", "depth", "width", "copies", "segment", "batch", "views")
     if config.held_out < 4:
         raise InputError(f"held_out: found {config.held_out}, expected at least 4: a quarter is for validation")
     if config.look_ahead < 0:

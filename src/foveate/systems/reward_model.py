@@ -42,7 +42,7 @@ from foveate.parts import tracked
 from foveate.preferring import chosen, comparison_loss, judges_of, opened, recoloured
 from foveate.rewards.colors import colorfulness
 from foveate.run import Run
-from foveate.types import Evaluation, InputError
+from foveate.types import Evaluation, InputError, check_least
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,8 @@ def resolve(config: Config) -> Config:
     Raises:
         InputError: a field is out of its range; no comparisons, too few, or all ties (`Comparisons.load`).
     """
-    for name in ("batch", "every", "members", "width"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
-    for name in ("decay", "caution"):
-        if getattr(config, name) < 0:
-            raise InputError(f"{name}: found {getattr(config, name):g}, expected at least 0")
+    check_least(config, 1, "batch", "every", "members", "width")
+    check_least(config, 0, "decay", "caution")
     if not 0 <= config.noise < 0.5:
         raise InputError(f"noise: found {config.noise:g}, expected at least 0 and less than 0.5")
     if config.pairs < LEAST:
