@@ -36,7 +36,7 @@ class Tuning:
         entropy: weight of the entropy, which is sought.
         epochs: updates on the answers of one batch; with more than one, give a `clip`.
         clip: of the importance ratio in later epochs (PPO).
-        learning_rate: constant after the warm-up.
+        learning_rate: constant after the warm-up; with 0 nothing changes.
         warmup: steps over which it rises from 0.
         anneal: the learning rate falls evenly to 0 at the end of the phase, which leaves less noise in the weights.
         chunk: inputs to a backward pass, if a batch is too large for the memory; the gradient is the same.
@@ -80,8 +80,8 @@ class Tuning:
         for name in ("samples", "epochs"):
             if not isinstance(found := getattr(self, name), int) or found < 1:
                 raise InputError(f"{name}: found {found}, expected a whole number, at least 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate: found {self.learning_rate:g}, expected more than 0, e.g. 1e-5")
+        if not 0 <= self.learning_rate < math.inf:
+            raise InputError(f"learning_rate: found {self.learning_rate:g}, expected at least 0, e.g. 1e-5")
         if not 0 <= self.anchor < math.inf:
             raise InputError(f"anchor: found {self.anchor:g}, expected 0, which is none, or more")
         if not math.isfinite(self.entropy):
