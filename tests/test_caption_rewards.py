@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-from foveate.rewards.captions import Cider, Words, document_frequency
+from foveate import noise
+from foveate.rewards.captions import Cider, DocumentFrequency, Words, _hashed, _table, document_frequency
 from foveate.types import InputError
 
 TEXT = st.lists(st.integers(0, 6), min_size=0, max_size=9)
@@ -134,3 +135,15 @@ def test_bad_words_are_named() -> None:
         reward(words([[0], [70000]]), targets)
     with pytest.raises(InputError, match=r"^targets: image 1 has no reference"):
         reward(words([[1], [2]]), replace(targets, mask=targets.mask & torch.tensor([True, False])[:, None, None]))
+
+
+def test_an_n_gram_is_found_wherever_it_came_to_stand() -> None:
+    """In a table that is a quarter full several hundred of 5,000 stand beside their place."""
+    counts = noise.integers(noise.key(0, "grams", torch.arange(5_000)), 50, 1)[:, 0] + 1
+    keys = noise.integers(noise.key(1, "grams", torch.arange(5_000)), 2**31, 1)[:, 0].unique()
+    table = DocumentFrequency(*((each,) for each in _table(keys, counts[: len(keys)])), 100)
+    assert (_hashed(keys, len(table.keys[0])).bincount() > 1).sum() > 300
+    expected = math.log(100) - counts[: len(keys)].double().log()
+    torch.testing.assert_close(table.weights(keys, 1), expected)
+    unknown = keys + 2**40
+    assert (table.weights(unknown, 1) == math.log(100)).all()

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data.nifti import in_voxels, isotropic, line_of, read_csv, read_fcsv, read_volume
+from foveate.data.own_volumes import read_volumes, volumes_of
 from foveate.data.pyramid import halved
-from foveate.data.volumes import Volumes, held_out, load_volumes, read_volumes, volumes_of
+from foveate.data.volumes import Volumes, held_out, load_volumes
 from foveate.data.warps import moved, random_warps, sources, warped
 from foveate.envs.landmark_search import away, every_landmark, scores, search, with_belief
 from foveate.envs.landmark_walk import MOVES, STEPS, LandmarkWalkEnv, WalkState

@@ -10,11 +10,10 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 
 from foveate import noise
-from foveate.data.detection import Detections, load_detections
+from foveate.data.detection import Detections, first_shown, load_detections
 from foveate.data.sought import (
     check_classes,
     every_search,
-    first_shown,
     in_pieces,
     of_searches,
     of_target,

@@ -237,6 +237,13 @@ def subset(data: Detections, rows: Int[Tensor, " some"]) -> Detections:
     return replace(data, pixels=data.pixels[rows], boxes=map_tree(lambda leaf: leaf[rows], data.boxes))
 
 
+def first_shown(data: Detections, count: int) -> Detections:
+    """The first so many pictures, of which half show an object if there are as many: later ones take part for that."""
+    shows = data.boxes.wanted.any(1)
+    early = shows & (shows.cumsum(0) <= -(-count // 2))
+    return subset(data, (~early).int().argsort(stable=True)[:count].sort().values)
+
+
 def several_views(data: Detections, count: int, seed: int = 0) -> Detections:
     """The data and further views of each picture, once and for all: for features that are computed once.
 

@@ -67,13 +67,6 @@ def unmarked(images: Float[Tensor, "batch 3 height width"], side: int, classes: 
     return Detections(pixels, nobody, classes, "images", "test")
 
 
-def first_shown(data: Detections, count: int) -> Detections:
-    """The first so many pictures, of which half show an object if there are as many: later ones take part for that."""
-    shows = data.boxes.wanted.any(1)
-    early = shows & (shows.cumsum(0) <= -(-count // 2))
-    return subset(data, (~early).int().argsort(stable=True)[:count].sort().values)
-
-
 def every_search(data: Detections) -> Searches:
     """Each picture with every class: the first picture with all of them, then the second."""
     return torch.cartesian_prod(torch.arange(len(data)), torch.arange(len(data.classes)))

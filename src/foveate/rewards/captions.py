@@ -60,12 +60,13 @@ class DocumentFrequency:
         asked = keys.flatten()
         place = _hashed(asked, len(known))
         occurs = counts[place]
-        (open_,) = ((known[place] != asked) & (occurs > 0)).nonzero(as_tuple=True)
-        while len(open_):
-            place = ((place if len(place) == len(open_) else place[open_]) + 1) & (len(known) - 1)
-            occurs[open_] = counts[place]
-            still = (known[place] != asked[open_]) & (counts[place] > 0)
-            open_, place = open_[still], place[still]
+        (left,) = ((known[place] != asked) & (occurs > 0)).nonzero(as_tuple=True)
+        place = place[left]
+        while len(left):
+            place = (place + 1) & (len(known) - 1)
+            occurs[left] = counts[place]
+            still = (known[place] != asked[left]) & (counts[place] > 0)
+            left, place = left[still], place[still]
         return math.log(self.documents) - occurs.clamp(min=1).double().log().view_as(keys)
 
 

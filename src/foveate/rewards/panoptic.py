@@ -8,13 +8,16 @@ segment that lies to more than half in void and crowd of its class is no false p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.geometry import Segments
+from foveate.rewards.combine import load_reward
+from foveate.rewards.telling import check_tells_apart
 from foveate.types import InputError, RewardOutput
 
 
@@ -108,6 +111,14 @@ def corpus_quality(sums: Float[Tensor, "4 classes"]) -> dict[str, float]:
         "rq": matched / size.clamp(min=0.5),
     }
     return {name: float((value * there).sum() / there.sum().clamp(min=1)) for name, value in each.items()}
+
+
+def check_tells_maps(name: str, known: Iterable[str], drawn: Tensor, targets: Segments) -> None:
+    """`check_tells_apart` of a reward of panoptic maps, unless it is a known one: true ones, and maps of nothing."""
+    if name in known:
+        return
+    right = replace(targets, crowd=None)
+    check_tells_apart(load_reward(name), name, drawn, right, replace(right, ids=torch.zeros_like(right.ids)), targets)
 
 
 def _counts(found: _Matches) -> dict[str, Tensor]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from foveate.geometry import Segments
-from foveate.rewards.combine import load_reward
 from foveate.types import InputError, RewardOutput, Tree, map_tree, rows_of, split
 
 FEW, AT_ONCE = 300, 50  # inputs that are asked about at most, and together
@@ -52,11 +48,3 @@ def check_tells_apart(
         f"reward {name}: is {first:g} for all {count} answers, right, wrong and empty ones among them: nothing can "
         "be learned from it; do predictions and targets share one convention?"
     )
-
-
-def check_tells_maps(name: str, known: Iterable[str], drawn: Tensor, targets: Segments) -> None:
-    """`check_tells_apart` of a reward of panoptic maps, unless it is a known one: true ones, and maps of nothing."""
-    if name in known:
-        return
-    right = replace(targets, crowd=None)
-    check_tells_apart(load_reward(name), name, drawn, right, replace(right, ids=torch.zeros_like(right.ids)), targets)

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate import noise
-from foveate.data.volumes import WARPS, Part, Volumes, load_volumes, read_volumes, volumes_of
+from foveate.data.own_volumes import read_volumes, volumes_of
+from foveate.data.volumes import WARPS, Part, Volumes, load_volumes
 from foveate.envs.landmark_search import answered, away, every_landmark, scores, search, with_belief
 from foveate.envs.landmark_walk import LandmarkWalkEnv
 from foveate.learn.keeper import Keeper

@@ -31,7 +31,7 @@ from torch import Tensor
 from foveate import noise, pictures
 from foveate.data import sought
 from foveate.data.classification import check_rgb
-from foveate.data.detection import Detections, chosen, load_detections, several_views, showing, subset
+from foveate.data.detection import Detections, chosen, first_shown, load_detections, several_views, showing, subset
 from foveate.data.picture_folders import check_memory, read_pictures
 from foveate.data.sought import Searches
 from foveate.envs.box_search import ACTIONS, TRIGGER, BoxSearchEnv
@@ -186,7 +186,7 @@ def _regressor(config: Config) -> BoxSlots:
 def train(config: Config, run: Run) -> None:
     """Learn to search; then, for as long, the regressor that sees as much and is told where the boxes are."""
     data, val = several_views(showing(_data(config, "train")), config.views or 1), _data(config, "val")
-    val = sought.first_shown(val, HELD_OUT)
+    val = first_shown(val, HELD_OUT)
     searches, held = sought.searches_to_learn(data), sought.searches_to_learn(val)
     torch.manual_seed(config.seed)
     policy, optimizer, keeper = tracked(run, PART, build(config), by="held_out_ap50")

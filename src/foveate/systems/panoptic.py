@@ -46,8 +46,14 @@ from foveate.models.encoder_decoder import EncoderDecoder
 from foveate.models.panoptic import Maps, PanopticChannels
 from foveate.parts import restored, tracked
 from foveate.rewards.combine import guarded, load_reward
-from foveate.rewards.panoptic import class_sums, corpus_quality, matched_less_unmatched, panoptic_quality
-from foveate.rewards.telling import FEW, check_tells_maps
+from foveate.rewards.panoptic import (
+    check_tells_maps,
+    class_sums,
+    corpus_quality,
+    matched_less_unmatched,
+    panoptic_quality,
+)
+from foveate.rewards.telling import FEW
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, learn_likelihood, tune_on_reward
 from foveate.types import Evaluation, InputError, check_least, known
@@ -134,11 +140,7 @@ _say = partial(print, file=sys.stderr)  # before there is a run
 
 
 def resolve(config: Config) -> Config:
-    """Check the fields, and fill in what the data decides.
-
-    Raises:
-        InputError: a field is out of its range, or the data cannot be read.
-    """
+    """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
     found = {"image_size": 32, "most": 3} if config.data == "scenes" else {"image_size": 96, "most": 20}
     image_size, most = config.image_size or found["image_size"], found["most"] if config.most is None else config.most
     config = replace(config, image_size=image_size, most=most)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from foveate import noise, pictures
 from foveate.data.classification import check_rgb
-from foveate.data.detection import Detections, check_objects, chosen, load_detections, views
+from foveate.data.detection import Detections, check_objects, chosen, first_shown, load_detections, views
 from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Boxes
 from foveate.learn.answers import Reward, Scored
@@ -193,7 +193,7 @@ def train(config: Config, run: Run) -> None:
                 weight.requires_grad_(False)
         parts[name] = tracked(run, name, policy)
     (average,) = run.track(average=MovingAverage())
-    val = replace(val, pixels=val.pixels[:HELD_OUT], boxes=map_tree(lambda leaf: leaf[:HELD_OUT], val.boxes))
+    val = first_shown(val, HELD_OUT)
     reward, share = _reward(config, data), (1 - config.likelihood_share) / 2
     look, batches = partial(_look, config, reward, val, run), partial(_batch, config, data, run)
     start = parts["likelihood"][0]
