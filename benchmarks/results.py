@@ -1,7 +1,8 @@
 """Write rows of docs/results.md from the files of runs: python benchmarks/results.py RUN [RUN ...].
 
 docs/results.json is the source: each run's run.json and evaluation.json, and its minutes, one entry for each system,
-data, settings, seed, budget and number of processes, replaced by a later run of the same. The table between the markers
+data, settings (with the run it went on from), seed, budget and number of processes, replaced by a later run of the same.
+The table between the markers
 of docs/results.md is made anew from it.
 """
 
@@ -45,16 +46,17 @@ def read_rows(run: Path) -> list[Row]:
         phases[phase], before = (until - before) / 60, until
     config = {name: _without_folders(value) for name, value in record["config"].items() if name != "root"}
     data, root = config["data"], record["config"].get("root")
+    run_of = {**record, "config": config, "source": Path(record["source"]).name if record.get("source") else None}
     row = {
         "system": record["system"],
         "data": f"{data} ({Path(root).name})" if data in LAYOUTS and root else data,
         "variant": config.get("variant"),
-        "settings": _settings(record["system"], config),
+        "settings": _settings(run_of),
         "seed": record["seed"],
         "budget": f"{record['minutes']:g} min" if record["minutes"] is not None else f"{record['steps']} steps",
         "processes": record["processes"],
         "minutes": phases,
-        "run": {**record, "config": config, "source": Path(record["source"]).name if record.get("source") else None},
+        "run": run_of,
         "evaluation": evaluation,
     }
     others = {path.stem.removeprefix("evaluation-"): path for path in sorted(run.glob("evaluation-*.json"))}
@@ -92,7 +94,7 @@ def update(runs: Sequence[Path], docs: Path) -> None:
     source = docs / "results.json"
     known = json.loads(source.read_text()) if source.is_file() else []
     for row in known:  # a default may have changed since
-        row["settings"] = _settings(row["system"], row["run"]["config"])
+        row["settings"] = _settings(row["run"])
     rows = merge(known, new)
     texts = {page: filled(page.read_text(), table) for page, table in tables(rows, docs).items()}
     missing = [page for page, text in texts.items() if text is None]
@@ -123,12 +125,15 @@ def filled(text: str, table: str) -> str | None:
     return f"{before}{BEGIN}\n{table}\n{END}{after}" if begin and end else None
 
 
-def _settings(system: str, config: Row) -> str:
-    """The fields that differ from their default; those without one are always told."""
+def _settings(run: Row) -> str:
+    """The fields that differ from their default, and the run it went on from; fields without one are always told."""
     from foveate.agents import system_module
 
-    default = json.loads(json.dumps(vars(system_module(system).Config()), default=str))
+    config, parts = run["config"], run.get("source_parts") or {}
+    default = json.loads(json.dumps(vars(system_module(run["system"]).Config()), default=str))
     changed = {name: value for name, value in config.items() if name not in OWN_COLUMNS and value != default.get(name)}
+    if run.get("source"):
+        changed["from"] = [run["source"], *(part for first, part in parts.items() if part != first)]
     return ", ".join(
         f"{name} {'none' if value == [] else ' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in changed.items()

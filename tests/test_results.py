@@ -91,6 +91,21 @@ def test_the_same_run_again_replaces_its_row_and_another_one_is_added(
     assert (docs / "results.md").read_text() == before
 
 
+def test_a_row_names_the_run_that_it_went_on_from(results: ModuleType, docs: Path, tmp_path: Path) -> None:
+    starts: tuple[tuple[str, dict[str, str]], ...] = (
+        ("first", {"likelihood": "likelihood"}),
+        ("first", {"likelihood": "control"}),
+        ("second", {}),
+    )
+    for number, (start, parts) in enumerate(starts):
+        run = make_run(tmp_path / f"{number}")
+        record = json.loads((run / "run.json").read_text()) | {"source": f"/home/me/{start}", "source_parts": parts}
+        (run / "run.json").write_text(json.dumps(record))
+        results.update([run], docs)
+    told = [row["settings"].partition("from ")[2] for row in cells(docs) if row["settings"]]
+    assert told == ["first", "first control", "second"]
+
+
 def test_what_a_run_scored_on_other_data_is_a_row_of_its_own(results: ModuleType, docs: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 1.25)
     other = {"metrics": {"error": 3.5}, "baselines": {"random": {"error": 7.0}}, "curves": {}}

@@ -180,6 +180,9 @@ def test_windows_cover_a_large_image() -> None:
 # Credit: every mask of a small image
 
 
+WEIGHED: dict[str, Any] = {"flip": lambda log_probs: -torch.expm1(log_probs), "expected": torch.exp}
+
+
 def reward_of(config: Config) -> Any:
     found = tune_segmenter._reward(config)
     return lambda predictions, targets: found(predictions, (targets, torch.ones_like(targets[:, :1])))
@@ -194,16 +197,17 @@ def expected_of(model: Segmenter, actions: Tensor, advantages: Any) -> tuple[Ten
     return chances, torch.autograd.grad(whole, model.network.scores, retain_graph=True)[0]
 
 
+@pytest.mark.parametrize("credit", WEIGHED)
 @pytest.mark.parametrize("name", ["dice", "iou"])
 @pytest.mark.parametrize("classes", [1, 2])
-def test_credit_is_exactly_unbiased(name: str, classes: int) -> None:
+def test_credit_is_exactly_unbiased(name: str, classes: int, credit: str) -> None:
     """16 masks of one class and 256 of two, whose mean knows which classes are there: E[estimator] = ∇E[R]."""
     model = Segmenter(Fixed(noise.normal(noise.key(3, "scores"), classes, 2, 2)), classes)
     masks = torch.tensor(list(itertools.product([False, True], repeat=4 * classes))).view(-1, classes, 2, 2)
     wanted = torch.zeros(classes, 2, 2, dtype=torch.bool)
     wanted[0, 0] = True  # a second class is not in the image
     output = reward_of(Config(reward=name))(masks, wanted.expand_as(masks))
-    chances, found = expected_of(model, masks, lambda behaviour: -torch.expm1(behaviour) * output.credit)
+    chances, found = expected_of(model, masks, lambda behaviour: WEIGHED[credit](behaviour) * output.credit)
     (exact,) = torch.autograd.grad((chances * output.total).sum(), model.network.scores)
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
 
@@ -240,6 +244,15 @@ def test_credit_takes_the_noise_of_all_other_pixels_away() -> None:
     assert ratio > 100
     error = (whole.var(0) / 200 + own.var(0) / 200).sqrt()
     assert ((own.mean(0) - whole.mean(0)) / error).abs().max() < 5
+
+
+def test_an_expected_credit_takes_the_noise_of_a_pixels_own_draw_away_too() -> None:
+    """The same expectation; of one single pixel it is exact, whatever is drawn."""
+    expected, drawn = gradients("expected", 32, 4, 200), gradients("flip", 32, 4, 200)
+    assert drawn.var(0).sum() > 10 * expected.var(0).sum()
+    error = (drawn.var(0) / 200 + expected.var(0) / 200).sqrt()
+    assert ((expected.mean(0) - drawn.mean(0)) / error).abs().max() < 5
+    assert gradients("expected", 1, 1, 50).std(0) < 1e-6 < gradients("flip", 1, 1, 50).std(0)
 
 
 def test_effects_on_the_mean_of_classes_are_those_of_flipping_each_pixel() -> None:

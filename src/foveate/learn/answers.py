@@ -34,6 +34,7 @@ from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, ma
 
 T = TypeVar("T")
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
+OF_TWO = ("flip", "expected")  # credits of decisions between two choices
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Scored:
         behaviour: log-probability of their decisions under the model that gave them; None where that is the present
             model, which then says so itself.
         output: their rewards.
-        advantages: reward less baseline, [rows, 1], or one for each decision.
+        advantages: reward less baseline, [rows, 1], or one for each decision; with credit "flip" or "expected" only
+            the effect of its choice, which the loss weighs by a probability.
     """
 
     actions: Tree
@@ -80,12 +82,12 @@ def score(
         actions = policy.sample(inputs, count, False, keys)
         output = reward(policy.decode(actions), repeat(targets, count))
         behaviour = values = None
-        if tuning.credit == "flip" or learned:
+        if learned:
             decisions = list(decided(policy, inputs, actions))
             behaviour = torch.cat([_log_probs(some) for some in decisions], 1)
-            values = torch.cat([_values(some) for some in decisions], 1) if learned else None
+            values = torch.cat([_values(some) for some in decisions], 1)
         if tuning.credit != "answer":
-            return Scored(actions, behaviour, output, _own(output, behaviour, tuning))
+            return Scored(actions, None, output, _own(output, tuning))
         output = _among_scored(output, count)
         group = torch.arange(len(keys), device=keys.device).repeat_interleave(count)
         worth = output.total
@@ -144,17 +146,15 @@ def divergence(
     return torch.stack(found).sum(0)
 
 
-def _own(output: RewardOutput, behaviour: Tensor | None, tuning: Tuning) -> Float[Tensor, "rows time"]:
-    """Advantages from the credit of single decisions."""
+def _own(output: RewardOutput, tuning: Tuning) -> Float[Tensor, "rows time"]:
+    """Advantages from the credit of single decisions; of two choices without the probability that weighs them."""
     credit = output.credit
     if credit is None:
         raise InputError(
             f"credit: {tuning.credit!r} asks the reward for one of each decision, found none; use 'answer'"
         )
-    if tuning.credit == "flip":
-        assert behaviour is not None
-        _check_credit(credit, behaviour, tuning)
-        return -torch.expm1(behaviour) * credit  # 1 - π(a)
+    if tuning.credit in OF_TWO:
+        return credit
     if tuning.credit == "to-go":
         credit = credit.flip(1).cumsum(1).flip(1)
     groups = credit.unflatten(0, (-1, tuning.samples))
@@ -220,7 +220,10 @@ def reward_loss(
         _check_credit(scored.advantages, log_probs, tuning)
     answers = answers or len(mask)
     behaviour = log_probs.detach() if scored.behaviour is None else scored.behaviour
-    found = policy_gradient(log_probs, behaviour, scored.advantages, mask, answers, tuning.clip)
+    advantages = scored.advantages
+    if tuning.credit in OF_TWO:  # times the probability, when they were drawn, of the other choice or of their own
+        advantages = advantages * (behaviour.exp() if tuning.credit == "expected" else -torch.expm1(behaviour))
+    found = policy_gradient(log_probs, behaviour, advantages, mask, answers, tuning.clip)
     entropy = entropy_bonus(decisions.distribution, mask, answers)
     parts = {
         "reward": scored.output.total.mean(),

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from foveate.types import InputError
 
 Baseline = Literal["leave-one-out", "normalised", "greedy", "moving-average", "learned", "none"]
-Credit = Literal["answer", "to-go", "difference", "flip"]
+Credit = Literal["answer", "to-go", "difference", "flip", "expected"]
 Anchored = Literal["loss", "reward"]
 Precision = Literal["fp32", "bf16"]
 
@@ -26,10 +26,11 @@ class Tuning:
             and the anchor weighs the same whatever the reward is measured in.
         credit: what a decision is weighed by. "answer": the reward of the whole answer, less the baseline. The others
             take the reward's `credit` [rows, time]. "to-go": what this decision and those after it gained, if the
-            credits sum to the reward, less the mean of that over the other answers. "difference" and "flip" are for
-            decisions that are independent of each other: how much more the answer is worth than without the decision,
-            less the mean of that over the other answers; how much more than with the other of two choices, times the
-            probability of that choice.
+            credits sum to the reward, less the mean of that over the other answers. The rest are for decisions that
+            are independent of each other. "difference": how much more the answer is worth than without the decision,
+            less the mean of that over the other answers. "flip": how much more than with the other of two choices,
+            times the probability of that other choice. "expected": the same times the probability of the choice that
+            was made, which has the same expectation and no noise of the decision's own draw.
         anchor: weight of the KL to the model as it was at the start, in nats of a whole answer.
         anchored: "loss" adds that KL to the loss, whose gradient leaves out how the model changes what it comes to
             decide about; "reward" takes it off the answer's reward too, which adds that part.

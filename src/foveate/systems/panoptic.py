@@ -122,7 +122,7 @@ class Config:
     temperature: float = 1.0
     """by which scores are divided where maps are drawn for the reward; below 1 these are more like the likeliest"""
     tuning_rate: float = 1e-3
-    """learning rate of the reward, constant after a warm-up"""
+    """learning rate of the reward, which falls evenly to 0"""
     classes: tuple[str, ...] | None = None
     """names of the classes, things first; taken from the data"""
     things: int | None = None
@@ -167,7 +167,7 @@ def _data(config: Config, part: Part) -> PanopticMaps:
 
 
 def _tuning(config: Config) -> Tuning:
-    return Tuning(config.samples, learning_rate=config.tuning_rate, temperature=config.temperature)
+    return Tuning(config.samples, learning_rate=config.tuning_rate, anneal=True, temperature=config.temperature)
 
 
 def _channels(config: Config) -> PanopticChannels:

@@ -113,7 +113,7 @@ class Config:
     samples: int = 8
     """sets drawn for each image"""
     tuning_rate: float = 1e-4
-    """learning rate of the reward, constant after a warm-up"""
+    """learning rate of the reward, which falls evenly to 0"""
     anchor: float = 0.1
     """weight of the KL to the start"""
     entropy: float = 0.0
@@ -162,7 +162,7 @@ def build(config: Config) -> Candidates:
 
 def _tuning(config: Config) -> Tuning:
     how: dict[str, Any] = {"anchor": config.anchor, "entropy": config.entropy, "learning_rate": config.tuning_rate}
-    return Tuning(config.samples, credit=config.credit, precision=config.precision, **how)
+    return Tuning(config.samples, credit=config.credit, precision=config.precision, anneal=True, **how)
 
 
 def _reward(config: Config, data: Detections) -> Reward:
