@@ -1,9 +1,8 @@
 """Write rows of docs/results.md from the files of runs: python benchmarks/results.py RUN [RUN ...].
 
 docs/results.json is the source: each run's run.json and evaluation.json, and its minutes, one entry for each system,
-data, settings (with the run it went on from), seed, budget and number of processes, replaced by a later run of the same.
-The table between the markers
-of docs/results.md is made anew from it.
+data, settings (among them the run it went on from), seed, budget and number of processes, replaced by a later run of
+the same. The table between the markers of docs/results.md is made anew from it.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from foveate import agents, noise
-from foveate.data.detection import chosen, load_detections, mirrored, views
-from foveate.geometry import check_boxes, overlaps
+from foveate.data.detection import Detections, chosen, first_shown, load_detections, mirrored, views
+from foveate.geometry import Boxes, check_boxes, overlaps
 from foveate.types import InputError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -313,3 +313,21 @@ def test_views_are_new_windows_and_digits_are_not_mirrored() -> None:
     assert torch.equal(bright, ~flip)
     unturned = views(replace(asymmetric, name="digits"), rows, keys)[0]
     assert (unturned[..., :8].mean((1, 2, 3)) >= unturned[..., 24:].mean((1, 2, 3))).all()
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ([10, 12], [0, 1, 10, 12]),  # where the first show nothing, later ones take part
+        ([0, 1, 2, 3, 9], [0, 1, 2, 3]),
+        ([1, 7], [0, 1, 2, 7]),
+        ([], [0, 1, 2, 3]),
+    ],
+)
+def test_what_is_looked_at_first_shows_objects_if_there_are_any(shown: list[int], expected: list[int]) -> None:
+    wanted = torch.zeros(14, 1, dtype=torch.bool)
+    wanted[shown] = True
+    boxes = Boxes(torch.zeros(14, 1, 4), torch.zeros(14, 1, dtype=torch.int64), wanted)
+    pixels = torch.arange(14, dtype=torch.uint8)[:, None, None, None].expand(14, 3, 2, 2)
+    found = first_shown(Detections(pixels, boxes, ("thing",), "scenes", "val"), 4)
+    assert found.pixels[:, 0, 0, 0].tolist() == expected

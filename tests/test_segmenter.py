@@ -386,6 +386,8 @@ def test_rewards_of_the_users_own(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^reward .*always: is 0\.5 for all"):
         foveate.train("tune-segmenter", steps=4, out=tmp_path / "a", reward="test_segmenter:always", **QUICK)
     settings = QUICK | {"reward": "test_segmenter:no_credit"}
+    with pytest.raises(InputError, match=r"^credit: found 'expected', which is of two choices, but exclusive"):
+        foveate.train("tune-segmenter", steps=4, out=tmp_path / "b", credit="expected", exclusive=True, **QUICK)
     with pytest.raises(InputError, match=r"^credit: 'flip' asks for one of each pixel, found none in reward .*no_cred"):
         foveate.train("tune-segmenter", steps=4, out=tmp_path / "b", credit="flip", **settings)
     assert not (tmp_path / "b").exists(), "told before the first phase"

@@ -95,8 +95,8 @@ class Config:
     """peak of the one-cycle schedule of cross-entropy"""
     reward: str = "dice"
     """dice, iou, or package.module:function of masks and true masks"""
-    credit: Literal["flip", "answer"] | None = None
-    """a pixel is weighed by its own effect on the reward, or by that of the mask; None: flip, for your reward answer"""
+    credit: Literal["flip", "expected", "answer"] | None = None
+    """of a pixel: its own effect on the reward (expected: of less noise), or that of the mask; None: flip, or answer"""
     samples: int = 2
     """masks drawn for each window"""
     temperature: float = 1.0
@@ -133,6 +133,8 @@ def resolve(config: Config) -> Config:
         raise InputError(f"likelihood_share: found {config.likelihood_share:g}, expected from 0 to less than 1")
     if config.width % 8:
         raise InputError(f"width: found {config.width}, expected a multiple of 8")
+    if config.exclusive and config.credit == "expected":
+        raise InputError("credit: found 'expected', which is of two choices, but exclusive classes are more; use flip")
     config = replace(config, credit=config.credit or ("flip" if config.reward in REWARDS else "answer"))
     _tuning(config)
     _reward(config)
@@ -215,8 +217,9 @@ def train(config: Config, run: Run) -> None:
 
     first_scores = check_reward(run, start, reward, windows(0, "reward"), config.samples)  # now, not after a phase
     check_output(first_scores, len(first_scores.total), config.reward)
-    if first_scores.credit is None and config.credit == "flip":
-        raise InputError(f"credit: 'flip' asks for one of each pixel, found none in reward {config.reward}; use answer")
+    if first_scores.credit is None and config.credit != "answer":
+        asked = f"{config.credit!r} asks for one of each pixel"
+        raise InputError(f"credit: {asked}, found none in reward {config.reward}; use answer")
     rest = (1 - config.likelihood_share) / 2
     first = arguments("likelihood", "likelihood", config.likelihood_share, answers)
     learn_likelihood(**first, learning_rate=config.learning_rate, precision=config.precision)
