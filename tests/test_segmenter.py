@@ -22,8 +22,10 @@ from foveate.data import segmentation
 from foveate.learn.answers import answering, likelihood_loss, reward_loss, score
 from foveate.learn.baselines import MovingAverage
 from foveate.learn.settings import Tuning
+from foveate.models.backbones import EMBEDDED
 from foveate.models.dense import UNet, dense_network
 from foveate.models.segmenter import Labels, Segmenter, tiled_logits
+from foveate.parts import restored
 from foveate.rewards.masks import credited, dice_reward, effects_on_total, iou_effects, iou_reward
 from foveate.run import Run
 from foveate.systems import tune_segmenter
@@ -411,3 +413,23 @@ def test_rewards_of_the_users_own(tmp_path: Path) -> None:
 def test_fields_out_of_range_are_named(settings: dict[str, Any], field: str) -> None:
     with pytest.raises(InputError, match=f"^{field}: "):
         tune_segmenter.resolve(Config(image_size=24, **settings))
+
+
+def test_the_start_is_what_was_best_on_val(tmp_path: Path) -> None:
+    """At a rate that destroys whatever was there, the start of the reward is what was there."""
+    agent = foveate.train("tune-segmenter", steps=8, learning_rate=1e6, out=tmp_path / "run", **QUICK)
+    run = Run.open(tmp_path / "run")
+    start = restored(run, {"mle": "likelihood"}, lambda: tune_segmenter.build(agent.config))["mle"]
+    torch.manual_seed(0)
+    for found, expected in zip(start.parameters(), tune_segmenter.build(agent.config).parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_network_that_begins_from_imagenet() -> None:
+    model, shown = Segmenter(dense_network(EMBEDDED, 2, 8), 2), images(2, 48, 80)
+    assert model.logits(shown).shape == (2, 2, 48, 80)
+    torch.testing.assert_close(model.logits(shown)[:1], model.logits(shown[:1]), rtol=1e-3, atol=1e-4)
+    still = [weight for weight in model.parameters() if not weight.requires_grad]
+    likelihood_loss(model(shown, model.labels(shown[:, :2] > 0.5))).backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+    assert 0 < len(still) < len(list(model.parameters())) / 2, "what knows edges stands still, the rest learns"

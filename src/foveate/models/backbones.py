@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -96,6 +97,37 @@ class Pretrained(nn.Module):
         return self.network((images - self.mean) / self.std)
 
 
+class Pyramid(nn.Module):
+    """The maps of a pretrained network, the coarser ones enlarged and added to the finer, down to a stride.
+
+    The layers up to the finest map stay as they are: they know edges and textures, and cost half of the time to teach.
+    """
+
+    def __init__(self, network: Pretrained, stride: int, width: int) -> None:
+        super().__init__()
+        self.network = network
+        channels = network.network.feature_info.channels()
+        reductions = network.network.feature_info.reduction()
+        if stride not in reductions:
+            raise InputError(f"stride: found {stride}, expected one of {', '.join(map(str, reductions))}")
+        self.first = reductions.index(stride)
+        before = f"{network.network.feature_info.module_name()[self.first]}."
+        weights = list(network.network.named_parameters())
+        last = max(place for place, (name, _) in enumerate(weights) if name.startswith(before))
+        for _, weight in weights[: last + 1]:
+            weight.requires_grad_(False)
+        self.join = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels[self.first :])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The map of the finest stride that was asked for."""
+        maps = self.network.maps(images)[self.first :]
+        seen = self.join[-1](maps[-1])
+        for map_, join in zip(reversed(maps[:-1]), reversed(self.join[:-1]), strict=True):
+            finer = join(map_)
+            seen = finer + F.interpolate(seen, size=finer.shape[-2:], mode="nearest")
+        return seen
+
+
 def _of_timm(name: str, level: int) -> tuple[Any, int, Any, Any]:
     """The network, its channels at that level, and the mean and deviation of the pixels it was trained on."""
     if importlib.util.find_spec("timm") is None:
@@ -116,7 +148,7 @@ def _of_timm(name: str, level: int) -> tuple[Any, int, Any, Any]:
         _load_embedded(whole)
     mean = (127 / 255,) * 3 if ours else whole.default_cfg["mean"]
     std = (128 / 255,) * 3 if ours else whole.default_cfg["std"]
-    return whole, whole.feature_info.channels()[-1], mean, std
+    return whole.eval(), whole.feature_info.channels()[-1], mean, std
 
 
 class _Maps(nn.Module):

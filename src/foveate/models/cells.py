@@ -12,13 +12,12 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from foveate.geometry import Boxes, areas
-from foveate.models.backbones import TORCHVISION, Pretrained, convolutions
+from foveate.models.backbones import TORCHVISION, Pretrained, Pyramid, convolutions
 from foveate.models.candidates import Detector, Proposals, clipped, proposed
 from foveate.types import InputError
 
@@ -46,7 +45,7 @@ class Cells(Detector):
         elif backbone.startswith(TORCHVISION):
             raise InputError(f"backbone: found {backbone!r}, but cells read networks of timm; name one of these")
         else:
-            self.eye = _Pyramid(Pretrained(backbone, 32), stride, width)
+            self.eye = Pyramid(Pretrained(backbone, 32), stride, width)
         # one for each, so that the reward of decisions does not move the boxes by the way
         self.what, self.where = (nn.Sequential(_Tower(width, 2), nn.GroupNorm(8, width), nn.GELU()) for _ in range(2))
         self.classify = nn.Conv2d(width, classes, 3, padding=1)
@@ -131,34 +130,3 @@ class _Layer(nn.Module):
     def forward(self, seen: Tensor) -> Tensor:
         """As it came, and what the neighbours add."""
         return seen + self.turn(seen)
-
-
-class _Pyramid(nn.Module):
-    """The maps of a pretrained network, the coarser ones enlarged and added to the finer, down to a stride.
-
-    The layers up to the finest map stay as they are: they know edges and textures, and cost half of the time to teach.
-    """
-
-    def __init__(self, network: Pretrained, stride: int, width: int) -> None:
-        super().__init__()
-        self.network = network
-        channels = network.network.feature_info.channels()
-        reductions = network.network.feature_info.reduction()
-        if stride not in reductions:
-            raise InputError(f"stride: found {stride}, expected one of {', '.join(map(str, reductions))}")
-        self.first = reductions.index(stride)
-        before = f"{network.network.feature_info.module_name()[self.first]}."
-        weights = list(network.network.named_parameters())
-        last = max(place for place, (name, _) in enumerate(weights) if name.startswith(before))
-        for _, weight in weights[: last + 1]:
-            weight.requires_grad_(False)
-        self.join = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels[self.first :])
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The map of the finest stride that was asked for."""
-        maps = self.network.maps(images)[self.first :]
-        seen = self.join[-1](maps[-1])
-        for map_, join in zip(reversed(maps[:-1]), reversed(self.join[:-1]), strict=True):
-            finer = join(map_)
-            seen = finer + F.interpolate(seen, size=finer.shape[-2:], mode="nearest")
-        return seen

@@ -1,4 +1,4 @@
-"""Networks with scores for every pixel: a small U-Net, torchvision's by name, and the user's own."""
+"""Networks with scores for every pixel: a small U-Net, one that begins from ImageNet, torchvision's, the user's own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foveate.models.backbones import EMBEDDED, Pretrained, Pyramid
 from foveate.types import InputError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its colours
@@ -20,10 +21,12 @@ def dense_network(name: str, outputs: int, width: int = 16, pretrained: bool = F
     """A network from RGB images in [0, 1] to `outputs` scores a pixel, or what `Segmenter` makes such scores of.
 
     Args:
-        name: "unet"; "torchvision:NAME", NAME as in torchvision.models.segmentation; or "package.module:function", a
-            function without arguments that gives a module: it is imported, so its module's code runs.
+        name: "unet"; "efficientnet-lite0", whose ImageNet weights are in a package, or "timm:NAME" of any network that
+            `Pretrained` knows, joined by a `Pyramid`; "torchvision:NAME", NAME as in torchvision.models.segmentation;
+            or "package.module:function", a function without arguments that gives a module: it is imported, so its
+            module's code runs.
         outputs: scores a pixel.
-        width: features of the unet at full size.
+        width: features of the unet at full size, an eighth of those of a pyramid.
         pretrained: begin torchvision's with a backbone that knows ImageNet; torchvision fetches it.
 
     Raises:
@@ -32,6 +35,10 @@ def dense_network(name: str, outputs: int, width: int = 16, pretrained: bool = F
     where, _, which = name.partition(":")
     if name == "unet":
         return UNet(3, outputs, width)
+    if name == EMBEDDED or where == "timm":
+        wide, stride = 8 * width, 4
+        seen = Pyramid(Pretrained(which or name, 32), stride, wide)
+        return nn.Sequential(seen, _block(wide, wide), nn.Conv2d(wide, outputs, 1))
     if where == "torchvision":
         import torchvision
 
@@ -52,7 +59,8 @@ def dense_network(name: str, outputs: int, width: int = 16, pretrained: bool = F
         made = getattr(importlib.import_module(where), which)()
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"model: {name!r} is not found ({error}); expected unet, torchvision:NAME or package.module:function"
+            f"model: {name!r} is not found ({error}); expected unet, {EMBEDDED}, timm:NAME, torchvision:NAME or "
+            "package.module:function"
         ) from error
     if not isinstance(made, nn.Module):
         raise InputError(f"model: {name} gave {type(made).__name__}, expected a torch.nn.Module")

@@ -76,11 +76,11 @@ class Config:
     likelihood_share: float = 0.5
     """part of the budget for cross-entropy, 0 for a model that has it; the rest is shared by reward and control"""
     model: str = "unet"
-    """unet, torchvision:NAME (e.g. lraspp_mobilenet_v3_large), or package.module:function, which takes no arguments"""
+    """unet, efficientnet-lite0 (ImageNet, no download), timm:NAME, torchvision:NAME, or package.module:function"""
     pretrained: bool = False
     """begin a torchvision model with an ImageNet backbone, which is downloaded"""
     width: int = 8
-    """features of the unet at full size"""
+    """features of the unet at full size; of what joins the maps of efficientnet-lite0 or timm:NAME, an eighth"""
     exclusive: bool = False
     """a pixel has one class or none (softmax), instead of a yes or no for each class"""
     crop: int = 256
@@ -190,7 +190,8 @@ def train(config: Config, run: Run) -> None:
     torch.manual_seed(config.seed)
     start = build(config, config.pretrained)
     learners = {"likelihood": start, PART: copy.deepcopy(start), "control": copy.deepcopy(start)}
-    run.track(**learners, **(keepers := {"keeper": Keeper(start), "control_keeper": Keeper(start)}))
+    keepers = {name: Keeper(start) for name in learners}
+    run.track(**learners, **{f"{name}_keeper": keeper for name, keeper in keepers.items()})
     optimizers = {name: torch.optim.Adam(learner.parameters()) for name, learner in learners.items()}
     average, reward = MovingAverage(), _reward(config)
     held_out = _windows(config, val, config.looks)
@@ -211,9 +212,9 @@ def train(config: Config, run: Run) -> None:
 
     def arguments(name: str, phase: str, share: float, batches: Callable[..., Any]) -> dict[str, Any]:
         how: dict[str, Any] = {"run": run, "phase": phase, "share": share, "every": config.every}
-        how |= {"policy": learners[name], "optimizer": optimizers[name], "batches": partial(batches, phase=phase)}
+        how |= {"policy": learners[name], "optimizer": optimizers[name], "keeper": keepers[name]}
         look = partial(held_out_scores, learners[name], reward, looks, config.seed, config.precision, **metric)
-        return how | {"validate": look}
+        return how | {"validate": look, "batches": partial(batches, phase=phase)}
 
     first_scores = check_reward(run, start, reward, windows(0, "reward"), config.samples)  # now, not after a phase
     check_output(first_scores, len(first_scores.total), config.reward)
@@ -229,9 +230,8 @@ def train(config: Config, run: Run) -> None:
         tuning=_tuning(config),
         average=average,
         reference=start,
-        keeper=keepers["keeper"],
     )
-    further = arguments("control", "control", rest, answers) | {"start": start, "keeper": keepers["control_keeper"]}
+    further = arguments("control", "control", rest, answers) | {"start": start}
     learn_likelihood(**further, learning_rate=config.control_rate, precision=config.precision)
 
 
