@@ -412,6 +412,16 @@ def test_an_imagenet_network_that_sees_first_begins_as_it_is_and_learns() -> Non
     assert panoptic.predict(config, policy, torch.rand(1, 3, 40, 24))["ids"].shape == (1, 40, 24)
 
 
+def test_an_anchor_in_mixed_precision_holds_on_at_every_update(tmp_path: Path) -> None:
+    how = {"steps": 20, "code_share": 0.2, "likelihood_share": 0.2, "device": "cpu", "out": tmp_path / "run"}
+    foveate.train("panoptic", anchor=1.0, precision="bf16", **QUICK, **how)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    distances = [row["kl"] for row in rows if row["phase"] == "reward" and "kl" in row]
+    assert 0 < max(distances) < 1, "of updates after the first, which a run without an anchor does not look at"
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert 0 <= evaluation["metrics"]["pq"] <= 1
+
+
 def test_what_is_left_out_is_counted_and_other_classes_are_refused(agent: Agent, tmp_path: Path) -> None:
     root = write_layout(tmp_path / "coco", _strange_id)
     quick = {**QUICK, "batch": 2, "device": "cpu", "data": "coco", "root": root, "skip_bad": True}

@@ -39,7 +39,7 @@ from foveate.data.picture_folders import read_pictures
 from foveate.geometry import Segments
 from foveate.learn.answers import Reward, answering
 from foveate.learn.baselines import MovingAverage
-from foveate.learn.settings import Tuning
+from foveate.learn.settings import Precision, Tuning
 from foveate.models.backbones import stem
 from foveate.models.codes import Base, Coded, CodedAnswers, MapCode, Words
 from foveate.models.encoder_decoder import EncoderDecoder
@@ -123,6 +123,10 @@ class Config:
     """by which scores are divided where maps are drawn for the reward; below 1 these are more like the likeliest"""
     tuning_rate: float = 1e-3
     """learning rate of the reward, which falls evenly to 0"""
+    anchor: float = 0.0
+    """weight of the KL to the start"""
+    precision: Precision = "fp32"
+    """bf16 is faster on processors that compute in it"""
     classes: tuple[str, ...] | None = None
     """names of the classes, things first; taken from the data"""
     things: int | None = None
@@ -141,16 +145,15 @@ _say = partial(print, file=sys.stderr)  # before there is a run
 
 def resolve(config: Config) -> Config:
     """Check the fields, and fill in what the data decides; raises `InputError` for fields and data that are wrong."""
-    found = {"image_size": 32, "most": 3} if config.data == "scenes" else {"image_size": 96, "most": 20}
-    image_size, most = config.image_size or found["image_size"], found["most"] if config.most is None else config.most
-    config = replace(config, image_size=image_size, most=most)
+    side, most = (32, 3) if config.data == "scenes" else (96, 20)
+    config = replace(config, image_size=config.image_size or side, most=most if config.most is None else config.most)
     shares = config.code_share, config.likelihood_share
     if min(shares) < 0 or sum(shares) >= 1:
         told = f"found {shares[0]} and {shares[1]}, expected at least 0 each and less than 1 together"
         raise InputError(f"code_share, likelihood_share: {told}, so that the reward has its part")
     sizes = "code_patch", "code_width", "patch", "width", "heads"
     check_least(config, 1, "batch", "tuning_batch", "scenes", "most", "least_area", *sizes)
-    check_least(config, 0, "unmatched", "code_rate", "learning_rate", "tuning_rate")
+    check_least(config, 0, "unmatched", "code_rate", "learning_rate", "tuning_rate", "anchor")
     _tuning(config)
     _reward(config)
     data, *_ = (_data(config, part) for part in ("train", "val", "test"))  # now, not after hours
@@ -167,7 +170,8 @@ def _data(config: Config, part: Part) -> PanopticMaps:
 
 
 def _tuning(config: Config) -> Tuning:
-    return Tuning(config.samples, learning_rate=config.tuning_rate, anneal=True, temperature=config.temperature)
+    same = {name: getattr(config, name) for name in ("samples", "temperature", "anchor", "precision")}
+    return Tuning(learning_rate=config.tuning_rate, anneal=True, **same)
 
 
 def _channels(config: Config) -> PanopticChannels:
@@ -192,11 +196,9 @@ def build(config: Config) -> Coded:
 
 
 def _reward(config: Config) -> Reward:
-    if config.reward in REWARDS:
-        costly = partial(matched_less_unmatched, unmatched=config.unmatched)
-        score: Reward = costly if config.reward == "matched" else panoptic_quality
-    else:
-        score = guarded(load_reward(config.reward, REWARDS), config.skip_bad, config.reward)
+    costly = partial(matched_less_unmatched, unmatched=config.unmatched)
+    named: dict[str, Reward] = {"matched": costly, "pq": panoptic_quality}
+    score = named.get(config.reward) or guarded(load_reward(config.reward, REWARDS), config.skip_bad, config.reward)
     return lambda scores, truth: score(_channels(config).segments(scores), truth)
 
 
@@ -244,15 +246,15 @@ def train(config: Config, run: Run) -> None:
 
     def learn(name: str, share: float, source: Coded | None = None) -> None:
         policy, optimizer, keeper = parts[name]
-        how = {"keeper": keeper, "validate": look(policy), "start": source, "every": every}
-        learn_likelihood(run, name, share, policy, answers, optimizer, config.learning_rate, **how)
+        how: Any = {"keeper": keeper, "validate": look(policy), "start": source, "every": every}
+        learner = run, name, share, policy, answers, optimizer, config.learning_rate
+        learn_likelihood(*learner, precision=config.precision, **how)
 
     share, start = (1 - config.code_share - config.likelihood_share) / 2, parts["likelihood"][0]
     learn("likelihood", config.likelihood_share)
     policy, optimizer, keeper = parts[PART]
-    tuning = _tuning(config), optimizer, average, start
-    looks = {"keeper": keeper, "validate": look(policy), "every": EVERY}
-    tune_on_reward(run, "reward", share, policy, _reward(config), inputs, *tuning, **looks)
+    learner = policy, _reward(config), inputs, _tuning(config), optimizer, average, start
+    tune_on_reward(run, "reward", share, *learner, keeper=keeper, validate=look(policy), every=EVERY)
     learn("control", share, start)
 
 
@@ -263,7 +265,7 @@ def _left_out(config: Config) -> list[str]:
 def _score(config: Config, model: Coded | MapCode, data: PanopticMaps, run: Run) -> dict[str, float]:
     """Reward and corpus PQ of greedy maps; of a code, those of the maps that its own words draw."""
     channels, reward, sums, rewards = _channels(config), _reward(config), [], []
-    with torch.no_grad(), answering(model):
+    with torch.no_grad(), answering(model, config.precision):
         for rows in torch.arange(len(data), device=run.device).split(AT_ONCE):
             images, truth = chosen(data, rows)
             if isinstance(model, MapCode):
@@ -289,14 +291,12 @@ def evaluate(config: Config, policy: Coded, run: Run, elsewhere: bool = False) -
     data = _data(config, "test")
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
-    metrics, baselines = _score(config, policy, data, run), {}
+    metrics = _score(config, policy, data, run)
     if config.skip_bad:
         metrics["left_out"] = float(len(data.skipped if elsewhere else _left_out(config)))
     models: dict[str, Coded | MapCode] = dict(restored(run, ROWS, partial(build, config)))
     models |= restored(run, {"ceiling": "code"}, partial(_code, config))
-    for name, model in models.items():
-        baselines[name] = _score(config, model, data, run)
-    return Evaluation(metrics, baselines)
+    return Evaluation(metrics, {name: _score(config, model, data, run) for name, model in models.items()})
 
 
 def compared(config: Config, policy: Coded, run: Run, images: int) -> tuple[Reward, Tensor, Segments]:
