@@ -8,7 +8,7 @@ import torch
 from foveate import noise
 from foveate.data.scenes import SHAPES, describe, draw
 from foveate.geometry import Boxes, check_boxes, overlaps
-from foveate.models.box_tokens import EACH, END, RIGHT, WRONG, BoxTokens, by_token
+from foveate.models.box_tokens import EACH, END, RIGHT, WRONG, BoxTokens, BoxWriter, by_token
 from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.rewards.boxes import DetectionReward
 from foveate.types import InputError
@@ -144,3 +144,40 @@ def test_a_box_beyond_the_image_is_not_moved_but_refused() -> None:
         InputError, match=r"^boxes: box 0 of image 0 \(4, 4, 20, 12\) reaches beyond the image of 16x16"
     ):
         code.encode(beyond)
+
+
+def test_texts_agree_on_what_most_of_them_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four texts three say a box, once a little elsewhere; the other says one there of another class, and a third."""
+    writer = BoxWriter(CODE, 8, width=16, depth=1, heads=2)
+    said = torch.zeros(4, 2, 4)
+    said[:, 0] = torch.tensor([8.0, 6.0, 24.0, 30.0])
+    said[2, 0, 2] = 25.0
+    said[3, 1] = torch.tensor([40.0, 12.0, 56.0, 36.0])
+    labels = torch.tensor([[1, 0], [1, 0], [1, 0], [2, 3]])
+    mask = torch.tensor([[True, False], [True, False], [True, False], [True, True]])
+    texts = CODE.encode(Boxes(said, labels, mask))
+    monkeypatch.setattr(writer, "sample", lambda *_: texts)
+    found = writer.agreed(torch.zeros(1, 3, 48, 64), keys(1), 4)
+    count = int(found.mask.sum())
+    assert found.mask[0].tolist() == [True] * count + [False] * (len(found.mask[0]) - count)
+    read = CODE.decode(texts)
+    near = overlaps(read.boxes[:3, :1], read.boxes[:3, :1].transpose(0, 1).expand(3, -1, -1)).squeeze(1)
+    assert found.labels[0, :count].tolist() == [1, 2, 3]
+    torch.testing.assert_close(found.scores[0, :count], torch.tensor([near.sum(1).max() / 4, 0.25, 0.25]))
+    assert torch.equal(found.boxes[0, 0], read.boxes[int(near.sum(1).argmax()), 0])
+
+
+def test_what_texts_agree_on_does_not_depend_on_the_batch() -> None:
+    torch.manual_seed(0)
+    writer = BoxWriter(CODE, 8, width=16, depth=1, heads=2)
+    images = noise.uniform(keys(3), 3, 48, 64)
+    found, alone = writer.agreed(images, keys(3), 3), writer.agreed(images[1:2], keys(3)[1:2], 3)
+    there = alone.mask[0]
+    assert 0 < int(there.sum()) <= CODE.most
+    assert found.mask[1].sum() == there.sum()
+    torch.testing.assert_close(found.boxes[1][found.mask[1]], alone.boxes[0][there])
+    torch.testing.assert_close(found.scores[1][found.mask[1]], alone.scores[0][there])
+    kept = overlaps(alone.boxes, alone.boxes)[0][there][:, there] * (
+        alone.labels[0][there][:, None] == alone.labels[0][there]
+    )
+    assert (kept.triu(1) <= 0.4).all()

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
 from foveate import noise
-from foveate.geometry import Boxes, check_boxes
+from foveate.geometry import Boxes, check_boxes, overlaps
 from foveate.models.encoder_decoder import SPREAD, EncoderDecoder, Tokens, waves
-from foveate.types import InputError, RewardOutput
+from foveate.types import InputError, RewardOutput, map_tree
 
 END, WRONG, RIGHT = 0, 1, 2
 _FIRST_BIN = 3
@@ -241,6 +242,39 @@ class BoxWriter(EncoderDecoder):
     ) -> Boxes:
         """The boxes of `scored`, ranked by both: class · confidence ** trust, in [0, 1]."""
         return ranked(*self.scored(images, keys, greedy), float(self.trust))
+
+    @torch.no_grad()
+    def agreed(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        keys: Int[Tensor, " batch"],
+        texts: int = 16,
+        overlap: float = 0.4,
+    ) -> Boxes:
+        """The boxes of several drawn texts, scored by how well the texts agree on each; at most `code.most` an image.
+
+        One text says each object once, and what it says of it is one draw. A box's score is the mean over all texts of
+        the largest IoU with a box of its class there, in [0, 1]: near 1 where all of them write it, and alike.
+
+        Args:
+            images: in [0, 1].
+            keys: of the draws.
+            texts: drawn for each image.
+            overlap: IoU with a surer box of the same class from which one is left out.
+        """
+        written = self.decode(self.sample(images, texts, False, keys))
+        found = map_tree(lambda leaf: leaf.unflatten(0, (-1, texts)).flatten(1, 2), written)
+        alike = (found.labels[:, :, None] == found.labels[:, None]) & found.mask[:, None]
+        votes = (overlaps(found.boxes, found.boxes) * alike).unflatten(2, (texts, -1)).amax(3).mean(2)
+        kinds = found.labels + self.code.classes * torch.arange(len(images), device=votes.device)[:, None]
+        there = found.mask.flatten().nonzero().flatten()
+        few = (leaf.flatten(0, 1)[there] for leaf in (found.boxes, votes, kinds))
+        stays = torch.zeros_like(found.mask).flatten()
+        stays[there[batched_nms(*few, overlap)]] = True
+        stays = stays.view_as(found.mask)
+        order = torch.where(stays, votes, -1.0).sort(dim=1, descending=True, stable=True).indices[:, : self.code.most]
+        kept = map_tree(lambda leaf: leaf.gather(1, order), (found.labels, stays, votes))
+        return Boxes(found.boxes.gather(1, order[..., None].expand(-1, -1, 4)), *kept)
 
     def unending(self) -> BoxWriter:
         """A copy that may not end before all its places are filled."""
