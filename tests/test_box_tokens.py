@@ -147,7 +147,7 @@ def test_a_box_beyond_the_image_is_not_moved_but_refused() -> None:
 
 
 def test_texts_agree_on_what_most_of_them_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four texts three say a box, once a little elsewhere; the other says one there of another class, and a third."""
+    """Of four texts three say a box, once a little elsewhere; the other one there of another class, and a third."""
     writer = BoxWriter(CODE, 8, width=16, depth=1, heads=2)
     said = torch.zeros(4, 2, 4)
     said[:, 0] = torch.tensor([8.0, 6.0, 24.0, 30.0])
