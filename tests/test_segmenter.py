@@ -257,6 +257,21 @@ def test_an_expected_credit_takes_the_noise_of_a_pixels_own_draw_away_too() -> N
     assert gradients("expected", 1, 1, 50).std(0) < 1e-6 < gradients("flip", 1, 1, 50).std(0)
 
 
+@pytest.mark.parametrize("credit", WEIGHED)
+def test_an_update_runs_the_network_twice(credit: Any) -> None:
+    """Once to draw and once to learn: the probabilities that weigh the credit are those it learns with."""
+    model, calls = small(1), []
+    model.network.register_forward_hook(lambda *_: calls.append(1))
+    masks, tuning = torch.zeros(2, 1, 16, 16, dtype=torch.bool), Tuning(samples=2, credit=credit)
+    scored = score(model, reward_of(Config()), images(2), masks, keys_of(2), tuning, MovingAverage())
+    loss, _ = reward_loss(model(images(2), scored.actions), scored, None, tuning)
+    assert len(calls) == 2
+    decisions = model(images(2), scored.actions)
+    weights = WEIGHED[credit](decisions.log_probs.detach())
+    expected = -(weights * scored.output.credit * decisions.log_probs).sum() / len(scored.output.total)
+    torch.testing.assert_close(loss, expected)
+
+
 def test_effects_on_the_mean_of_classes_are_those_of_flipping_each_pixel() -> None:
     masks = noise.uniform(keys_of(6), 3, 4, 4) < torch.tensor([0.5, 0.1, 0.0])[:, None, None]
     wanted = noise.uniform(keys_of(6, 1), 3, 4, 4) < torch.tensor([0.5, 0.0, 0.1])[:, None, None]
