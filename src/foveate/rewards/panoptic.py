@@ -47,12 +47,12 @@ def panoptic_quality(predictions: Segments, targets: Segments) -> RewardOutput:
     """
     found = _match(predictions, targets)
     classes = torch.cat((predictions.labels, targets.labels), 1)
-    own = classes[:, :, None] == predictions.labels[:, None]
-    true = classes[:, :, None] == targets.labels[:, None]
-    of_pair = own[:, :, :, None] & found.right[:, None]
-    matched = of_pair.sum((2, 3)).float()
-    overlap = (of_pair * found.ious[:, None]).sum((2, 3))
-    size = matched + ((own & found.wrong[:, None]).sum(2) + (true & found.missed[:, None]).sum(2)) / 2
+    own = (classes[:, :, None] == predictions.labels[:, None]).float()
+    true = (classes[:, :, None] == targets.labels[:, None]).float()
+    # a matched pair is of one class, that of its predicted segment
+    told = torch.stack((found.right.any(2).float(), (found.right * found.ious).sum(2), found.wrong.float()), 2)
+    matched, overlap, wrong = (own @ told).unbind(2)
+    size = matched + (wrong + (true @ found.missed.float()[..., None]).squeeze(2)) / 2
     # every class is counted once: at the first place where it stands
     same = (classes[:, :, None] == classes[:, None]).tril(-1)
     first = (size > 0) & ~(same & (size > 0)[:, None]).any(2)
