@@ -448,3 +448,12 @@ def test_a_network_that_begins_from_imagenet() -> None:
     likelihood_loss(model(shown, model.labels(shown[:, :2] > 0.5))).backward()
     assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
     assert 0 < len(still) < len(list(model.parameters())) / 2, "what knows edges stands still, the rest learns"
+
+
+def test_rates_follow_the_network_unless_they_are_given() -> None:
+    found = tune_segmenter.resolve(Config(image_size=24))
+    assert (found.learning_rate, found.tuning_rate, found.control_rate) == (5e-3, 5e-4, 2e-3)
+    found = tune_segmenter.resolve(Config(image_size=24, model="test_segmenter:given", tuning_rate=0.0))
+    assert (found.learning_rate, found.tuning_rate, found.control_rate) == (1e-3, 0.0, 4e-4)
+    found = tune_segmenter.resolve(Config(image_size=24, learning_rate=1e-2, control_rate=1.0))
+    assert (found.learning_rate, found.tuning_rate, found.control_rate) == (1e-2, 1e-3, 1.0)

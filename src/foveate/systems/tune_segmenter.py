@@ -38,16 +38,15 @@ from foveate.data.picture_folders import Split
 from foveate.data.segmentation import Segmented, crops, load_segmented, masks_of
 from foveate.learn.answers import Reward
 from foveate.learn.baselines import MovingAverage
-from foveate.learn.keeper import Keeper
 from foveate.learn.settings import Precision, Tuning
 from foveate.models.dense import dense_network
 from foveate.models.segmenter import Labels, Segmenter, tiled_logits
-from foveate.parts import restored
+from foveate.parts import restored, tracked
 from foveate.rewards.combine import check_output, guarded, load_reward
 from foveate.rewards.masks import credited, dice_reward, iou_reward
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
-from foveate.types import Evaluation, InputError, RewardOutput, check_least, split
+from foveate.types import Evaluation, InputError, RewardOutput, check_least, known, split
 
 PIXELS = 2**19  # of images that are scored in one pass
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
@@ -91,8 +90,8 @@ class Config:
     """change contrast and brightness of each colour by up to this share"""
     batch: int | None = None
     """windows in an update; None: 2 of 256 pixels, 8 of 128, 16 of less than 96"""
-    learning_rate: float = 5e-3
-    """peak of the one-cycle schedule of cross-entropy"""
+    learning_rate: float | None = None
+    """peak of the one-cycle schedule of cross-entropy; None: 5e-3 for the unet, 1e-3 for others"""
     reward: str = "dice"
     """dice, iou, or package.module:function of masks and true masks"""
     credit: Literal["flip", "expected", "answer"] | None = None
@@ -101,10 +100,10 @@ class Config:
     """masks drawn for each window"""
     temperature: float = 1.0
     """by which scores are divided where masks are drawn for the reward; below 1: nearer to the likeliest mask"""
-    tuning_rate: float = 5e-4
-    """learning rate of the reward, which falls evenly to 0"""
-    control_rate: float = 2e-3
-    """peak of the one-cycle schedule of the further cross-entropy, its control"""
+    tuning_rate: float | None = None
+    """learning rate of the reward, which falls evenly to 0; None: a tenth of learning_rate"""
+    control_rate: float | None = None
+    """peak of the one-cycle schedule of the further cross-entropy, its control; None: two fifths of learning_rate"""
     anchor: float = 0.0
     """weight of the KL to the start"""
     every: int = 25
@@ -135,6 +134,11 @@ def resolve(config: Config) -> Config:
         raise InputError(f"width: found {config.width}, expected a multiple of 8")
     if config.exclusive and config.credit == "expected":
         raise InputError("credit: found 'expected', which is of two choices, but exclusive classes are more; use flip")
+    usual = 5e-3 if config.model == "unet" else 1e-3
+    peak = usual if config.learning_rate is None else config.learning_rate
+    tuning_rate = peak / 10 if config.tuning_rate is None else config.tuning_rate
+    control_rate = peak * 0.4 if config.control_rate is None else config.control_rate
+    config = replace(config, learning_rate=peak, tuning_rate=tuning_rate, control_rate=control_rate)
     config = replace(config, credit=config.credit or ("flip" if config.reward in REWARDS else "answer"))
     _tuning(config)
     _reward(config)
@@ -161,7 +165,7 @@ def build(config: Config, pretrained: bool = False) -> Segmenter:
 def _tuning(config: Config) -> Tuning:
     credit: Any = "difference" if config.exclusive and config.credit == "flip" else config.credit
     same = {name: getattr(config, name) for name in ("samples", "anchor", "precision", "temperature")}
-    return Tuning(learning_rate=config.tuning_rate, anneal=True, credit=credit, **same)
+    return Tuning(learning_rate=known(config.tuning_rate), anneal=True, credit=credit, **same)
 
 
 def _reward(config: Config) -> Reward:
@@ -188,17 +192,13 @@ def train(config: Config, run: Run) -> None:
     data, val = (_data(config, split).to(run.device) for split in ("train", "val"))
     index = torch.arange(size)[run.rows(size)]
     torch.manual_seed(config.seed)
-    start = build(config, config.pretrained)
-    learners = {"likelihood": start, PART: copy.deepcopy(start), "control": copy.deepcopy(start)}
-    keepers = {name: Keeper(start) for name in learners}
-    run.track(**learners, **{f"{name}_keeper": keeper for name, keeper in keepers.items()})
-    optimizers = {name: torch.optim.Adam(learner.parameters()) for name, learner in learners.items()}
-    average, reward = MovingAverage(), _reward(config)
+    untaught, reward = build(config, config.pretrained), _reward(config)
+    parts = {name: tracked(run, name, copy.deepcopy(untaught)) for name in ("likelihood", PART, "control")}
+    (average,), start = run.track(average=MovingAverage()), parts["likelihood"][0]
     held_out = _windows(config, val, config.looks)
     other = "iou" if config.reward == "dice" else "dice"
     metric = {other: _reward(replace(config, reward=other))}  # looked at beside the reward
     looks = split(held_out, max(1, PIXELS // held_out[0][0, 0].numel()))
-    run.track(**{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}, average=average)
 
     def windows(step: int, phase: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         ids = noise.examples(config.seed, step, size, len(data))[index].to(run.device)
@@ -212,9 +212,9 @@ def train(config: Config, run: Run) -> None:
 
     def arguments(name: str, phase: str, share: float, batches: Callable[..., Any]) -> dict[str, Any]:
         how: dict[str, Any] = {"run": run, "phase": phase, "share": share, "every": config.every}
-        how |= {"policy": learners[name], "optimizer": optimizers[name], "keeper": keepers[name]}
-        look = partial(held_out_scores, learners[name], reward, looks, config.seed, config.precision, **metric)
-        return how | {"validate": look, "batches": partial(batches, phase=phase)}
+        policy, how["optimizer"], how["keeper"] = parts[name]
+        look = partial(held_out_scores, policy, reward, looks, config.seed, config.precision, **metric)
+        return how | {"policy": policy, "validate": look, "batches": partial(batches, phase=phase)}
 
     first_scores = check_reward(run, start, reward, windows(0, "reward"), config.samples)  # now, not after a phase
     check_output(first_scores, len(first_scores.total), config.reward)
@@ -223,7 +223,7 @@ def train(config: Config, run: Run) -> None:
         raise InputError(f"credit: {asked}, found none in reward {config.reward}; use answer")
     rest = (1 - config.likelihood_share) / 2
     first = arguments("likelihood", "likelihood", config.likelihood_share, answers)
-    learn_likelihood(**first, learning_rate=config.learning_rate, precision=config.precision)
+    learn_likelihood(**first, learning_rate=known(config.learning_rate), precision=config.precision)
     tune_on_reward(
         **arguments(PART, "reward", rest, windows),
         reward=reward,
@@ -232,7 +232,7 @@ def train(config: Config, run: Run) -> None:
         reference=start,
     )
     further = arguments("control", "control", rest, answers) | {"start": start}
-    learn_likelihood(**further, learning_rate=config.control_rate, precision=config.precision)
+    learn_likelihood(**further, learning_rate=known(config.control_rate), precision=config.precision)
 
 
 def _windows(config: Config, data: Segmented, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
