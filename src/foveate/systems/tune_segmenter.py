@@ -321,16 +321,16 @@ def predict(
 def picture(
     config: Config, policy: Segmenter, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
 ) -> dict[str, Any]:
-    """Image, truth, start and tuned side by side, of test images or images of the user: name → a picture."""
-    columns: dict[str, Tensor] = {}
+    """Image, truth, start and tuned side by side, where test images have labels, or all over images of the user."""
+    columns, labelled = dict[str, Tensor](), torch.tensor(True)
     if images is None:
         data = _data(config, "test")
         ids = torch.linspace(0, len(data) - 1, min(5, len(data))).long()
         images, labels = crops(data, ids, noise.key("picture", ids), 3 * config.crop, flip=False)
-        columns["truth"] = masks_of(labels, len(data.classes))[0]
+        columns["truth"], labelled = masks_of(labels, len(data.classes))
     for name, start in restored(run, {"start": "likelihood"}, partial(build, config)).items():
-        columns[name] = predict(config, start, images)["masks"].cpu()
-    columns["tuned"] = predict(config, policy, images)["masks"].cpu()
+        columns[name] = predict(config, start, images)["masks"].cpu() & labelled
+    columns["tuned"] = predict(config, policy, images)["masks"].cpu() & labelled
     tiles = torch.stack([images.cpu(), *(pictures.painted(images.cpu(), masks) for masks in columns.values())], 1)
     captions = ["image", *columns] * len(images)
     return {"masks": pictures.image_grid(tiles.flatten(0, 1), captions, tiles.shape[1], cell=256)}
