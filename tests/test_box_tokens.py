@@ -167,6 +167,16 @@ def test_texts_agree_on_what_most_of_them_say(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(found.boxes[0, 0], read.boxes[int(near.sum(1).argmax()), 0])
 
 
+def test_texts_of_nothing_agree_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = BoxWriter(CODE, 8, width=16, depth=1, heads=2)
+    for length in (1, 7):
+        texts = Tokens(torch.full((6, length), END), torch.ones(6, length, dtype=torch.bool))
+        monkeypatch.setattr(writer, "sample", lambda *_, texts=texts: texts)
+        found = writer.agreed(torch.zeros(2, 3, 48, 64), keys(2), 3)
+        assert found.boxes.shape[0] == len(found.scores) == 2
+        assert not found.mask.any()
+
+
 def test_what_texts_agree_on_does_not_depend_on_the_batch() -> None:
     torch.manual_seed(0)
     writer = BoxWriter(CODE, 8, width=16, depth=1, heads=2)

@@ -263,6 +263,8 @@ class BoxWriter(EncoderDecoder):
             overlap: IoU with a surer box of the same class from which one is left out.
         """
         written = self.decode(self.sample(images, texts, False, keys))
+        if not written.mask.shape[1]:
+            return replace(map_tree(lambda leaf: leaf[::texts], written), scores=written.boxes[::texts, :, 0])
         found = map_tree(lambda leaf: leaf.unflatten(0, (-1, texts)).flatten(1, 2), written)
         alike = (found.labels[:, :, None] == found.labels[:, None]) & found.mask[:, None]
         votes = (overlaps(found.boxes, found.boxes) * alike).unflatten(2, (texts, -1)).amax(3).mean(2)
