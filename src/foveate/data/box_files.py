@@ -6,8 +6,10 @@ Nothing is decoded here; paths that leave the data's folder are refused, and XML
 from __future__ import annotations
 
 import json
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -134,7 +136,9 @@ def _voc_item(folder: Path, path: Path) -> Item:
 
 def _number(tree: ElementTree.Element, name: str, where: Path | str) -> float:
     try:
-        return float(tree.findtext(name) or "")
+        if math.isfinite(number := float(tree.findtext(name) or "")):
+            return number
+        raise ValueError("not finite")
     except ValueError as error:
         raise InputError(f"{where}: {name} is {tree.findtext(name)!r}, expected a number") from error
 
@@ -146,8 +150,8 @@ def coco_items(root: Path, split: Part, skip_bad: bool) -> tuple[Reader, tuple[s
     """COCO's instances_*.json in `root`/annotations: a reader of that part, and the classes in their order.
 
     Raises:
-        InputError: no such file, a damaged one; unless `skip_bad`: an annotation of an unlisted image, without a class
-            or four numbers of a box, an image without name or size.
+        InputError: no such file, a damaged one, a category that is listed twice; unless `skip_bad`: an annotation of an
+            unlisted image, without a class or four numbers of a box, an image without name or size, or listed twice.
     """
     files = {path.stem.removeprefix("instances_"): path for path in sorted(root.glob("annotations/instances_*.json"))}
     parts = {part: path for name, path in files.items() for part in ("train", "val", "test") if name.startswith(part)}
@@ -162,7 +166,9 @@ def coco_items(root: Path, split: Part, skip_bad: bool) -> tuple[Reader, tuple[s
         named = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: a category has no id or no name ({error!r}); give it both") from error
-    classes = tuple(named[number] for number in sorted(named))
+    if double := twice(int(entry["id"]) for entry in content["categories"]):
+        raise InputError(f"{path}: category {min(double)} is listed twice; remove one")
+    classes = tuple(dict.fromkeys(named[number] for number in sorted(named)))  # of one name they are one class
 
     def read(part: Part) -> tuple[list[Item], int]:
         items, strangers = _items(root, path, content, named, skip_bad)
@@ -186,13 +192,13 @@ def coco_content(path: Path, kind: str) -> dict[str, Any]:
     """Images, annotations and categories of a COCO file, of boxes or another `kind`.
 
     Raises:
-        InputError: it cannot be read, or one of the three is no list.
+        InputError: it cannot be read, or one of the three is no list of objects.
     """
     try:
         content = json.loads(path.read_bytes())
         for name in ("images", "annotations", "categories"):
-            if not isinstance(content[name], list):
-                raise TypeError(f"{name!r} is no list")
+            if not isinstance(content[name], list) or not all(isinstance(entry, dict) for entry in content[name]):
+                raise TypeError(f"{name!r} is no list of objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: is no COCO file of {kind} ({error}); expected images, annotations, categories"
@@ -207,22 +213,36 @@ def _items(
     folder = root / path.stem.removeprefix("instances_")
     told: dict[Any, list[dict[str, Any]]] = {}
     for entry in content["annotations"]:
-        told.setdefault(entry.get("image_id"), []).append(entry)
-    known = {image.get("id") for image in content["images"]}
+        told.setdefault(_name(entry.get("image_id")), []).append(entry)
+    known = {_name(image.get("id")) for image in content["images"]}
     strangers = [entry for number, entries in told.items() if number not in known for entry in entries]
     if strangers and not skip_bad:
         of = f"annotation {strangers[0].get('id')} is of image {strangers[0].get('image_id')}, unknown"
         raise InputError(f"{path}: {of}: add the image, or remove the annotation")
+    ids, names = (twice(_name(image.get(field)) for image in content["images"]) for field in ("id", "file_name"))
     items: dict[str, Item | InputError] = {}
     for image in content["images"]:
         name = str(image.get("file_name"))  # without its folder: parts are not to change when the data are moved
         try:
-            items[name] = _coco_item(folder, path, image, told.get(image.get("id"), []), named)
+            for field, double in (("id", ids), ("file_name", names)):
+                if (value := image.get(field)) is not None and _name(value) in double:  # whose boxes are whose?
+                    raise InputError(f"{path}: images with the {field} {value!r} are listed twice; remove one")
+            items[name] = _coco_item(folder, path, image, told.get(_name(image.get("id")), []), named)
         except InputError as error:
             if not skip_bad:
                 raise
             items[name] = error
     return items, len(strangers)
+
+
+def twice(names: Iterable[Any]) -> set[Any]:
+    """Those of the names that are there more than once."""
+    return {name for name, count in Counter(names).items() if count > 1}
+
+
+def _name(value: Any) -> Any:
+    """Of an image, as the file gives it: lists and objects, which can be no names, as text."""
+    return repr(value) if isinstance(value, list | dict) else value
 
 
 def _coco_item(
