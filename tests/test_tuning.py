@@ -321,8 +321,39 @@ def test_a_reward_that_is_none_is_named_before_anything_is_written(tmp_path: Pat
     def constant(predictions: Tokens, targets: Tensor) -> Tensor:
         return torch.ones(len(targets))
 
-    with pytest.raises(InputError, match=r"^reward constant: is 1 for all 16 examples"):
+    with pytest.raises(InputError, match=r"^reward constant: is 1 for all 64 examples"):
         foveate.tune(small(), constant, lambda step: (images(2), torch.zeros(2, 2)), out=tmp_path / "run", steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_few_answers_get_is_looked_for_among_all_that_are_drawn(tmp_path: Path) -> None:
+    """Of two answers to the only input neither may be right, though of 64 some are."""
+
+    def rare(predictions: Tokens, targets: Tensor) -> Tensor:
+        return (predictions.ids == targets).all(1).float()
+
+    for seed in range(4):
+        keys = noise.key(seed, "check", 0, torch.arange(1))
+        drawn = small().sample(images(1), 2, False, keys)
+        if not rare(drawn, torch.ones(2, 2).long()).any():
+            break
+    batches = lambda step: (images(1), torch.ones(1, 2).long())  # noqa: E731
+    how: dict[str, Any] = {"samples": 2, "steps": 1, "seed": seed, "device": "cpu"}
+    foveate.tune(small(), rare, batches, out=tmp_path / "run", **how)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("given", [torch.distributions.Categorical, lambda logits: None])
+def test_a_distribution_of_another_kind_is_named_before_anything_is_written(given: Any, tmp_path: Path) -> None:
+    class Foreign(Coins):
+        def forward(self, inputs: Tensor, actions: Tensor, steps: slice = slice(None)) -> Decisions:
+            found = super().forward(inputs, actions, steps)
+            return replace(found, distribution=given(logits=found.distribution.logits))
+
+    says = r"^policy: its forward gives the distribution (Categorical without kl|NoneType without entropy and kl)"
+    worth = lambda answers, targets: together(answers)  # noqa: E731
+    with pytest.raises(InputError, match=says):
+        foveate.tune(Foreign(), worth, lambda step: (torch.zeros(8), None), out=tmp_path / "run", steps=1)
     assert not (tmp_path / "run").exists()
 
 
@@ -638,7 +669,9 @@ def test_what_is_no_image_is_not_blamed_on_the_reward(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^inputs: image 2 of the first batch has NaN .* pixels \(1 of 4\)"):
         foveate.tune(small(), agreement, lambda step: (broken, PAIR[1]), out=tmp_path / "run", steps=1)
     with pytest.raises(InputError, match=r"^batches: found list, expected a function of the step"):
-        _check_asked([PAIR], 1)
+        _check_asked([PAIR], 1, {})
+    with pytest.raises(InputError, match=r"^settings: found 'lr', expected of samples, .* learning_rate"):
+        foveate.tune(small(), agreement, lambda step: PAIR, out=tmp_path / "run", steps=1, lr=1e-3)
     with pytest.raises(InputError, match=r"^every: found 0, expected at least 1"):
         foveate.tune(small(), agreement, lambda step: PAIR, out=tmp_path / "run", steps=1, every=0)
     assert not (tmp_path / "run").exists()
