@@ -213,21 +213,19 @@ def _items(
     folder = root / path.stem.removeprefix("instances_")
     told: dict[Any, list[dict[str, Any]]] = {}
     for entry in content["annotations"]:
-        told.setdefault(_name(entry.get("image_id")), []).append(entry)
-    known = {_name(image.get("id")) for image in content["images"]}
+        told.setdefault(hashable(entry.get("image_id")), []).append(entry)
+    known = {hashable(image.get("id")) for image in content["images"]}
     strangers = [entry for number, entries in told.items() if number not in known for entry in entries]
     if strangers and not skip_bad:
         of = f"annotation {strangers[0].get('id')} is of image {strangers[0].get('image_id')}, unknown"
         raise InputError(f"{path}: {of}: add the image, or remove the annotation")
-    ids, names = (twice(_name(image.get(field)) for image in content["images"]) for field in ("id", "file_name"))
+    check = image_check(path, content["images"])
     items: dict[str, Item | InputError] = {}
     for image in content["images"]:
         name = str(image.get("file_name"))  # without its folder: parts are not to change when the data are moved
         try:
-            for field, double in (("id", ids), ("file_name", names)):
-                if (value := image.get(field)) is not None and _name(value) in double:  # whose boxes are whose?
-                    raise InputError(f"{path}: images with the {field} {value!r} are listed twice; remove one")
-            items[name] = _coco_item(folder, path, image, told.get(_name(image.get("id")), []), named)
+            check(image)
+            items[name] = _coco_item(folder, path, image, told.get(hashable(image.get("id")), []), named)
         except InputError as error:
             if not skip_bad:
                 raise
@@ -240,18 +238,36 @@ def twice(names: Iterable[Any]) -> set[Any]:
     return {name for name, count in Counter(names).items() if count > 1}
 
 
-def _name(value: Any) -> Any:
-    """Of an image, as the file gives it: lists and objects, which can be no names, as text."""
+def hashable(value: Any) -> Any:
+    """What a file gives for an id, as it is; lists and objects, which can be none, as text."""
     return repr(value) if isinstance(value, list | dict) else value
+
+
+def image_check(path: Path, images: Sequence[dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    """A check of each of the images of a COCO file.
+
+    It raises an `InputError` for one without id, name or size, or whose id or name another one has: nobody knows which
+    annotations are whose.
+    """
+    fields = (("id", int), ("file_name", str), ("width", int), ("height", int))
+    doubles = {field: twice(hashable(image.get(field)) for image in images) for field in ("id", "file_name")}
+
+    def check(image: dict[str, Any]) -> None:
+        for field, kind in fields:
+            if not isinstance(value := image.get(field), kind):
+                raise InputError(
+                    f"{path}: image {image.get('id')}: its {field} is {value!r}, expected {kind.__name__}; correct it"
+                )
+            if value in doubles.get(field, ()):
+                raise InputError(f"{path}: images with the {field} {value!r} are listed twice; remove one")
+
+    return check
 
 
 def _coco_item(
     folder: Path, path: Path, image: dict[str, Any], entries: list[dict[str, Any]], named: dict[int, str]
 ) -> Item:
     where = f"{path}: image {image.get('id')}"
-    for name, kind in (("id", int), ("file_name", str), ("width", int), ("height", int)):
-        if not isinstance(image.get(name), kind):
-            raise InputError(f"{where}: its {name} is {image.get(name)!r}, expected {kind.__name__}; correct it")
     names, boxes, crowd = [], [], []
     for place, entry in enumerate(entries):
         box, number = entry.get("bbox"), entry.get("category_id")
