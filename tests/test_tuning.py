@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +30,7 @@ from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.rewards.boxes import DetectionReward
 from foveate.rewards.combine import guarded
 from foveate.run import Run
+from foveate.run.checkpoints import listed, read_part
 from foveate.tuning import _check_asked, _check_drawn, _optimizer
 from foveate.two_steps import tune_on_reward
 from foveate.types import Decisions, InputError, RewardOutput, Sampler, map_tree
@@ -315,6 +320,42 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
         go(tmp_path / "cut", resume=True, optimizer=torch.optim.AdamW)
     again = go(tmp_path / "cut", resume=True).state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def in_parts(folder: Path) -> None:
+    """Tune on this process's part of 8 inputs, as `torchrun` starts it."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rows = slice(8 * rank // processes, 8 * (rank + 1) // processes)
+    targets = noise.integers(noise.key(0, "targets", torch.arange(8)), 5, 4)
+    how: dict[str, Any] = {"steps": 6, "learning_rate": 0.1, "warmup": 1, "device": "cpu", "optimizer": torch.optim.SGD}
+    held_out = [(images(8), targets)]
+    batches = lambda step: (images(8)[rows], targets[rows])  # noqa: E731
+    foveate.tune(small(4, 5), agreement, batches, out=folder, held_out=held_out, every=3, anchor=0.1, **how)
+
+
+def test_two_processes_with_parts_of_the_batch_come_to_the_weights_of_one(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from test_tuning import in_parts; in_parts(Path(sys.argv[1]))"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "two")],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": paths},
+        )
+        for rank in "01"
+    ]
+    in_parts(tmp_path / "one")
+    assert [process.wait(90) for process in pair] == [0, 0]
+    one, two = (rows_of(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two)
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs | {"seconds": 0} == pytest.approx(ours | {"seconds": 0}, abs=1e-4)
+    nets = [read_part(listed(tmp_path / name / "checkpoints")[-1], "policy") for name in ("one", "two")]
+    for name, value in nets[0].items():
+        torch.testing.assert_close(nets[1][name], value, atol=1e-5, rtol=1e-4)
+    assert any(not torch.equal(value, nets[0][name]) for name, value in small(4, 5).state_dict().items())
 
 
 def test_a_reward_that_is_none_is_named_before_anything_is_written(tmp_path: Path) -> None:

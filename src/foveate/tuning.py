@@ -61,7 +61,7 @@ def tune(
         reward: (predictions, targets) → `RewardOutput`, or a tensor with a number for each.
         batches: step → (inputs, targets), trees of tensors that begin with the batch, on any device; targets may be
             None, if the reward needs none. The same step must give the same batch, or a resumed run sees other data
-            than one that was not interrupted.
+            than one that was not interrupted. Of several processes each gives its own part, as many rows in each.
         out: folder of the run.
         steps: budget in steps.
         minutes: budget in minutes.
