@@ -199,6 +199,7 @@ def test_unknown_classes_and_images_of_coco_are_named(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no area": ({"bbox": [4, 2, 0, 10]}, r"image 1: object 1 .cat: 4, 2, 4, 12. has no area"),
     "inverted": ({"bbox": [20, 12, -16, -10]}, "image 1: object 1 .* ends before it begins"),
+    "in parts": ({"bbox": [0.1, 0.2, 0.3, 0.4]}, "image 1: object 1 .* is in parts of the image, expected pixels"),
     "beyond": ({"bbox": [4, 2, 60, 10]}, "image 1: object 1 .* reaches beyond the image of 40x20"),
     "no box": ({"bbox": None}, r"image 1: object 1 has the bbox None, expected \[left, top, width, height\]"),
     "three numbers": ({"bbox": [1, 2, 3]}, r"image 1: object 1 has the bbox \[1, 2, 3\]"),
