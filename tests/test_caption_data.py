@@ -117,6 +117,14 @@ def outside(content):
     content["images"][0]["file_name"] = "../../secret.jpg"
 
 
+def no_name(content):
+    del content["images"][0]["file_name"]
+
+
+def listed_id(content):
+    content["annotations"].append({"id": 1, "image_id": [3], "caption": "a dog"})
+
+
 def twice(content):
     content["images"].append(content["images"][0])
 
@@ -131,6 +139,8 @@ def twice(content):
         (no_file, "nowhere.jpg: cannot be read as a picture", 11),
         (outside, "which lies outside of", 11),
         (twice, "is listed twice", 12),
+        (no_name, "has the file_name None: correct it", 11),
+        (listed_id, r"caption 1 is of image \[3\], which is not listed", 12),
     ],
 )
 def test_what_is_wrong_is_named_or_left_out_and_counted(folder, change, said, pictures):
@@ -138,6 +148,7 @@ def test_what_is_wrong_is_named_or_left_out_and_counted(folder, change, said, pi
     with pytest.raises(InputError, match=said) as error:
         load_captions("coco", folder, "train", SIDE)
     assert "\n" not in str(error.value)
+    assert str(error.value).count("cannot be read") <= 1, "said once"
     found = load_captions("coco", folder, "train", SIDE, skip_bad=True)
     assert len(found) == pictures
     assert len(found.skipped) == 1

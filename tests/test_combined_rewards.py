@@ -69,6 +69,19 @@ def test_whole_numbers_and_answers_to_yes_or_no_are_a_reward_as_they_are():
                 assert torch.equal(values, counts.float())
 
 
+def test_a_reward_is_computed_in_full_precision_whatever_the_model_that_is_scored_does() -> None:
+    """By a network, as the score of another system is; 1.001 is no number of bfloat16."""
+    judge = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.constant_(judge.weight, 1.001)
+    answers = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 3.0]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for given in (answers, answers.bfloat16()):
+            found = guarded(lambda predictions, _: judge(predictions)[:, 0])(given, torch.zeros(2)).total
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, torch.tensor([7.007, 6.006]))
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_a_reward_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "my_reward.py").write_text("def score(predictions, targets):\n    return predictions\n\nNUMBER = 3\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from foveate import agents, noise
-from foveate.data.detection import Detections, chosen, first_shown, load_detections, mirrored, views
+from foveate.data.detection import Detections, chosen, first_shown, load_detections, mirrored, of_class, views
 from foveate.geometry import Boxes, check_boxes, overlaps
 from foveate.types import InputError
 
@@ -198,6 +199,7 @@ def test_unknown_classes_and_images_of_coco_are_named(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no area": ({"bbox": [4, 2, 0, 10]}, r"image 1: object 1 .cat: 4, 2, 4, 12. has no area"),
     "inverted": ({"bbox": [20, 12, -16, -10]}, "image 1: object 1 .* ends before it begins"),
+    "in parts": ({"bbox": [0.1, 0.2, 0.3, 0.4]}, "image 1: object 1 .* is in parts of the image, expected pixels"),
     "beyond": ({"bbox": [4, 2, 60, 10]}, "image 1: object 1 .* reaches beyond the image of 40x20"),
     "no box": ({"bbox": None}, r"image 1: object 1 has the bbox None, expected \[left, top, width, height\]"),
     "three numbers": ({"bbox": [1, 2, 3]}, r"image 1: object 1 has the bbox \[1, 2, 3\]"),
@@ -218,6 +220,60 @@ def test_a_wrong_box_of_coco_is_named_or_left_out_and_counted(tmp_path: Path, na
     assert (len(found), found.skipped) == (3 if name == "unlisted" else 2, 1)
     parts = [load_detections("coco", root, part, 8, skip_bad=True) for part in ("train", "val")]
     assert sum(part.skipped for part in parts) == 1, "both are of one file, which is counted once"
+
+
+def changed(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("field", "value", "left"), [("id", 1, 1), ("file_name", "1.png", 1)])
+def test_a_picture_of_coco_that_is_listed_twice_is_named_or_left_out_and_counted(
+    tmp_path: Path, field: str, value: Any, left: int
+) -> None:
+    """Of two sets put together whose numbers start anew: nobody knows which boxes are whose."""
+    root = coco(tmp_path)
+    changed(root, lambda content: content["annotations"].pop(2))
+    changed(root, lambda content: content["images"][2].update({field: value}))
+    with pytest.raises(InputError, match=rf"val2017.json: images with the {field} {value!r} are listed twice"):
+        load_detections("coco", root, "test", 8)
+    found = load_detections("coco", root, "test", 8, skip_bad=True)
+    assert len(found) == left
+    assert found.skipped == (2 if field == "id" else 1), "pictures, by their names"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "wide"])
+def test_a_width_that_is_no_number_is_named_or_left_out(tmp_path: Path, number: str) -> None:
+    root = three(tmp_path / "set", GOOD)
+    path = root / "Annotations" / "b.xml"
+    path.write_text(path.read_text().replace("<width>40<", f"<width>{number}<"))
+    with pytest.raises(InputError, match=rf"b.xml: size/width is '{number}', expected a number"):
+        load_detections("voc", root, "train", 8)
+    assert load_detections("voc", root, "train", 8, skip_bad=True).skipped == 1
+
+
+@pytest.mark.parametrize("where", ["images", "annotations", "categories"])
+def test_a_list_of_coco_that_holds_something_else_is_named(tmp_path: Path, where: str) -> None:
+    root = coco(tmp_path)
+    changed(root, lambda content: content[where].append(7))
+    with pytest.raises(
+        InputError, match=rf"val2017.json: is no COCO file of boxes \('{where}' is no list of objects\)"
+    ):
+        load_detections("coco", root, "test", 8)
+
+
+def test_classes_of_one_name_are_one_and_of_one_number_are_refused(tmp_path: Path) -> None:
+    """As some exports have it: a category for the set, of the name of its only class."""
+    root = coco(tmp_path)
+    changed(root, lambda content: content["categories"].append({"id": 0, "name": "cat"}))
+    found = load_detections("coco", root, "test", 8)
+    assert found.classes == ("cat", "dog")
+    assert of_class(found, "cat").boxes.mask.sum() == 3
+    changed(root, lambda content: content["categories"].append({"id": 7, "name": "cow"}))
+    with pytest.raises(InputError, match=r"val2017.json: category 7 is listed twice"):
+        load_detections("coco", root, "test", 8)
 
 
 def test_parts_of_coco_are_the_same_wherever_it_lies(tmp_path: Path) -> None:

@@ -278,9 +278,34 @@ def _grey_map(content: dict, root: Path) -> None:
     Image.fromarray(np.full((16, 24), 7, np.uint8)).save(root / "annotations" / "panoptic_val2017" / "1.png")
 
 
+def _outside(content: dict, root: Path) -> None:
+    content["images"][1]["file_name"] = "../../1.jpg"
+
+
+def _no_width(content: dict, root: Path) -> None:
+    content["images"][1]["width"] = None
+
+
+def _no_list(content: dict, root: Path) -> None:
+    content["annotations"][1]["segments_info"] = None
+
+
+def _two_annotations(content: dict, root: Path) -> None:
+    content["annotations"].append(content["annotations"][1])
+
+
+def _segment_twice(content: dict, root: Path) -> None:
+    content["annotations"][1]["segments_info"].append({"id": 300, "category_id": 2})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_outside, r"names the picture '\.\./\.\./1\.jpg', which lies outside of"),
+        (_no_width, r"image 1: its width is None, expected int"),
+        (_no_list, r"image 1: its segments_info is no list of objects"),
+        (_two_annotations, r"image 1 has 2 annotations"),
+        (_segment_twice, r"image 1: segment 300 is listed twice"),
         (_strange_id, r"1\.png: found id 5, of which the JSON lists no segment"),
         (_unpainted_segment, r"image 1: segment 99 is listed, but .*1\.png has no pixel of it"),
         (_unknown_category, r"image 1: segment 300 is of category 1000, which is not among the categories"),
@@ -302,6 +327,24 @@ def test_what_is_wrong_stops_the_command_or_is_left_out(change: Callable, messag
     assert len(data.skipped) == 1
     assert "image 1" in data.skipped[0] or "1." in data.skipped[0]
     assert not load_panoptic("coco", root, "train", 16).skipped
+
+
+def test_what_is_of_no_picture_or_of_two_is_named_or_left_out_and_counted(tmp_path: Path) -> None:
+    def stranger(content: dict, root: Path) -> None:
+        content["annotations"].append({"image_id": 4, "file_name": "4.png", "segments_info": []})
+
+    def twice(content: dict, root: Path) -> None:
+        content["images"][2]["file_name"] = "1.jpg"
+
+    for change, message, left in (
+        (stranger, "found an annotation of image 4, which is not listed: add the image", 3),
+        (twice, r"images with the file_name '1\.jpg' are listed twice", 1),
+    ):
+        root = write_layout(tmp_path / change.__name__, change)
+        with pytest.raises(InputError, match=rf"{message}.* --skip-bad$"):
+            load_panoptic("coco", root, "test", 16)
+        data = load_panoptic("coco", root, "test", 16, skip_bad=True)
+        assert (len(data), len(data.skipped)) == (left, 1)
 
 
 def test_data_that_cannot_be_found_are_refused(tmp_path: Path) -> None:

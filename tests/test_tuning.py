@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +30,7 @@ from foveate.models.encoder_decoder import EncoderDecoder, Tokens
 from foveate.rewards.boxes import DetectionReward
 from foveate.rewards.combine import guarded
 from foveate.run import Run
+from foveate.run.checkpoints import listed, read_part
 from foveate.tuning import _check_asked, _check_drawn, _optimizer
 from foveate.two_steps import tune_on_reward
 from foveate.types import Decisions, InputError, RewardOutput, Sampler, map_tree
@@ -317,12 +322,79 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def in_parts(folder: Path) -> None:
+    """Tune on this process's part of 8 inputs, as `torchrun` starts it."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rows = slice(8 * rank // processes, 8 * (rank + 1) // processes)
+    targets = noise.integers(noise.key(0, "targets", torch.arange(8)), 5, 4)
+    how: dict[str, Any] = {"steps": 6, "learning_rate": 0.1, "warmup": 1, "device": "cpu", "optimizer": torch.optim.SGD}
+    held_out = [(images(8), targets)]
+    batches = lambda step: (images(8)[rows], targets[rows])  # noqa: E731
+    foveate.tune(small(4, 5), agreement, batches, out=folder, held_out=held_out, every=3, anchor=0.1, **how)
+
+
+def test_two_processes_with_parts_of_the_batch_come_to_the_weights_of_one(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from test_tuning import in_parts; in_parts(Path(sys.argv[1]))"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "two")],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": paths},
+        )
+        for rank in "01"
+    ]
+    in_parts(tmp_path / "one")
+    assert [process.wait(90) for process in pair] == [0, 0]
+    one, two = (rows_of(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two)
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs | {"seconds": 0} == pytest.approx(ours | {"seconds": 0}, abs=1e-4)
+    nets = [read_part(listed(tmp_path / name / "checkpoints")[-1], "policy") for name in ("one", "two")]
+    for name, value in nets[0].items():
+        torch.testing.assert_close(nets[1][name], value, atol=1e-5, rtol=1e-4)
+    assert any(not torch.equal(value, nets[0][name]) for name, value in small(4, 5).state_dict().items())
+
+
 def test_a_reward_that_is_none_is_named_before_anything_is_written(tmp_path: Path) -> None:
     def constant(predictions: Tokens, targets: Tensor) -> Tensor:
         return torch.ones(len(targets))
 
-    with pytest.raises(InputError, match=r"^reward constant: is 1 for all 16 examples"):
+    with pytest.raises(InputError, match=r"^reward constant: is 1 for all 64 examples"):
         foveate.tune(small(), constant, lambda step: (images(2), torch.zeros(2, 2)), out=tmp_path / "run", steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_few_answers_get_is_looked_for_among_all_that_are_drawn(tmp_path: Path) -> None:
+    """Of two answers to the only input neither may be right, though of 64 some are."""
+
+    def rare(predictions: Tokens, targets: Tensor) -> Tensor:
+        return (predictions.ids == targets).all(1).float()
+
+    for seed in range(4):
+        keys = noise.key(seed, "check", 0, torch.arange(1))
+        drawn = small().sample(images(1), 2, False, keys)
+        if not rare(drawn, torch.ones(2, 2).long()).any():
+            break
+    batches = lambda step: (images(1), torch.ones(1, 2).long())  # noqa: E731
+    how: dict[str, Any] = {"samples": 2, "steps": 1, "seed": seed, "device": "cpu"}
+    foveate.tune(small(), rare, batches, out=tmp_path / "run", **how)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("given", [torch.distributions.Categorical, lambda logits: None])
+def test_a_distribution_of_another_kind_is_named_before_anything_is_written(given: Any, tmp_path: Path) -> None:
+    class Foreign(Coins):
+        def forward(self, inputs: Tensor, actions: Tensor, steps: slice = slice(None)) -> Decisions:
+            found = super().forward(inputs, actions, steps)
+            return replace(found, distribution=given(logits=found.distribution.logits))
+
+    says = r"^policy: its forward gives the distribution (Categorical without kl|NoneType without entropy and kl)"
+    worth = lambda answers, targets: together(answers)  # noqa: E731
+    with pytest.raises(InputError, match=says):
+        foveate.tune(Foreign(), worth, lambda step: (torch.zeros(8), None), out=tmp_path / "run", steps=1)
     assert not (tmp_path / "run").exists()
 
 
@@ -638,7 +710,9 @@ def test_what_is_no_image_is_not_blamed_on_the_reward(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^inputs: image 2 of the first batch has NaN .* pixels \(1 of 4\)"):
         foveate.tune(small(), agreement, lambda step: (broken, PAIR[1]), out=tmp_path / "run", steps=1)
     with pytest.raises(InputError, match=r"^batches: found list, expected a function of the step"):
-        _check_asked([PAIR], 1)
+        _check_asked([PAIR], 1, {})
+    with pytest.raises(InputError, match=r"^settings: found 'lr', expected of samples, .* learning_rate"):
+        foveate.tune(small(), agreement, lambda step: PAIR, out=tmp_path / "run", steps=1, lr=1e-3)
     with pytest.raises(InputError, match=r"^every: found 0, expected at least 1"):
         foveate.tune(small(), agreement, lambda step: PAIR, out=tmp_path / "run", steps=1, every=0)
     assert not (tmp_path / "run").exists()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from foveate.learn.settings import Tuning
 from foveate.rewards.combine import check_output, guarded
 from foveate.run import Run
 from foveate.two_steps import Batches, held_out_scores, tune_on_reward
-from foveate.types import InputError, Sampler, Tree, map_tree, rows_of
+from foveate.types import InputError, RewardOutput, Sampler, Tree, map_tree, rows_of
 
 ENOUGH = 64  # answers that are looked at before the first update, at least
 
@@ -61,7 +61,7 @@ def tune(
         reward: (predictions, targets) → `RewardOutput`, or a tensor with a number for each.
         batches: step → (inputs, targets), trees of tensors that begin with the batch, on any device; targets may be
             None, if the reward needs none. The same step must give the same batch, or a resumed run sees other data
-            than one that was not interrupted.
+            than one that was not interrupted. Of several processes each gives its own part, as many rows in each.
         out: folder of the run.
         steps: budget in steps.
         minutes: budget in minutes.
@@ -86,8 +86,8 @@ def tune(
             sizes, in whole numbers or not finite, more or fewer targets than inputs, a model whose scores are random or
             not those of what it draws, a folder in use.
     """
+    _check_asked(batches, every, settings)
     tuning, held_out = Tuning(**settings), list(held_out)
-    _check_asked(batches, every)
     config = asdict(tuning)
     if optimizer is not torch.optim.Adafactor:
         config["optimizer"] = getattr(getattr(optimizer, "func", optimizer), "__name__", type(optimizer).__name__)
@@ -171,14 +171,19 @@ def _check_start(
             if draw == 0:
                 _check_units(inputs, answers, wanted)
             outputs.append(reward(answers, wanted))
-        check_output(outputs[0], rows * tuning.samples, name)
+        totals = torch.cat([output.total for output in outputs])
+        check_output(RewardOutput(totals), len(totals), name)  # the guard has looked at the rest
         if tuning.credit == "answer" and tuning.baseline in ("leave-one-out", "normalised"):
             _check_compared(torch.cat([output.total.view(rows, -1) for output in outputs], 1), name)
+        _check_distribution(policy, inputs, drawn[0])
         _check_repeatable(policy, inputs, drawn[0])
         _check_drawn(policy, inputs, drawn)
 
 
-def _check_asked(batches: Any, every: int) -> None:
+def _check_asked(batches: Any, every: int, settings: Mapping[str, Any]) -> None:
+    names = [entry.name for entry in fields(Tuning)]
+    for strange in sorted(settings.keys() - names):
+        raise InputError(f"settings: found {strange!r}, expected of {', '.join(names)}; correct or leave it out")
     if every < 1:
         raise InputError(f"every: found {every}, expected at least 1 step; to look at nothing, leave held_out out")
     if not callable(batches):
@@ -248,6 +253,16 @@ def _check_compared(totals: Float[Tensor, "batch answers"], name: str) -> None:
         raise InputError(
             f"reward {name}: all {count} answers to an input score alike, for each of {rows} inputs, and they are "
             "compared with each other: take a finer score, or begin with a model whose answers differ"
+        )
+
+
+def _check_distribution(policy: Sampler, inputs: Tree, actions: Tree) -> None:
+    """What is logged of every tuning, and what an anchor and a weight of the entropy need."""
+    given = next(decided(policy, inputs, actions)).distribution
+    if missing := [name for name in ("entropy", "kl") if not callable(getattr(given, name, None))]:
+        raise InputError(
+            f"policy: its forward gives the distribution {type(given).__name__} without {' and '.join(missing)}, "
+            "expected one of foveate.distributions, or one with the same methods (torch.distributions have no kl)"
         )
 
 

@@ -6,8 +6,10 @@ Nothing is decoded here; paths that leave the data's folder are refused, and XML
 from __future__ import annotations
 
 import json
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -134,7 +136,9 @@ def _voc_item(folder: Path, path: Path) -> Item:
 
 def _number(tree: ElementTree.Element, name: str, where: Path | str) -> float:
     try:
-        return float(tree.findtext(name) or "")
+        if math.isfinite(number := float(tree.findtext(name) or "")):
+            return number
+        raise ValueError("not finite")
     except ValueError as error:
         raise InputError(f"{where}: {name} is {tree.findtext(name)!r}, expected a number") from error
 
@@ -146,8 +150,8 @@ def coco_items(root: Path, split: Part, skip_bad: bool) -> tuple[Reader, tuple[s
     """COCO's instances_*.json in `root`/annotations: a reader of that part, and the classes in their order.
 
     Raises:
-        InputError: no such file, a damaged one; unless `skip_bad`: an annotation of an unlisted image, without a class
-            or four numbers of a box, an image without name or size.
+        InputError: no such file, a damaged one, a category that is listed twice; unless `skip_bad`: an annotation of an
+            unlisted image, without a class or four numbers of a box, an image without name or size, or listed twice.
     """
     files = {path.stem.removeprefix("instances_"): path for path in sorted(root.glob("annotations/instances_*.json"))}
     parts = {part: path for name, path in files.items() for part in ("train", "val", "test") if name.startswith(part)}
@@ -162,7 +166,9 @@ def coco_items(root: Path, split: Part, skip_bad: bool) -> tuple[Reader, tuple[s
         named = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: a category has no id or no name ({error!r}); give it both") from error
-    classes = tuple(named[number] for number in sorted(named))
+    if double := twice(int(entry["id"]) for entry in content["categories"]):
+        raise InputError(f"{path}: category {min(double)} is listed twice; remove one")
+    classes = tuple(dict.fromkeys(named[number] for number in sorted(named)))  # of one name they are one class
 
     def read(part: Part) -> tuple[list[Item], int]:
         items, strangers = _items(root, path, content, named, skip_bad)
@@ -186,13 +192,13 @@ def coco_content(path: Path, kind: str) -> dict[str, Any]:
     """Images, annotations and categories of a COCO file, of boxes or another `kind`.
 
     Raises:
-        InputError: it cannot be read, or one of the three is no list.
+        InputError: it cannot be read, or one of the three is no list of objects.
     """
     try:
         content = json.loads(path.read_bytes())
         for name in ("images", "annotations", "categories"):
-            if not isinstance(content[name], list):
-                raise TypeError(f"{name!r} is no list")
+            if not isinstance(content[name], list) or not all(isinstance(entry, dict) for entry in content[name]):
+                raise TypeError(f"{name!r} is no list of objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: is no COCO file of {kind} ({error}); expected images, annotations, categories"
@@ -207,17 +213,19 @@ def _items(
     folder = root / path.stem.removeprefix("instances_")
     told: dict[Any, list[dict[str, Any]]] = {}
     for entry in content["annotations"]:
-        told.setdefault(entry.get("image_id"), []).append(entry)
-    known = {image.get("id") for image in content["images"]}
+        told.setdefault(hashable(entry.get("image_id")), []).append(entry)
+    known = {hashable(image.get("id")) for image in content["images"]}
     strangers = [entry for number, entries in told.items() if number not in known for entry in entries]
     if strangers and not skip_bad:
         of = f"annotation {strangers[0].get('id')} is of image {strangers[0].get('image_id')}, unknown"
         raise InputError(f"{path}: {of}: add the image, or remove the annotation")
+    check = image_check(path, content["images"])
     items: dict[str, Item | InputError] = {}
     for image in content["images"]:
         name = str(image.get("file_name"))  # without its folder: parts are not to change when the data are moved
         try:
-            items[name] = _coco_item(folder, path, image, told.get(image.get("id"), []), named)
+            check(image)
+            items[name] = _coco_item(folder, path, image, told.get(hashable(image.get("id")), []), named)
         except InputError as error:
             if not skip_bad:
                 raise
@@ -225,13 +233,41 @@ def _items(
     return items, len(strangers)
 
 
+def twice(names: Iterable[Any]) -> set[Any]:
+    """Those of the names that are there more than once."""
+    return {name for name, count in Counter(names).items() if count > 1}
+
+
+def hashable(value: Any) -> Any:
+    """What a file gives for an id, as it is; lists and objects, which can be none, as text."""
+    return repr(value) if isinstance(value, list | dict) else value
+
+
+def image_check(path: Path, images: Sequence[dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    """A check of each of the images of a COCO file.
+
+    It raises an `InputError` for one without id, name or size, or whose id or name another one has: nobody knows which
+    annotations are whose.
+    """
+    fields = (("id", int), ("file_name", str), ("width", int), ("height", int))
+    doubles = {field: twice(hashable(image.get(field)) for image in images) for field in ("id", "file_name")}
+
+    def check(image: dict[str, Any]) -> None:
+        for field, kind in fields:
+            if not isinstance(value := image.get(field), kind):
+                raise InputError(
+                    f"{path}: image {image.get('id')}: its {field} is {value!r}, expected {kind.__name__}; correct it"
+                )
+            if value in doubles.get(field, ()):
+                raise InputError(f"{path}: images with the {field} {value!r} are listed twice; remove one")
+
+    return check
+
+
 def _coco_item(
     folder: Path, path: Path, image: dict[str, Any], entries: list[dict[str, Any]], named: dict[int, str]
 ) -> Item:
     where = f"{path}: image {image.get('id')}"
-    for name, kind in (("id", int), ("file_name", str), ("width", int), ("height", int)):
-        if not isinstance(image.get(name), kind):
-            raise InputError(f"{where}: its {name} is {image.get(name)!r}, expected {kind.__name__}; correct it")
     names, boxes, crowd = [], [], []
     for place, entry in enumerate(entries):
         box, number = entry.get("bbox"), entry.get("category_id")

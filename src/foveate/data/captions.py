@@ -191,20 +191,22 @@ def _read_file(root: Path, path: Path, split: Part, found: dict[Any, _Picture], 
     here: dict[int, _Picture] = {}
     strangers = {image["id"] for image in images}
     for image in images:
-        number, name = image["id"], str(image.get("file_name"))
+        number, name = image["id"], image.get("file_name")
         if split not in ("all", part_of(number)):
             continue
-        picture, where = folder / name, f"{path}: image {number}"
+        where = f"{path}: image {number}"
         if number in here or number in found:
             bad.tell(f"{where} is listed twice", "remove one")
-        elif not picture.resolve().is_relative_to(folder.resolve()):
+        elif not isinstance(name, str):
+            bad.tell(f"{where} has the file_name {name!r}", "correct it")
+        elif not (picture := folder / name).resolve().is_relative_to(folder.resolve()):
             bad.tell(f"{where} names the picture {name!r}, which lies outside of {folder}", "correct it")
         else:
             here[number] = _Picture(picture, where, [])
     for place, entry in enumerate(annotations):
         number, caption = entry.get("image_id"), entry.get("caption")
         where = f"{path}: caption {entry.get('id', f'at place {place}')}"
-        if number not in strangers:
+        if not isinstance(number, int) or number not in strangers:
             if split in ("train", "all"):  # it belongs to no split, and is counted once
                 bad.tell(f"{where} is of image {number}, which is not listed", "add the image")
         elif number in here:

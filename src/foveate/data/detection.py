@@ -152,14 +152,14 @@ def _digits(split: Part, count: int, side: int, most: int, say: Callable[[str], 
 
 def _check(item: Item, classes: tuple[str, ...]) -> None:
     width, height = item.size
-    # 0 and 1 alone may be the pixel in the corner
-    in_parts = all(max(box) <= 1 for box in item.boxes) and any(number % 1 for box in item.boxes for number in box)
+    # one is enough, beside others in pixels; 0 and 1 alone may be the pixel in the corner
+    in_parts = any(max(box) <= 1 and any(number % 1 for number in box) for box in item.boxes)
     for place, (name, box) in enumerate(zip(item.names, item.boxes, strict=True)):
         numbers = ", ".join(f"{number:g}" for number in box)
         where = f"{item.where}: object {place} ({name}: {numbers})"
         if name not in classes:
             raise InputError(f"{where} is of an unknown class; known are {', '.join(classes)}")
-        if in_parts and min(width, height) > 1:
+        if in_parts and max(box) <= 1 < min(width, height):
             raise InputError(f"{where} is in parts of the image, expected pixels; multiply by {width} and {height}")
         if not (box[2] >= box[0] and box[3] >= box[1]):
             raise InputError(f"{where} ends before it begins, expected left, top, right, bottom; correct it")

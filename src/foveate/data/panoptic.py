@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from foveate import noise
-from foveate.data.box_files import Part, coco_content, held_out, inside
+from foveate.data.box_files import Part, coco_content, hashable, held_out, image_check, inside, twice
 from foveate.data.picture_folders import check_memory, read_stretched
 from foveate.data.scenes import SHAPES, STUFF, describe, draw
 from foveate.geometry import Segments
@@ -91,7 +91,8 @@ def load_panoptic(
     Raises:
         InputError: unknown name; missing or damaged files; an empty split; without `skip_bad`: a PNG with an id that
             its JSON does not list, or the reverse; an unknown category; a PNG that is missing or has another size than
-            its picture; a picture that is missing, or has another size than its JSON says, or no annotation.
+            its picture; a picture that is missing or listed twice, or has another size than its JSON says, or not one
+            annotation; a segment that is listed twice, an annotation of no picture.
     """
     if name not in DATASETS:
         raise InputError(f"data: found {name!r}, expected one of {', '.join(DATASETS)}")
@@ -154,7 +155,7 @@ class _Item:
 
     where: str
     picture: Path
-    map: Path | None
+    map: Path
     size: tuple[int, int]
     segments: list[dict[str, Any]]
 
@@ -180,15 +181,17 @@ def _read_coco(root: Path, split: Part, side: int, skip_bad: bool, supercategori
     known = _categories(root, contents, supercategories)
     own = "test" in parts
     source: Part = split if own else "train" if split == "val" else "val" if split == "test" else "train"
-    found = _items(root, parts[source], contents[source])
-    items = {item.picture.relative_to(root).as_posix(): item for item in found}  # the same wherever the data lie
+    items, strangers = _items(root, parts[source], contents[source])
     if not own and source == "train":
         held = set(held_out(list(items), VAL_SHARE, "val"))
         items = {name: item for name, item in items.items() if (name in held) is (split == "val")}
+        strangers = strangers if split == "train" else []  # what is of no picture is counted once
     check_memory(str(root), (len(items), 5, side, side))
     read, skipped = [], []
-    for item in items.values():
+    for item in (*strangers, *items.values()):
         try:
+            if isinstance(item, InputError):
+                raise item
             read.append(_read(item, side, known))
         except InputError as error:
             if not skip_bad:
@@ -207,12 +210,16 @@ def _read_coco(root: Path, split: Part, side: int, skip_bad: bool, supercategori
 
 def _categories(root: Path, contents: dict[str, dict[str, Any]], supercategories: bool) -> _Categories:
     """The classes of the categories that occur in any part, things first, in the order of their ids."""
-    listed = {entry.get("id"): entry for content in contents.values() for entry in content["categories"]}
+    for content in contents.values():
+        if double := twice(hashable(entry.get("id")) for entry in content["categories"]):
+            raise InputError(f"{root}: category {next(iter(double))} is listed twice in one file; remove one")
+    entries = [entry for content in contents.values() for entry in content["categories"]]
+    listed = {number: entry for entry in entries if isinstance(number := entry.get("id"), int)}
     occur = {
-        segment.get("category_id")
+        hashable(segment.get("category_id"))
         for content in contents.values()
         for entry in content["annotations"]
-        for segment in entry.get("segments_info", ())
+        for segment in _segments(entry) or ()
     }
     used = [(number, listed[number]) for number in sorted(occur & listed.keys())]
     field = "supercategory" if supercategories else "name"
@@ -230,34 +237,54 @@ def _categories(root: Path, contents: dict[str, dict[str, Any]], supercategories
     return _Categories((*kinds[0], *kinds[1]), len(kinds[0]), of)
 
 
-def _items(root: Path, path: Path, content: dict[str, Any]) -> list[_Item]:
-    maps = path.with_suffix("")
-    told = {entry.get("image_id"): entry for entry in content["annotations"]}
-    strangers = told.keys() - {image.get("id") for image in content["images"]}
-    if strangers:
-        raise InputError(f"{path}: found an annotation of image {min(strangers)}, which is not listed; add the image")
-    items = []
+def _segments(annotation: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What the JSON lists of a map; None if that is no list of objects."""
+    found = annotation.get("segments_info", [])
+    return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else None
+
+
+def _items(root: Path, path: Path, content: dict[str, Any]) -> tuple[dict[str, _Item | InputError], list[InputError]]:
+    """Picture → what is said of it, or what is wrong with that; and the annotations of no picture."""
+    told: dict[Any, list[dict[str, Any]]] = {}
+    for entry in content["annotations"]:
+        told.setdefault(hashable(entry.get("image_id")), []).append(entry)
+    known = {hashable(image.get("id")) for image in content["images"]}
+    strangers = [
+        InputError(f"{path}: found an annotation of image {number}, which is not listed: add the image")
+        for number, entries in told.items()
+        for _ in entries
+        if number not in known
+    ]
+    folder, check = path.stem.removeprefix("panoptic_"), image_check(path, content["images"])
+    items: dict[str, _Item | InputError] = {}
     for image in content["images"]:
-        entry = told.get(image.get("id"), {})
-        items.append(
-            _Item(
-                f"{path}: image {image.get('id')}",
-                inside(root / path.stem.removeprefix("panoptic_"), str(image.get("file_name")), path),
-                inside(maps, str(entry.get("file_name")), path) if entry else None,
-                (int(image.get("width", 0)), int(image.get("height", 0))),
-                list(entry.get("segments_info", ())),
-            )
-        )
-    return items
+        name = Path(f"{folder}/{image.get('file_name')}").as_posix()  # the same wherever the data lie
+        try:
+            check(image)
+            items[name] = _item(root / folder, path, image, told.get(image["id"], []))
+        except InputError as error:
+            items[name] = error
+    return items, strangers
+
+
+def _item(folder: Path, path: Path, image: dict[str, Any], entries: list[dict[str, Any]]) -> _Item:
+    where = f"{path}: image {image['id']}"
+    if len(entries) != 1:
+        raise InputError(f"{where} has {f'{len(entries)} annotations' if entries else 'no annotation'}: give it one")
+    if (segments := _segments(entries[0])) is None:
+        raise InputError(f"{where}: its segments_info is no list of objects: correct it")
+    picture = inside(folder, image["file_name"], path)
+    map_of = inside(path.with_suffix(""), str(entries[0].get("file_name")), path)
+    return _Item(where, picture, map_of, (image["width"], image["height"]), segments)
 
 
 def _read(item: _Item, side: int, known: _Categories) -> tuple[Array, Array, list[int], list[bool]]:
     """Pixels [3, side, side], ids [side, side], and class and crowd of each segment."""
-    if item.map is None:
-        raise InputError(f"{item.where} has no annotation: add one")
-    listed: dict[Any, dict[str, Any]] = {segment.get("id"): segment for segment in item.segments}
+    listed: dict[Any, dict[str, Any]] = {hashable(segment.get("id")): segment for segment in item.segments}
+    if double := twice(hashable(segment.get("id")) for segment in item.segments):
+        raise InputError(f"{item.where}: segment {next(iter(double))} is listed twice: remove one")
     for number, segment in listed.items():
-        if segment.get("category_id") not in known.of:
+        if hashable(segment.get("category_id")) not in known.of:
             raise InputError(
                 f"{item.where}: segment {number} is of category {segment.get('category_id')}, which is not among the "
                 "categories: add it there, or correct the segment"
@@ -277,7 +304,7 @@ def _read(item: _Item, side: int, known: _Categories) -> tuple[Array, Array, lis
         )
     if missing := listed.keys() - found:
         raise InputError(
-            f"{item.where}: segment {min(missing)} is listed, but {item.map} has no pixel of it: remove it"
+            f"{item.where}: segment {min(missing, key=str)} is listed, but {item.map} has no pixel of it: remove it"
         )
     rows, columns = (((np.arange(side) + 0.5) * length / side).astype(int) for length in ids.shape)
     return pixels, *_numbered(ids[rows[:, None], columns], listed, known)

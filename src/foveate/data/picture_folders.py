@@ -278,6 +278,8 @@ def _picture(path: Path, mode: str, image_size: int | None) -> np.ndarray[Any, n
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
+    except InputError:  # it names the file itself
+        raise
     except Exception as error:  # decoders raise anything on a broken file
         found = " ".join(str(error).split()).removesuffix(".")
         raise InputError(f"{path}: cannot be read as a picture ({found}): replace or remove the file") from error

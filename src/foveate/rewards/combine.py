@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import reduce, wraps
 from operator import add, mul
 from typing import Any, TypeAlias
@@ -158,6 +159,8 @@ def _listed(examples: Any) -> bool:
 def told(reward: Callable[[Any, Any], Any], name: str | None = None) -> Reward:
     """A reward of a function that gives its totals alone, a tensor [batch], or is a reward already.
 
+    It computes in full precision, whatever the model that is scored does.
+
     Raises:
         InputError: what it gives is not one number an example.
     """
@@ -166,9 +169,20 @@ def told(reward: Callable[[Any, Any], Any], name: str | None = None) -> Reward:
     @wraps(reward)
     def output(predictions: Any, targets: Any) -> RewardOutput:
         rows = len(predictions) if _listed(predictions) else rows_of(predictions)
-        return _shaped(reward(predictions, targets), rows, called)
+        with _full_precision():
+            return _shaped(reward(map_tree(_whole, predictions), targets), rows, called)
 
     return output
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """What a model that answers in mixed precision has on is no matter of the reward: three digits are too few."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def load_reward(name: str, known: Iterable[str] = ()) -> Reward:
@@ -247,7 +261,12 @@ def _shaped(output: Any, batch: int, name: str) -> RewardOutput:
 
 
 def _real(values: Tensor) -> Tensor:
-    return values if values.is_floating_point() else values.float()  # counts have no mean
+    return _whole(values) if values.is_floating_point() else values.float()  # counts have no mean
+
+
+def _whole(values: Tensor) -> Tensor:
+    """Of half precision as float32, anything else as it is."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def _named(output: Tensor | RewardOutput) -> dict[str, Tensor]:
