@@ -196,6 +196,11 @@ def test_a_temperature_is_that_of_the_answers_and_of_their_scores_and_is_gone_af
         *(({"entropy": weight}, "entropy") for weight in (math.nan, -math.inf)),
         *(({"clip": clip, "epochs": 2}, "clip") for clip in (-0.2, 0.0, math.nan)),
         ({"warmup": -5}, "warmup"),
+        ({"learning_rate": "1e-3"}, "learning_rate"),
+        ({"anchor": None}, "anchor"),
+        ({"clip": "0.2"}, "clip"),
+        ({"chunk": 2.5}, "chunk"),
+        ({"chunk": 0}, "chunk"),
     ],
 )
 def test_settings_that_teach_nothing_are_refused(settings: dict[str, object], field: str) -> None:

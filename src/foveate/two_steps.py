@@ -25,7 +25,7 @@ from foveate.learn.settings import Precision, Tuning
 from foveate.parts import look_at
 from foveate.rewards.combine import check_output
 from foveate.run import Run
-from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, rows_of, split
+from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, in_full, rows_of, split
 
 Batches: TypeAlias = Callable[[int], tuple[Tree, Tree]]  # the inputs and targets of a step
 Losses: TypeAlias = dict[str, Tensor]  # name → loss, to be added and logged
@@ -91,10 +91,11 @@ def held_out_scores(
     And of the same answers what nothing is tuned on: "held_out_NAME" of every metric.
     """
     outputs, others = [], dict[str, list[Tensor]]()
-    with torch.no_grad(), answering(policy, precision):
+    with torch.no_grad():
         for inputs, targets in batches:
             keys = noise.key(seed, "held out", torch.arange(rows_of(inputs))).to(next(policy.parameters()).device)
-            answers = policy.decode(policy.sample(inputs, 1, True, keys))
+            with answering(policy, precision):
+                answers = in_full(policy.decode(policy.sample(inputs, 1, True, keys)))
             outputs.append(reward(answers, targets))
             for name, metric in metrics.items():
                 others.setdefault(f"held_out_{name}", []).append(metric(answers, targets).total)

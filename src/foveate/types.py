@@ -76,6 +76,12 @@ def map_tree(function: Callable[..., Any], first: T, *rest: T) -> T:
     return first
 
 
+def in_full(tree: T) -> T:
+    """Tensors of half precision as float32, anything else as it is."""
+    half = torch.bfloat16, torch.float16
+    return map_tree(lambda leaf: leaf.float() if leaf.dtype in half else leaf, tree)
+
+
 def concatenate(trees: list[T], dim: int) -> T:
     """Join trees of the same shape along one dimension of their tensors, e.g. the steps of a rollout along time."""
     return map_tree(lambda *leaves: torch.cat(leaves, dim), *trees)

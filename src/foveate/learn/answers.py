@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from foveate.learn.baselines import MovingAverage, group_normalised, leave_one_out, self_critical, value_loss
 from foveate.learn.policy_gradient import entropy_bonus, kl_penalty, masked_mean, policy_gradient
 from foveate.learn.settings import Precision, Tuning
-from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, map_tree
+from foveate.types import Decisions, InputError, RewardOutput, Sampler, Tree, in_full, map_tree
 
 T = TypeVar("T")
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
@@ -78,14 +78,18 @@ def score(
         InputError: the reward gives no credit, or the model no values, where the settings ask for them.
     """
     count, learned = tuning.samples, tuning.baseline == "learned" and tuning.credit == "answer"
+    behaviour = values = best = None
     with torch.no_grad(), answering(policy, tuning.precision, tuning.temperature):
         actions = policy.sample(inputs, count, False, keys)
-        output = reward(policy.decode(actions), repeat(targets, count))
-        behaviour = values = None
+        answers = in_full(policy.decode(actions))
         if learned:
             decisions = list(decided(policy, inputs, actions))
             behaviour = torch.cat([_log_probs(some) for some in decisions], 1)
             values = torch.cat([_values(some) for some in decisions], 1)
+        if tuning.baseline == "greedy" and tuning.credit == "answer":
+            best = in_full(policy.decode(policy.sample(inputs, 1, True, keys)))
+    with torch.no_grad():  # in full precision
+        output = reward(answers, repeat(targets, count))
         if tuning.credit != "answer":
             return Scored(actions, None, output, _own(output, tuning))
         output = _among_scored(output, count)
@@ -99,8 +103,7 @@ def score(
             return Scored(actions, behaviour, output, _learned_from(group_normalised(worth, group), output))
         if tuning.baseline == "leave-one-out":
             baseline = leave_one_out(worth, group)
-        elif tuning.baseline == "greedy":
-            best = policy.decode(policy.sample(inputs, 1, True, keys))
+        elif best is not None:
             baseline = self_critical(worth, reward(best, targets).total, group)
         elif values is not None:
             baseline = values

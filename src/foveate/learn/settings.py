@@ -78,6 +78,10 @@ class Tuning:
         for name, kind in names.items():
             if (found := getattr(self, name)) not in get_args(kind):
                 raise InputError(f"{name}: found {found!r}, expected {', '.join(get_args(kind))}")
+        for name in ("anchor", "entropy", "learning_rate", "warmup", "subset", "clip", "temperature"):
+            left_out = (found := getattr(self, name)) is None and name in ("clip", "temperature")
+            if not isinstance(found, (int, float)) and not left_out:
+                raise InputError(f"{name}: found {found!r}, expected a number")
         for name in ("samples", "epochs"):
             if not isinstance(found := getattr(self, name), int) or found < 1:
                 raise InputError(f"{name}: found {found}, expected a whole number, at least 1")
@@ -91,8 +95,9 @@ class Tuning:
             raise InputError(f"clip: found {self.clip:g}, expected more than 0, e.g. 0.2; leave it out for none")
         if not self.warmup >= 0:
             raise InputError(f"warmup: found {self.warmup}, expected 0 steps, which is none, or more")
-        if self.chunk is not None and self.chunk < 1:
-            raise InputError(f"chunk: found {self.chunk}, expected at least 1 input; leave it out for all at once")
+        if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
+            told = "expected a whole number of inputs, at least 1; leave it out for all at once"
+            raise InputError(f"chunk: found {self.chunk!r}, {told}")
         compares = self.credit in ("to-go", "difference") or (
             self.credit == "answer" and self.baseline in ("leave-one-out", "normalised")
         )

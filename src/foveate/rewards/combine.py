@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from foveate.types import InputError, RewardOutput, map_tree, rows_of, split
+from foveate.types import InputError, RewardOutput, in_full, map_tree, rows_of, split
 
 Reward: TypeAlias = Callable[[Any, Any], RewardOutput]
 
@@ -170,7 +170,7 @@ def told(reward: Callable[[Any, Any], Any], name: str | None = None) -> Reward:
     def output(predictions: Any, targets: Any) -> RewardOutput:
         rows = len(predictions) if _listed(predictions) else rows_of(predictions)
         with _full_precision():
-            return _shaped(reward(map_tree(_whole, predictions), targets), rows, called)
+            return _shaped(reward(in_full(predictions), targets), rows, called)
 
     return output
 
@@ -261,12 +261,7 @@ def _shaped(output: Any, batch: int, name: str) -> RewardOutput:
 
 
 def _real(values: Tensor) -> Tensor:
-    return _whole(values) if values.is_floating_point() else values.float()  # counts have no mean
-
-
-def _whole(values: Tensor) -> Tensor:
-    """Of half precision as float32, anything else as it is."""
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+    return in_full(values) if values.is_floating_point() else values.float()  # counts have no mean
 
 
 def _named(output: Tensor | RewardOutput) -> dict[str, Tensor]:

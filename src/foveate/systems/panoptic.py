@@ -265,13 +265,14 @@ def _left_out(config: Config) -> list[str]:
 def _score(config: Config, model: Coded | MapCode, data: PanopticMaps, run: Run) -> dict[str, float]:
     """Reward and corpus PQ of greedy maps; of a code, those of the maps that its own words draw."""
     channels, reward, sums, rewards = _channels(config), _reward(config), [], []
-    with torch.no_grad(), answering(model, config.precision):
+    with torch.no_grad():
         for rows in torch.arange(len(data), device=run.device).split(AT_ONCE):
             images, truth = chosen(data, rows)
-            if isinstance(model, MapCode):
-                scores = model(images, channels.seen(channels.maps(truth)))
-            else:
-                scores = model.decode(model.sample(images, 1, True, noise.key(config.seed, "evaluation", rows)))
+            with answering(model, config.precision):
+                if isinstance(model, MapCode):
+                    scores = model(images, channels.seen(channels.maps(truth)))
+                else:
+                    scores = model.decode(model.sample(images, 1, True, noise.key(config.seed, "evaluation", rows)))
             rewards.append(reward(scores, truth).total)
             sums.append(class_sums(channels.segments(scores), truth, channels.classes))
     return corpus_quality(torch.stack(sums).sum(0)) | {"reward": float(torch.cat(rewards).mean())}
