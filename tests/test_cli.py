@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import foveate
+from foveate import cli
 from foveate.cli import main
 from foveate.types import InputError
 
@@ -107,6 +108,20 @@ def test_eval_prints_one_json_object_and_nothing_else(trained: Path, capsys: pyt
     assert printed == {k: v for k, v in json.loads((trained / "evaluation.json").read_text()).items() if k in printed}
     assert main(["eval", str(trained)]) == 0
     assert "trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("terminal", "first"), [("80", "found"), ("20", "found"), ("400", "the tuned model")])
+def test_a_table_is_turned_on_its_side_and_never_cut_off(
+    terminal: str, first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", terminal)
+    rows = {name: {f"metric {place}": 0.1234 + place for place in range(12)} for name in ("the tuned model", "start")}
+    cli._table({"the tuned model": {"found": "words"} | rows["the tuned model"], "start": rows["start"]})
+    lines = capsys.readouterr().out.splitlines()
+    assert "…" not in "".join(lines)
+    assert len(set(map(len, lines))) == 1  # no line is broken
+    assert lines[3].split("│")[1].strip() == first
+    assert all(f"{number:.4g}" in "".join(lines) for row in rows.values() for number in row.values())
 
 
 def test_eval_on_data_it_never_saw(trained: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
