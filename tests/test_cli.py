@@ -175,6 +175,7 @@ def test_a_run_starts_from_another_runs_weights(trained: Path, tmp_path: Path) -
     assert main([*words, "--from", str(trained), "--out", str(tmp_path / "run")]) == 0
     there, here = (foveate.load(run, "cpu").policy.state_dict() for run in (trained, tmp_path / "run"))
     assert all(torch.equal(there[name], here[name]) for name in there)
+    assert f"--from {trained}" in (tmp_path / "run" / "report.html").read_text()  # the command makes this run again
 
 
 def test_a_config_file_gives_defaults_and_typed_fields_go_before_it(trained: Path, tmp_path: Path) -> None:

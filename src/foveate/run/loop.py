@@ -144,6 +144,11 @@ class Run:
         found: str | None = self._record.get("source")
         return found
 
+    @property
+    def source_part(self) -> str | None:
+        """The part of the source that tuning began from; None: the start of its own tuning."""
+        return next(iter(self._record.get("source_parts", {}).values()), None)
+
     def track(self, **parts: Any) -> tuple[Any, ...]:
         """Make parts belong to the run: modules move to its device, all are saved in checkpoints and restored.
 
