@@ -144,6 +144,21 @@ def test_show_draws_the_users_picture(trained: Path, tmp_path: Path, capsys: pyt
     assert all(Path(file).stat().st_size > 0 for file in files)
 
 
+def test_what_the_users_folder_is_called_does_not_matter(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures of the run itself stay, also where "." is shown; a dot in a name is part of it."""
+    from PIL import Image
+
+    folder, drawn = tmp_path / "week 1.5", {path: path.read_bytes() for path in (trained / "pictures").glob("*.*")}
+    folder.mkdir()
+    Image.effect_noise((40, 40), 60).save(folder / "mine.png")
+    monkeypatch.chdir(folder)
+    assert main(["show", str(trained), "."]) == 0
+    assert {Path(line).parent for line in capsys.readouterr().out.splitlines()} == {trained / "pictures" / folder.name}
+    assert all(path.read_bytes() == before for path, before in drawn.items())
+
+
 def test_compare_draws_two_runs(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "other")
     out = tmp_path / "both.png"

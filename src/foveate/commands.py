@@ -135,9 +135,11 @@ def show(folder: Path | str, images: Path | str | None = None, device: str = "au
     policy = agents.policy_of(module, config, run)
     if images is None:
         return list(_save_pictures(run.folder / "pictures", module.picture(config, policy, run)).values())
+    path = Path(images).resolve()  # "." has a name, too
     shown = map_tree(lambda leaf: leaf.to(run.device), module.read(config, Path(images)))
     drawn = module.picture(config, policy, run, shown)
-    return list(_save_pictures(run.folder / "pictures" / Path(images).stem, drawn).values())
+    name = path.name if path.is_dir() else path.stem
+    return list(_save_pictures(run.folder / "pictures" / name, drawn).values())
 
 
 def analyse(
