@@ -131,6 +131,8 @@ def test_eval_on_data_it_never_saw(trained: Path, shared_data: Path, capsys: pyt
     printed = json.loads(capsys.readouterr().out)
     assert printed["metrics"]["error"] != json.loads(before)["metrics"]["error"]
     assert (trained / "evaluation.json").read_text() == before
+    assert main(["eval", str(trained), "--root", str(shared_data)]) == 2  # its own digits lie in no folder
+    assert "name what it holds: --data" in capsys.readouterr().err
 
 
 def test_show_draws_the_users_picture(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,6 +241,9 @@ def test_a_config_file_gives_defaults_and_typed_fields_go_before_it(trained: Pat
         (["compare", "nowhere"], "nowhere"),
         (["bench", "rma"], "did you mean"),
         (["data", "chekc"], "data check"),
+        (["train", "ram", "--root", "pictures", "--steps", "1"], "root: pictures would not be read"),
+        (["train", "tune-detector", "--root", "cells", "--steps", "1"], "data 'scenes' needs no folder"),
+        (["data", "check", "colorization", "--root", "holiday"], "name what it holds: --data"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -56,7 +56,9 @@ def train(
     """
     module = agents.system_module(system)
     starts = {} if from_part is None else {_start_of(module, system, source): from_part}
-    config = module.resolve(agents.config_from(system, settings, "train"))
+    given = agents.config_from(system, settings, "train")
+    _check_root(given.data, given.root)
+    config = module.resolve(given)
     folder = Path(out) if out else Path("runs") / f"{system}-{datetime.now():%Y%m%d-%H%M%S}"
     run = Run(
         folder,
@@ -71,7 +73,6 @@ def train(
         source=None if source is None else Path(source),
         source_parts=starts,
     )
-    given = agents.config_from(system, settings, "train")
     for entry in fields(config):
         if getattr(given, entry.name) is None and getattr(config, entry.name) is not None:
             run.say(f"{entry.name} = {_plain(getattr(config, entry.name))} (chosen by the data)")
@@ -120,6 +121,7 @@ def evaluate(
     run, module, config = agents.opened(folder, device)
     policy = agents.policy_of(module, config, run)
     there = replace(config, data=data or config.data, root=Path(root) if root else config.root)
+    _check_root(there.data, root)
     if (there.data, _absolute(there.root)) == (config.data, _absolute(config.root)):
         evaluation = module.evaluate(config, policy, run)
         _save_evaluation(run.folder, evaluation)
@@ -257,6 +259,7 @@ def compare(folders: Sequence[Path | str], out: Path | str) -> Path:
 def check_data(config: Any, system: str, out: Path | str) -> list[Path]:
     """Draw the first inputs of a system's data with their targets."""
     module = agents.system_module(system)
+    _check_root(config.data, config.root)
     return list(_save_pictures(Path(out), module.check(module.resolve(config))).values())
 
 
@@ -283,6 +286,14 @@ def bench(names: Sequence[str]) -> list[dict[str, Any]]:
         ours, peer, unit = found[name]()
         rows.append({"name": name, "ours": ours, "peer": peer, "ratio": ours / peer, "unit": unit})
     return rows
+
+
+def _check_root(data: str, root: Path | str | None) -> None:
+    """A folder that would not be looked at is a forgotten --data; nobody wants to learn that from the pictures."""
+    if root is not None and data in ("digits", "grid", "photographs", "scenes", "template"):
+        raise InputError(
+            f"root: {root} would not be read, as data {data!r} needs no folder; name what it holds: --data"
+        )
 
 
 def _absolute(root: Path | None) -> Path | None:
