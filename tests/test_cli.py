@@ -410,7 +410,9 @@ def test_a_checkpoint_cut_in_half_is_passed_over_and_said_so(uninterrupted: Path
     assert weights(folder) == weights(uninterrupted)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     process = foveate_process("train", "ram", *LONG, "--out", folder)
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
@@ -421,9 +423,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted: Path, tmp_path: Path)
     assert code == 130
     assert f"foveate resume {folder}" in err
     assert "Traceback" not in err
+    foveate.load(folder, "cpu")
+    assert f"{folder}: has not ended, its checkpoint is in " in capsys.readouterr().err
     code, _, err = finish(foveate_process("resume", folder))
     assert code == 0, err
     assert weights(folder) == weights(uninterrupted)
+    foveate.load(folder, "cpu")
+    assert capsys.readouterr().err == ""
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ class Run:
     _phases: list[dict[str, Any]]  # as in checkpoints: name, steps, seconds, done
     _begun = _broken = _writable = False
     _source: Run | None = None
+    stopped: str | None = None  # where, if what was restored is of a run that has not ended
 
     def __init__(
         self,
@@ -189,6 +190,8 @@ class Run:
             file = name  # of a run that saved the main process's only
         if file in found.parts:
             checkpoints.restore(found, file, part)
+        phase = next(iter(found.position["phases"][-1:]), {"done": True})
+        self.stopped = None if phase["done"] else f"in {phase['name']} after {phase['steps']} steps"
         return file in found.parts
 
     def steps(self, phase: str = "train", share: Number = 1.0) -> Iterator[int]:
