@@ -24,6 +24,8 @@ from foveate.preferring import Asked, Choose, collect_by_script, opened
 from foveate.rewards.named_images import picture_score
 from foveate.run import Run
 from foveate.run.checkpoints import write_atomically
+from foveate.run.folder import check_free
+from foveate.run.loop import check_budget
 from foveate.systems import SYSTEMS
 from foveate.types import Evaluation, InputError, map_tree
 
@@ -58,8 +60,10 @@ def train(
     starts = {} if from_part is None else {_start_of(module, system, source): from_part}
     given = agents.config_from(system, settings, "train")
     _check_root(given.data, given.root)
-    config = module.resolve(given)
     folder = Path(out) if out else Path("runs") / f"{system}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_budget(given.steps, given.minutes)  # these two before the data are read, which can take minutes
+    check_free(folder, overwrite)
+    config = module.resolve(given)
     run = Run(
         folder,
         system=system,
