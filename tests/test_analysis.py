@@ -82,9 +82,16 @@ def test_what_is_unusual_about_a_curve_is_said(changed: dict[str, tuple[float, f
     assert said in told[1]
 
 
+def test_one_line_of_a_log_is_no_curve() -> None:
+    told = findings(log(**GOOD)[:1])
+    assert told == ["The reward of drawn answers was 1, 0 nats an answer from the start.", told[1]]
+    assert told[1].startswith("One line of the log says nothing")
+
+
 @pytest.mark.parametrize(
     ("name", "start", "control", "tuned", "told"),
     [
+        ("map", 0.50001, 0.50003, 0.50002, False),  # the same as they are printed
         ("map", 0.5, 0.6, 0.55, True),
         ("map", 0.5, 0.6, 0.65, False),
         ("map", 0.5, 0.49, 0.4, False),
@@ -98,3 +105,10 @@ def test_a_start_that_was_still_learning_is_told(
     evaluation = Evaluation({name: tuned}, {"mle": {name: start}, "control": {name: control}})
     assert bool(still_learning(evaluation)) == told
     assert not still_learning(Evaluation({name: tuned}, {"random": {name: start}}))
+
+
+def test_a_reward_of_the_users_own_is_the_judge_of_its_tuning() -> None:
+    """More likelihood lifts the field's metric further, as it should, and the reward less."""
+    rows = {"mle": {"cider": 1.0, "reward": 0.2}, "control": {"cider": 2.0, "reward": 0.3}}
+    assert not still_learning(Evaluation({"cider": 1.5, "reward": 0.4}, rows))
+    assert "reward 0.2 to 0.3, tuned to 0.25" in still_learning(Evaluation({"cider": 3.0, "reward": 0.25}, rows))[0]

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import foveate
+from foveate import cli
 from foveate.cli import main
+from foveate.run import Run
 from foveate.types import InputError
 
 QUICK = ["--batch", "32", "--glimpses", "3", "--hidden", "32", "--variant", "plain", "--device", "cpu"]
@@ -109,6 +111,20 @@ def test_eval_prints_one_json_object_and_nothing_else(trained: Path, capsys: pyt
     assert "trained" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("terminal", "first"), [("80", "found"), ("20", "found"), ("400", "the tuned model")])
+def test_a_table_is_turned_on_its_side_and_never_cut_off(
+    terminal: str, first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", terminal)
+    rows = {name: {f"metric {place}": 0.1234 + place for place in range(12)} for name in ("the tuned model", "start")}
+    cli._table({"the tuned model": {"found": "words"} | rows["the tuned model"], "start": rows["start"]})
+    lines = capsys.readouterr().out.splitlines()
+    assert "…" not in "".join(lines)
+    assert len(set(map(len, lines))) == 1  # no line is broken
+    assert lines[3].split("│")[1].strip() == first
+    assert all(f"{number:.4g}" in "".join(lines) for row in rows.values() for number in row.values())
+
+
 def test_eval_on_data_it_never_saw(trained: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (trained / "evaluation.json").read_text()
     words = ["eval", str(trained), "--data", "mnist", "--root", str(shared_data), "--json"]
@@ -116,6 +132,8 @@ def test_eval_on_data_it_never_saw(trained: Path, shared_data: Path, capsys: pyt
     printed = json.loads(capsys.readouterr().out)
     assert printed["metrics"]["error"] != json.loads(before)["metrics"]["error"]
     assert (trained / "evaluation.json").read_text() == before
+    assert main(["eval", str(trained), "--root", str(shared_data)]) == 2  # its own digits lie in no folder
+    assert "name what it holds: --data" in capsys.readouterr().err
 
 
 def test_show_draws_the_users_picture(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +147,21 @@ def test_show_draws_the_users_picture(trained: Path, tmp_path: Path, capsys: pyt
     assert all(Path(file).stat().st_size > 0 for file in files)
 
 
+def test_what_the_users_folder_is_called_does_not_matter(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures of the run itself stay, also where "." is shown; a dot in a name is part of it."""
+    from PIL import Image
+
+    folder, drawn = tmp_path / "week 1.5", {path: path.read_bytes() for path in (trained / "pictures").glob("*.*")}
+    folder.mkdir()
+    Image.effect_noise((40, 40), 60).save(folder / "mine.png")
+    monkeypatch.chdir(folder)
+    assert main(["show", str(trained), "."]) == 0
+    assert {Path(line).parent for line in capsys.readouterr().out.splitlines()} == {trained / "pictures" / folder.name}
+    assert all(path.read_bytes() == before for path, before in drawn.items())
+
+
 def test_compare_draws_two_runs(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "other")
     out = tmp_path / "both.png"
@@ -139,6 +172,47 @@ def test_compare_draws_two_runs(trained: Path, tmp_path: Path) -> None:
 def test_data_check_draws_the_first_inputs(tmp_path: Path) -> None:
     assert main(["data", "check", "--variant", "cluttered60", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "data.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"steps": 0}, "steps: found a budget of 0"),
+        ({}, "found neither"),
+        ({"steps": 1, "out": "taken"}, "are not a run's"),
+    ],
+)
+def test_what_needs_no_data_is_said_before_they_are_read(
+    settings: dict[str, object], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "photo.jpg").write_text("")
+    with pytest.raises(InputError, match=says):
+        foveate.train("ram", data="mnist", root="nowhere", **settings)
+
+
+def test_a_run_that_has_not_ended_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A later phase may not have begun: what is shown is then not what the run is for."""
+    log, calls = Run.log, []
+
+    def killed(run: Run, **scalars: object) -> None:
+        log(run, **scalars)
+        calls.append(run)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", killed)
+    settings = {"steps": 4, "controls": (), "batch": 8, "variant": "plain", "glimpses": 2, "hidden": 16}
+    with pytest.raises(KeyboardInterrupt):
+        foveate.train("ram", **settings, out=tmp_path / "run", device="cpu", checkpoint_steps=1)
+    capsys.readouterr()
+    foveate.load(tmp_path / "run", "cpu")
+    assert "run: has not ended, its checkpoint is in learned after 2 steps" in capsys.readouterr().err
+    foveate.resume(tmp_path / "run", "cpu")
+    capsys.readouterr()
+    foveate.load(tmp_path / "run", "cpu")
+    assert capsys.readouterr().err == ""
 
 
 def test_from_python(trained: Path, tmp_path: Path) -> None:
@@ -160,6 +234,7 @@ def test_a_run_starts_from_another_runs_weights(trained: Path, tmp_path: Path) -
     assert main([*words, "--from", str(trained), "--out", str(tmp_path / "run")]) == 0
     there, here = (foveate.load(run, "cpu").policy.state_dict() for run in (trained, tmp_path / "run"))
     assert all(torch.equal(there[name], here[name]) for name in there)
+    assert f"--from {trained}" in (tmp_path / "run" / "report.html").read_text()  # the command makes this run again
 
 
 def test_a_config_file_gives_defaults_and_typed_fields_go_before_it(trained: Path, tmp_path: Path) -> None:
@@ -208,6 +283,9 @@ def test_a_config_file_gives_defaults_and_typed_fields_go_before_it(trained: Pat
         (["compare", "nowhere"], "nowhere"),
         (["bench", "rma"], "did you mean"),
         (["data", "chekc"], "data check"),
+        (["train", "ram", "--root", "pictures", "--steps", "1"], "root: pictures would not be read"),
+        (["train", "tune-detector", "--root", "cells", "--steps", "1"], "data 'scenes' needs no folder"),
+        (["data", "check", "colorization", "--root", "holiday"], "name what it holds: --data"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -35,6 +35,21 @@ def test_back_is_that_of_scikit_image_where_a_screen_shows_the_colour() -> None:
     torch.testing.assert_close(to_rgb(lab).permute(0, 2, 3, 1), torch.from_numpy(expected), atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("folders", [("",), ("train", "test"), ("cats", "dogs"), ("train/cats", "train/dogs", "test")])
+def test_pictures_need_no_classes(folders: tuple[str, ...], tmp_path: Path) -> None:
+    """Directly in the folder, in its parts, in classes: each is in one split, and nothing of a part test is learned."""
+    for number in range(20):
+        folder = tmp_path / folders[number % len(folders)]
+        folder.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (20 + number, 16), (10 * number, 200, 0)).save(folder / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    shades = {split: load_photographs("folder", tmp_path, split, 16)[:, 0, 0, 0] for split in ("train", "val", "test")}
+    assert sorted(torch.cat(list(shades.values())).tolist()) == [10 * number for number in range(20)]
+    if "test" in folders:
+        last = folders.index("test")
+        assert all(shade // 10 % len(folders) == last for shade in shades["test"])
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, 10.0])
 def test_any_chroma_leaves_luminance_and_hue(scale: float) -> None:
     light, chroma = light_and_chroma(pictures())

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from foveate import pictures, plots
+from foveate.geometry import Boxes
 from foveate.types import InputError
 
 SIDE, CELL, ZOOM = 32, 192, 6  # an image enlarged by a whole number: geometry can be counted in pixels
@@ -251,3 +252,15 @@ def test_smoothing_keeps_a_constant_and_skips_what_is_not_finite():
     assert np.isnan(plots._smooth(np.array([math.nan, math.nan]))).all()
     noisy = np.random.default_rng(0).normal(size=600)
     assert plots._smooth(noisy).std() < noisy.std() / 4
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (11, 4, 3)])
+def test_many_pictures_of_the_user_are_no_tower(count: int, columns: int, rows: int) -> None:
+    """One set of boxes each fills a square; where there are several sets a row stays an image."""
+    none = Boxes(torch.zeros(count, 1, 4), torch.zeros(count, 1, dtype=torch.long), torch.zeros(count, 1, dtype=bool))
+    images = torch.zeros(count, 3, 8, 8)
+    one = pictures.box_grid(images[:1], {"tuned": none}, ["cup"], columns=1)
+    many = pictures.box_grid(images, {"tuned": none}, ["cup"])
+    assert [round(a / b) for a, b in zip(many.size, one.size, strict=True)] == [columns, rows]
+    both = pictures.box_grid(images, {"start": none, "tuned": none}, ["cup"])
+    assert [round(a / b) for a, b in zip(both.size, one.size, strict=True)] == [2, count]

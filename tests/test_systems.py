@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -216,7 +217,7 @@ def test_the_report_shows_pictures_and_curves(trained: agents.Agent) -> None:
     page = (trained.folder / "report.html").read_text()
     assert page.count("data:image/") >= 2
     if hasattr(agents.system_module(trained.system), "compared"):
-        assert "The reward of drawn answers went from" in page, "it says whether the curve is normal"
+        assert "The reward of drawn answers w" in page, "it says whether the curve is normal"
         assert "<figcaption>reward</figcaption>" in page
     assert any(path.suffix == ".png" for path in (trained.folder / "pictures").iterdir())
 
@@ -252,10 +253,11 @@ def test_the_commands_take_its_run(trained: agents.Agent, tmp_path: Path, capsys
 def test_the_command_of_a_run_makes_its_config_again() -> None:
     """What the report prints can be typed."""
     module = agents.system_module("tune-segmenter")
-    config = module.Config(skip_bad=True, flip=False, classes=("disk", "ring"), root=Path("a/b"), minutes=2.5)
-    words = commands.command("tune-segmenter", config)
-    assert {"--skip-bad", "--no-flip", "--classes", "disk", "ring"} <= set(words.split())
-    assert tyro.cli(module.Config, args=words.split()[3:]) == config
+    config = module.Config(skip_bad=True, flip=False, classes=("teddy bear", "cup"), root=Path("a b"), minutes=2.5)
+    words = shlex.split(commands.command("tune-segmenter", config, "/runs/my start", "control"))
+    assert {"--skip-bad", "--no-flip", "--classes", "teddy bear", "cup"} <= set(words)
+    assert words[-4:] == ["--from", "/runs/my start", "--from-part", "control"]
+    assert tyro.cli(module.Config, args=words[3:-4]) == config
 
 
 @pytest.mark.parametrize(

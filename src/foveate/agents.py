@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -132,7 +134,7 @@ def load(folder: Path | str, device: str = "auto") -> Agent:
 
 
 def policy_of(module: ModuleType, config: Any, run: Run, part: str | None = None) -> nn.Module:
-    """The weights of a tracked part of a run; None: its policy.
+    """The weights of a tracked part of a run; None: its policy. Of a run that has not ended yet stderr says so.
 
     Raises:
         InputError: its checkpoint holds no such part.
@@ -140,4 +142,7 @@ def policy_of(module: ModuleType, config: Any, run: Run, part: str | None = None
     policy, part = module.build(config).to(run.device), part or module.PART
     if not run.restore(part, policy):
         raise InputError(f"{run.folder}: its checkpoint holds no {part!r} part; train it anew")
+    if run.stopped and part == module.PART:
+        more = f"what comes later has taught it nothing yet; foveate resume {shlex.quote(str(run.folder))} goes on"
+        print(f"{run.folder}: has not ended, its checkpoint is {run.stopped}; {more}", file=sys.stderr)
     return policy.eval()

@@ -151,9 +151,13 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     first, last = _ends(rows, "reward")
     held_first, held_last = _ends(rows, "held_out_reward")
     kl = _ends(rows, "kl")[1]
-    told = [f"The reward of drawn answers went from {first:.4g} to {last:.4g}"]
+    once = sum(row.get("reward") is not None for row in rows) == 1
+    went = f"was {last:.4g}" if once else f"went from {first:.4g} to {last:.4g}"
+    told = [f"The reward of drawn answers {went}"]
     told[0] += "." if math.isnan(kl) else f", {kl:.3g} nats an answer from the start."
-    if not last > first:
+    if once:
+        told.append("One line of the log says nothing about where it goes: give it more steps.")
+    elif not last > first:
         told.append("It did not rise: give it more steps, a higher learning rate, or more samples.")
     if held_last < held_first and last > first:
         told.append(
@@ -222,15 +226,22 @@ def _last_of(ordered: Float[Tensor, "batch samples"]) -> Float[Tensor, " samples
 
 
 def still_learning(evaluation: Evaluation) -> list[str]:
-    """A sentence if as much more likelihood brought the start further than the reward did, by the first metric."""
+    """A sentence if as much more likelihood brought the start further than the reward did.
+
+    By what was tuned on, `reward`, if that was measured; else by the first metric.
+    """
     rows = evaluation.baselines
-    name, found = next(iter(evaluation.metrics.items()))
+    name = "reward" if "reward" in evaluation.metrics else next(iter(evaluation.metrics))
+    found = evaluation.metrics[name]
     start = next((rows[row][name] for row in ("mle", "start") if name in rows.get(row, {})), None)
     control = rows.get("control", {}).get(name)
     way = report.direction(name)
     if start is None or control is None or way * (control - start) <= max(0.0, way * (found - start)):
         return []
-    said = f"{name} {start:.3g} to {control:.3g}, the reward to {found:.3g}"
+    before, after, ours = (f"{value:.3g}" for value in (start, control, found))
+    if after in (before, ours):  # nobody would see it
+        return []
+    said = f"{name} {before} to {after}, tuned to {ours}"
     return [
         f"As much more likelihood gained more ({said}): the start was still learning; give likelihood its time first."
     ]

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from foveate.launch import launch
 from foveate.systems import SYSTEMS
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 C = TypeVar("C")
 
@@ -346,7 +349,20 @@ def _parse_known(kind: type[C], words: list[str]) -> C:
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> None:
+    """Print rows, name → column → value; turned on its side where it is wider than the terminal, and never cut off."""
     from rich.console import Console
+
+    console = Console()
+    columns = dict.fromkeys(name for row in rows.values() for name in row)
+    turned = {column: {name: row[column] for name, row in rows.items() if column in row} for column in columns}
+    tables = [_laid_out(each) for each in (rows, turned)]
+    widths = [console.measure(table, options=console.options.update(max_width=10_000)).maximum for table in tables]
+    chosen = 0 if widths[0] <= max(console.width, widths[1]) else 1
+    console.width = max(console.width, widths[chosen])  # numbers on a second line are better than half of each
+    console.print(tables[chosen])
+
+
+def _laid_out(rows: dict[str, dict[str, Any]]) -> Table:
     from rich.table import Table
 
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -354,7 +370,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> None:
     for name, row in rows.items():
         cells = [row.get(column, "") for column in columns]
         table.add_row(name, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    Console().print(table)
+    return table
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -23,6 +24,8 @@ from foveate.preferring import Asked, Choose, collect_by_script, opened
 from foveate.rewards.named_images import picture_score
 from foveate.run import Run
 from foveate.run.checkpoints import write_atomically
+from foveate.run.folder import check_free
+from foveate.run.loop import check_budget
 from foveate.systems import SYSTEMS
 from foveate.types import Evaluation, InputError, map_tree
 
@@ -55,8 +58,12 @@ def train(
     """
     module = agents.system_module(system)
     starts = {} if from_part is None else {_start_of(module, system, source): from_part}
-    config = module.resolve(agents.config_from(system, settings, "train"))
+    given = agents.config_from(system, settings, "train")
+    _check_root(given.data, given.root)
     folder = Path(out) if out else Path("runs") / f"{system}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_budget(given.steps, given.minutes)  # these two before the data are read, which can take minutes
+    check_free(folder, overwrite)
+    config = module.resolve(given)
     run = Run(
         folder,
         system=system,
@@ -70,7 +77,6 @@ def train(
         source=None if source is None else Path(source),
         source_parts=starts,
     )
-    given = agents.config_from(system, settings, "train")
     for entry in fields(config):
         if getattr(given, entry.name) is None and getattr(config, entry.name) is not None:
             run.say(f"{entry.name} = {_plain(getattr(config, entry.name))} (chosen by the data)")
@@ -119,6 +125,7 @@ def evaluate(
     run, module, config = agents.opened(folder, device)
     policy = agents.policy_of(module, config, run)
     there = replace(config, data=data or config.data, root=Path(root) if root else config.root)
+    _check_root(there.data, root)
     if (there.data, _absolute(there.root)) == (config.data, _absolute(config.root)):
         evaluation = module.evaluate(config, policy, run)
         _save_evaluation(run.folder, evaluation)
@@ -134,9 +141,11 @@ def show(folder: Path | str, images: Path | str | None = None, device: str = "au
     policy = agents.policy_of(module, config, run)
     if images is None:
         return list(_save_pictures(run.folder / "pictures", module.picture(config, policy, run)).values())
+    path = Path(images).resolve()  # "." has a name, too
     shown = map_tree(lambda leaf: leaf.to(run.device), module.read(config, Path(images)))
     drawn = module.picture(config, policy, run, shown)
-    return list(_save_pictures(run.folder / "pictures" / Path(images).stem, drawn).values())
+    name = path.name if path.is_dir() else path.stem
+    return list(_save_pictures(run.folder / "pictures" / name, drawn).values())
 
 
 def analyse(
@@ -254,6 +263,7 @@ def compare(folders: Sequence[Path | str], out: Path | str) -> Path:
 def check_data(config: Any, system: str, out: Path | str) -> list[Path]:
     """Draw the first inputs of a system's data with their targets."""
     module = agents.system_module(system)
+    _check_root(config.data, config.root)
     return list(_save_pictures(Path(out), module.check(module.resolve(config))).values())
 
 
@@ -280,6 +290,14 @@ def bench(names: Sequence[str]) -> list[dict[str, Any]]:
         ours, peer, unit = found[name]()
         rows.append({"name": name, "ours": ours, "peer": peer, "ratio": ours / peer, "unit": unit})
     return rows
+
+
+def _check_root(data: str, root: Path | str | None) -> None:
+    """A folder that would not be looked at is a forgotten --data; nobody wants to learn that from the pictures."""
+    if root is not None and data in ("digits", "grid", "photographs", "scenes", "template"):
+        raise InputError(
+            f"root: {root} would not be read, as data {data!r} needs no folder; name what it holds: --data"
+        )
 
 
 def _absolute(root: Path | None) -> Path | None:
@@ -318,25 +336,22 @@ def _write_report(config: Any, run: Run, evaluation: Evaluation, drawn: dict[str
     if curves is not None:
         shown["training"] = curves
     path = run.folder / "report.html"
-    report.write_report(
-        path, run.system, "\n\n".join(summary), evaluation, shown, asdict(config), command(run.system, config)
-    )
+    words = command(run.system, config, run.source, run.source_part)
+    report.write_report(path, run.system, "\n\n".join(summary), evaluation, shown, asdict(config), words)
     return path
 
 
-def command(system: str, config: Any) -> str:
-    """The command line that makes a run of this config."""
-    words = ["foveate train", system]
+def command(system: str, config: Any, source: str | None = None, part: str | None = None) -> str:
+    """The command line that makes a run of this config, begun from a `part` of the run `source`."""
+    words = ["foveate", "train", system]
     for entry in fields(config):
-        value = getattr(config, entry.name)
-        name = entry.name.replace("_", "-")
-        if value == entry.default:
-            continue
-        if isinstance(value, bool):
+        value, name = getattr(config, entry.name), entry.name.replace("_", "-")
+        if isinstance(value, bool) and value != entry.default:
             words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words.append(f"--{name} {_plain(value)}".strip())
-    return " ".join(words)
+        elif value != entry.default:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    words += ["--from", source] if source else []
+    return shlex.join(words + (["--from-part", part] if part else []))
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
@@ -346,4 +361,4 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -89,11 +89,11 @@ def load_images(name: str, root: Path | None, split: Split, image_size: int | No
         pixels, labels = _digits(split)
         images = Images(pixels, labels, _DIGITS, name, split)
     elif name in _IDX_FOLDERS:
-        folder = _folder(name, root) / _IDX_FOLDERS[name] / "raw"
+        folder = folder_of(name, root) / _IDX_FOLDERS[name] / "raw"
         pixels, labels = _idx_split(folder, split)
         images = Images(pixels, labels, _FASHION if name == "fashion-mnist" else _DIGITS, name, split)
     else:
-        pixels, labels, classes = read_folder(_folder(name, root), split, image_size)
+        pixels, labels, classes = read_folder(folder_of(name, root), split, image_size)
         return Images(pixels, labels, classes, name, split)
     if image_size is None:
         return images
@@ -101,22 +101,22 @@ def load_images(name: str, root: Path | None, split: Split, image_size: int | No
     return replace(images, pixels=_resize(images.pixels, image_size))
 
 
-def evaluation_split(name: str, root: Path | None) -> Literal["test", "val", "all"]:
-    """The split on which an agent is scored that was trained elsewhere.
+def evaluation_split(name: str, root: Path | None, labelled: bool = True) -> Literal["test", "val", "all"]:
+    """The split on which an agent is scored that was trained elsewhere; `labelled` as in `picture_folders.layout`.
 
     Test if the layout has one, else val, else all: a flat folder of pictures is scored whole.
     """
     _check_name(name)
     if name != "folder":
         return "test"
-    parts = layout(_folder(name, root))
+    parts = layout(folder_of(name, root), labelled)
     return "test" if "test" in parts else "val" if "val" in parts else "all"
 
 
-def held_out_split(name: str, root: Path | None) -> Literal["test", "val"]:
+def held_out_split(name: str, root: Path | None, labelled: bool = True) -> Literal["test", "val"]:
     """The split on which an agent is scored that was trained here: val if a folder has train and val, but no test."""
     _check_name(name)
-    parts = layout(_folder(name, root)) if name == "folder" else ()
+    parts = layout(folder_of(name, root), labelled) if name == "folder" else ()
     return "val" if "train" in parts and "test" not in parts else "test"
 
 
@@ -208,7 +208,12 @@ def _check_name(name: str) -> None:
         raise InputError(f"data: no {name!r}, expected one of {', '.join(DATASETS)}: did you mean {nearest!r}?")
 
 
-def _folder(name: str, root: Path | None) -> Path:
+def folder_of(name: str, root: Path | None) -> Path:
+    """The folder that data of a name are read from.
+
+    Raises:
+        InputError: it is not given, or is no folder.
+    """
     if root is None:
         raise InputError(f"root: not given, but data {name!r} is read from a folder: add --root FOLDER")
     if not root.is_dir():

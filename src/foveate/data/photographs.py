@@ -16,13 +16,13 @@ from torch import Tensor
 
 from foveate import noise
 from foveate.data import classification
-from foveate.data.picture_folders import Split, check_memory, read_pictures
+from foveate.data.picture_folders import Split, check_memory, check_side, read_folder, read_pictures
 from foveate.types import InputError
 
 DATASETS: dict[str, str] = {
     "photographs": "crops of six photographs that ship inside scikit-image: train of four, val and test of one each",
     "cifar10": "CIFAR-10 as pictures: ROOT/train|test/CLASS/*.jpg",
-    "folder": "your colour pictures: ROOT/CLASS/*.png, or ROOT/train|val|test/CLASS/*.png",
+    "folder": "your colour pictures: ROOT/*.png or ROOT/train|val|test/*.png, in folders of their classes or without",
 }
 
 # no photograph is in two parts, so that what is held out was never seen, not even beside the crop
@@ -42,7 +42,7 @@ def load_photographs(
     """Read one split into memory.
 
     Crops are squares at random places, the same for every seed of a run. The splits of folders are those of
-    `classification.load_images`; classes are not used.
+    `classification.load_images`; classes are not used, and need not be.
 
     Args:
         name: one of `DATASETS`.
@@ -59,7 +59,8 @@ def load_photographs(
         raise InputError(f"data: no {name!r}, expected one of {', '.join(DATASETS)}: did you mean {nearest!r}?")
     if name == "photographs":
         return _crops(split, image_size or SIDE)
-    pixels = classification.load_images("folder", root, split, image_size).pixels
+    check_side(image_size)
+    pixels, *_ = read_folder(classification.folder_of("folder", root), split, image_size, labelled=False)
     if pixels.shape[1] != 3:
         raise InputError(f"{root}: all pictures are grayscale, expected colours to learn from: use colour pictures")
     return pixels
@@ -67,12 +68,12 @@ def load_photographs(
 
 def evaluation_split(name: str, root: Path | None) -> Literal["test", "val", "all"]:
     """The split on which a policy is scored that was trained elsewhere (`classification.evaluation_split`)."""
-    return "test" if name == "photographs" else classification.evaluation_split("folder", root)
+    return "test" if name == "photographs" else classification.evaluation_split("folder", root, labelled=False)
 
 
 def held_out_split(name: str, root: Path | None) -> Literal["test", "val"]:
     """The split on which a policy is scored that was trained here (`classification.held_out_split`)."""
-    return "test" if name == "photographs" else classification.held_out_split("folder", root)
+    return "test" if name == "photographs" else classification.held_out_split("folder", root, labelled=False)
 
 
 def _crops(split: Split, side: int) -> Tensor:

@@ -27,6 +27,7 @@ MEMORY = 4 * 10**9
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 _HIDDEN = (".", "__MACOSX")
+_PARTS = ("train", "val", "test")
 _ORIENTATION = 0x0112  # of the EXIF standard; 5 to 8 swap width and height
 _VAL_SHARE, _TEST_SHARE = 0.1, 0.2
 
@@ -73,17 +74,17 @@ def read_stretched(path: Path, side: int) -> tuple[np.ndarray[Any, np.dtype[np.u
 
 
 def read_folder(
-    root: Path, split: Split, image_size: int | None
+    root: Path, split: Split, image_size: int | None, labelled: bool = True
 ) -> tuple[UInt8[Tensor, "size channels height width"], Int[Tensor, " size"], tuple[str, ...]]:
     """Pixels, labels and class names of one split of a folder of pictures, as `classification.load_images` tells.
 
     Raises:
-        InputError: as `layout`; one class only; an empty or missing split; a file that is no picture; pictures of
-            several sizes and no `image_size`; more than `MEMORY`.
+        InputError: as `layout`; one class only, of `labelled` ones; an empty or missing split; a file that is no
+            picture; pictures of several sizes and no `image_size`; more than `MEMORY`.
     """
-    found = layout(root)
+    found = layout(root, labelled)
     classes = tuple(sorted(set().union(*found.values())))
-    if len(classes) < 2:
+    if labelled and len(classes) < 2:
         raise InputError(
             f"{root}: one class only ({classes[0]}), expected at least two folders of pictures: "
             "add a folder for each further class"
@@ -106,19 +107,23 @@ def read_folder(
     return _decode(paths, size, channels, image_size), labels, classes
 
 
-def layout(root: Path) -> dict[str, dict[str, list[Path]]]:
+def layout(root: Path, labelled: bool = True) -> dict[str, dict[str, list[Path]]]:
     """Part → class → its pictures, sorted. The parts are those of train, val and test that exist, or "flat" alone.
+
+    Pictures that need not be `labelled` may also lie directly in the folder, or in that of a part: they are of the
+    class "".
 
     Raises:
         InputError: no class folders; a class without pictures; a class of val or test that train does not have.
     """
-    # a class may be called train: a part is a folder that itself holds folders
-    folders = [root / part for part in ("train", "val", "test") if (root / part).is_dir()]
-    parts = {folder.name: folder for folder in folders if _inside(folder)[0]}
-    found = {part: _classes(folder) for part, folder in (parts or {"flat": root}).items()}
+    # a class may be called train: a part is a folder that itself holds folders, or nothing but parts lie beside it
+    folders = [root / part for part in _PARTS if (root / part).is_dir()]
+    alone = not labelled and all(entry.name in _PARTS for entry in _inside(root)[0])
+    parts = {folder.name: folder for folder in folders if _inside(folder)[0] or (alone and _inside(folder)[1])}
+    found = {part: _classes(folder, labelled) for part, folder in (parts or {"flat": root}).items()}
     for part, classes in found.items():
         strangers = sorted(set(classes) - set(found.get("train", classes)))
-        if strangers:
+        if labelled and strangers:
             known = ", ".join(found["train"])
             raise InputError(f"{root / part / strangers[0]}: no class of train ({known}): rename or remove the folder")
     return found
@@ -152,12 +157,15 @@ def check_memory(name: str, shape: tuple[int, ...], width: int = 1) -> None:
 # Which picture belongs where
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
+def _classes(folder: Path, labelled: bool) -> dict[str, list[Path]]:
     folders, pictures = _inside(folder)
-    if not folders:
+    loose = {"": pictures} if pictures and not labelled else {}
+    if not folders and not loose and not labelled:
+        raise InputError(f"{folder}: no pictures in it (*{', *'.join(_SUFFIXES)}): add some or name another folder")
+    if not folders and not loose:
         found = f"{len(pictures)} pictures but no folders" if pictures else "no folders and no pictures"
         raise InputError(f"{folder}: {found}, expected a folder for each class: move the pictures to {folder}/CLASS/")
-    found_here = {entry.name: _pictures(entry) for entry in folders}
+    found_here = loose | {entry.name: _pictures(entry) for entry in folders}
     empty = [name for name, paths in found_here.items() if not paths]
     if empty:
         raise InputError(f"{folder / empty[0]}: no pictures (*{', *'.join(_SUFFIXES)}): add some or remove the folder")

@@ -9,7 +9,6 @@ evaluation mode whatever the module around them; only their supervised losses ne
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from torchvision.models.detection.ssd import SSD
 from foveate.geometry import Boxes
 from foveate.models.candidates import Detector, Proposals, at, clipped, likeliest, proposed
 from foveate.models.cells import Cells
+from foveate.models.users import made_by
 from foveate.types import InputError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the DETR family takes images
@@ -202,14 +202,7 @@ def named(name: str, classes: int, still: bool = False, **cells: Any) -> Detecto
             raise InputError(f"model: torchvision has no detector {function!r}; it has {', '.join(known)}")
         model = torchvision.models.get_model(function, weights=None, weights_backbone=None, num_classes=classes + 1)
         return adapted(model, still)
-    try:
-        made = getattr(importlib.import_module(module), function)(classes)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"model: {name!r} is not found ({error}); expected cells, torchvision:NAME or package.module:function; is "
-            "it on PYTHONPATH?"
-        ) from error
-    return adapted(made)
+    return adapted(made_by(name, "cells, torchvision:NAME or package.module:function", classes))
 
 
 def load_weights(detector: Detector, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from typing import Any
 
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.models.backbones import EMBEDDED, Pretrained, Pyramid
+from foveate.models.users import made_by
 from foveate.types import InputError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its colours
@@ -55,13 +55,7 @@ def dense_network(name: str, outputs: int, width: int = 16, pretrained: bool = F
                 f"model: the backbone of {which} cannot be had ({error}); leave --pretrained out"
             ) from error
         return nn.Sequential(torchvision.transforms.Normalize(*IMAGENET), found)
-    try:
-        made = getattr(importlib.import_module(where), which)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"model: {name!r} is not found ({error}); expected unet, {EMBEDDED}, timm:NAME, torchvision:NAME or "
-            "package.module:function"
-        ) from error
+    made = made_by(name, f"unet, {EMBEDDED}, timm:NAME, torchvision:NAME or package.module:function")
     if not isinstance(made, nn.Module):
         raise InputError(f"model: {name} gave {type(made).__name__}, expected a torch.nn.Module")
     return made

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from foveate.models.hf_captioner import TOKENS, TextCaptioner, adapted
+from foveate.models.users import made_by
 from foveate.types import InputError
 
 SMALL = ("small", "small-blip")
@@ -42,12 +43,7 @@ def named_captioner(name: str, length: int | None = None, prompt: str = "", **si
         raise InputError(f"prompt: found {prompt!r}, but model {name} takes none; leave it out")
     if name in SMALL:
         return small_captioner(name, length or TOKENS, **sizes)
-    try:
-        made = getattr(importlib.import_module(where), which)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"model: {name!r} is not found ({error}); expected {EXPECTED}; is it on PYTHONPATH?"
-        ) from error
+    made = made_by(name, EXPECTED)
     if not isinstance(made, TextCaptioner):
         raise InputError(f"model: {name} gave {type(made).__name__}, expected a TextCaptioner; derive it from that")
     made.length = length or made.length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def box_grid(
         images: in [0, 1].
         sets: name → boxes in pixels of the images.
         classes: names of the labels; each has its colour.
-        columns: tiles in a row.
+        columns: tiles in a row; None: a set each, or of one set as many as make a square, at most 4.
         cell: longer side of an image as drawn.
         least: boxes with a lower score are not drawn.
     """
@@ -39,7 +40,7 @@ def box_grid(
         for name, boxes in sets.items():
             tiles.append(box_tile(image, boxes, row, classes, cell, least))
             captions.append(name)
-    return grid(tiles, captions, columns or len(sets))
+    return grid(tiles, captions, columns or (len(sets) if len(sets) > 1 else min(4, math.isqrt(len(tiles) - 1) + 1)))
 
 
 def segment_grid(

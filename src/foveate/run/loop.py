@@ -77,6 +77,7 @@ class Run:
     _phases: list[dict[str, Any]]  # as in checkpoints: name, steps, seconds, done
     _begun = _broken = _writable = False
     _source: Run | None = None
+    stopped: str | None = None  # where, if what was restored is of a run that has not ended
 
     def __init__(
         self,
@@ -95,9 +96,7 @@ class Run:
         source_parts: Mapping[str, str] | None = None,
         quiet: bool = False,
     ) -> None:
-        for field, value in (("steps", steps), ("minutes", minutes), ("checkpoint_steps", checkpoint_steps)):
-            if value is not None and not value > 0:
-                raise InputError(f"{field}: found a budget of {value:g}, expected more than 0")
+        _check_positive(steps=steps, minutes=minutes, checkpoint_steps=checkpoint_steps)
         if not 0 <= seed < 2**63:
             raise InputError(f"seed: found {seed}, expected 0 to 2**63 - 1")
         self._set_up(folder, system, config, seed, device, quiet)
@@ -123,8 +122,7 @@ class Run:
             run_folder.check_free(self.folder, overwrite)
         if self._record.get("source") and not self._resumed:  # a checkpoint has no more need of where it came from
             self._source = Run.open(Path(self._record["source"]))
-        if self._record["steps"] is None and self._record["minutes"] is None:
-            raise InputError("steps, minutes: found neither, expected a budget; give one, e.g. --minutes 3")
+        check_budget(self._record["steps"], self._record["minutes"])
 
     @classmethod
     def open(cls, folder: Path, device: str = "auto") -> Run:
@@ -143,6 +141,11 @@ class Run:
         """Folder of the run that the first weights were taken from."""
         found: str | None = self._record.get("source")
         return found
+
+    @property
+    def source_part(self) -> str | None:
+        """The part of the source that tuning began from; None: the start of its own tuning."""
+        return next(iter(self._record.get("source_parts", {}).values()), None)
 
     def track(self, **parts: Any) -> tuple[Any, ...]:
         """Make parts belong to the run: modules move to its device, all are saved in checkpoints and restored.
@@ -184,6 +187,8 @@ class Run:
             file = name  # of a run that saved the main process's only
         if file in found.parts:
             checkpoints.restore(found, file, part)
+        phase = next(iter(found.position["phases"][-1:]), {"done": True})
+        self.stopped = None if phase["done"] else f"in {phase['name']} after {phase['steps']} steps"
         return file in found.parts
 
     def steps(self, phase: str = "train", share: Number = 1.0) -> Iterator[int]:
@@ -392,3 +397,20 @@ class Run:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         at = f"step {self._phases[-1]['steps'] - 1} of phase {self._phases[-1]['name']}" if self._phases else "step 0"
         raise RunError(f"{what} at {at}; {self._last_good()}; train anew with a smaller learning rate or clipping")
+
+
+def check_budget(steps: int | None, minutes: Number | None) -> None:
+    """Check what a run may last.
+
+    Raises:
+        InputError: neither is given, or one is not above 0.
+    """
+    _check_positive(steps=steps, minutes=minutes)
+    if steps is None and minutes is None:
+        raise InputError("steps, minutes: found neither, expected a budget; give one, e.g. --minutes 3")
+
+
+def _check_positive(**budgets: Number | None) -> None:
+    for field, value in budgets.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{field}: found a budget of {value:g}, expected more than 0")
