@@ -601,6 +601,10 @@ def test_a_reward_of_the_users_own_may_give_a_tensor_and_is_watched(credit: str,
     how: dict[str, Any] = {"steps": 3, "device": "cpu", "batch": 2, "scenes": 8, "image_size": 32, "width": 16}
     how |= {"samples": 4, "candidates": 3, "credit": credit}
     foveate.train("tune-detector", out=tmp_path / "a", reward="test_candidates:counted", **how)
+    evaluation = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    rows = [evaluation["metrics"], *evaluation["baselines"].values()]
+    assert len(rows) == 5
+    assert all(-10 < row["reward"] <= 0 for row in rows), "what was tuned on is told of everything beside it"
     how |= {"reward": "test_candidates:broken"}
     with pytest.raises(InputError, match=r"^reward test_candidates:broken: is nan for example 7"):
         foveate.train("tune-detector", out=tmp_path / "b", **how)

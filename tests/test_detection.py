@@ -170,7 +170,7 @@ def test_the_confidence_is_trusted_where_it_ranks_better(agent: agents.Agent) ->
     data = detection._data(detection.Config(**{**vars(agent.config)}), "val")
     run = Run.open(agent.folder, "cpu")
     good, bad = Told(data.boxes, 0.9, 0.1), Told(data.boxes, 0.1, 0.9)
-    known, misled = (detection._score(each, data, run, detection.TRUSTS)["map"] for each in (good, bad))
+    known, misled = (detection._score(agent.config, each, data, run, detection.TRUSTS)["map"] for each in (good, bad))
     assert float(good.trust) > 0
     assert float(bad.trust) == 0
     assert known == pytest.approx(1)

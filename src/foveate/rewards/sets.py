@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.geometry import Boxes
 from foveate.rewards.boxes import DetectionReward, matched_iou
-from foveate.rewards.combine import load_reward
+from foveate.rewards.combine import guarded, load_reward
 from foveate.rewards.telling import check_tells_apart
 from foveate.types import RewardOutput, map_tree
 
@@ -122,6 +122,17 @@ def set_scores(boxes: Boxes, targets: Boxes, threshold: float = 0.5) -> dict[str
         "precision": share(right, double + wrong),
         "recall": share(right, missed),
     }
+
+
+def own_score(name: str, known: Iterable[str], boxes: Boxes, targets: Boxes, skip_bad: bool) -> dict[str, float]:
+    """What sets have of a reward of the user's own, "reward", the mean over images; nothing if it is a known one.
+
+    With `skip_bad` images on which it fails are left out of the mean.
+    """
+    if name in known:
+        return {}
+    found = guarded(load_reward(name, known), skip_bad, name)(boxes, targets)
+    return {"reward": float((found.total if found.skipped is None else found.total[~found.skipped]).mean())}
 
 
 def above(boxes: Boxes, level: float) -> Boxes:

@@ -43,7 +43,7 @@ from foveate.models.encoder_decoder import Tokens
 from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, class_weights, corpus_average_precision, matched_iou
 from foveate.rewards.combine import guarded, load_reward
-from foveate.rewards.sets import box_by_box, check_tells_boxes
+from foveate.rewards.sets import box_by_box, check_tells_boxes, own_score
 from foveate.run import Run
 from foveate.two_steps import check_reward, check_taught, held_out_scores, learn_likelihood, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, Tree, check_least, map_tree, split
@@ -197,7 +197,7 @@ def train(config: Config, run: Run) -> None:
     def look(name: str) -> dict[str, Any]:
         policy = parts[name][0].eval()
         trusts = TRUSTS if name in (PART, PARTS["confidence"]) else TRUSTS[:1]
-        metric = {"held_out_map": _score(policy, val, run, trusts)["map"]}
+        metric = {"held_out_map": _score(config, policy, val, run, trusts)["map"]}
         return held_out_scores(policy, reward, held_out, config.seed, config.precision) | metric
 
     def learn(name: str, share: float, start: BoxWriter | None = None, beside: Any = None) -> None:
@@ -266,13 +266,13 @@ def evaluate(config: Config, policy: BoxWriter, run: Run, elsewhere: bool = Fals
     data = _data(config, "test")
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
-    metrics, baselines = _score(policy, data, run), dict[str, dict[str, float]]()
+    metrics, baselines = _score(config, policy, data, run), dict[str, dict[str, float]]()
     if config.skip_bad:
         metrics["left_out"] = float(sum(_data(config, part).skipped for part in ("train", "val", "test")))
     for name, other in restored(run, ROWS, partial(build, config)).items():
-        baselines[name] = _score(other, data, run)
+        baselines[name] = _score(config, other, data, run)
         if name != "control":
-            baselines[f"{name} unending"] = _score(other.unending().eval(), data, run)
+            baselines[f"{name} unending"] = _score(config, other.unending().eval(), data, run)
     code = _code(config)
     if int(data.boxes.wanted.sum(1).max()) <= code.most:
         written = code.decode(code.encode(replace(data.boxes, mask=data.boxes.wanted)))
@@ -289,15 +289,18 @@ def compared(config: Config, policy: BoxWriter, run: Run, images: int) -> tuple[
     )
 
 
-def _score(policy: BoxWriter, data: Detections, run: Run, trusts: tuple[float, ...] = ()) -> dict[str, float]:
-    """COCO's metrics of greedy texts; of `trusts`, the policy keeps the one that ranks these data best."""
+def _score(
+    config: Config, policy: BoxWriter, data: Detections, run: Run, trusts: tuple[float, ...] = ()
+) -> dict[str, float]:
+    """COCO's metrics of greedy texts, and a reward of the user's own; policies keep which of `trusts` ranks best."""
     rows = torch.arange(len(data), device=run.device).split(100)
     found = [policy.scored(images := chosen(data, some)[0], _greedy(images)) for some in rows]
     known, sure = (map_tree(lambda leaf: leaf.cpu(), joined(list(one))) for one in zip(*found, strict=True))
     score = partial(corpus_average_precision, targets=data.boxes, classes=len(data.classes))
     scores = {trust: score(ranked(known, sure, trust)) for trust in trusts or (float(policy.trust),)}
     policy.trust.fill_(best := max(scores, key=lambda trust: scores[trust]["map"]))
-    return scores[best]
+    own = {} if trusts else own_score(config.reward, REWARDS, known, data.boxes, config.skip_bad)  # looks have it
+    return scores[best] | own
 
 
 def _greedy(images: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from foveate.models.sequential import SequentialDetector, Walk, candidate_losses
 from foveate.parts import tracked
 from foveate.rewards.boxes import THRESHOLDS, average_precision, corpus_average_precision
 from foveate.rewards.combine import guarded, load_reward
-from foveate.rewards.sets import box_by_box, check_tells_boxes, set_scores
+from foveate.rewards.sets import box_by_box, check_tells_boxes, own_score, set_scores
 from foveate.run import Run
 from foveate.two_steps import check_reward, held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, RewardOutput, Tree, concatenate, map_tree, split
@@ -287,8 +287,8 @@ def _score(
         curve.append((float(step), found["map"]))
     sampled = corpus_average_precision(drawn.found, data.boxes, count)["map"]
     scores = {"map": found["map"], "ap50": found["map50"], "sampled_map": sampled, **set_scores(walk.found, data.boxes)}
-    numbers = walk.found.mask.sum(1), data.boxes.wanted.sum(1)
-    scores["count_error"] = float((numbers[0] - numbers[1]).abs().float().mean())
+    scores |= own_score(config.reward, REWARDS, walk.found, data.boxes, config.skip_bad)
+    scores["count_error"] = float((walk.found.mask.sum(1) - data.boxes.wanted.sum(1)).abs().float().mean())
     scores["glimpses"] = float(walk.mask.sum(1).float().mean())
     return scores, curve, walk
 

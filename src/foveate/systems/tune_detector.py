@@ -46,7 +46,7 @@ from foveate.models.candidates import Candidates
 from foveate.parts import restored, tracked
 from foveate.rewards.boxes import DetectionReward, average_precision, class_weights, corpus_average_precision
 from foveate.rewards.combine import guarded, load_reward
-from foveate.rewards.sets import above, best_level, check_tells_boxes, placing_loss, set_scores, without_each
+from foveate.rewards.sets import above, best_level, check_tells_boxes, own_score, placing_loss, set_scores, without_each
 from foveate.run import Run
 from foveate.two_steps import check_reward, held_out_scores, tune_on_reward
 from foveate.types import Decisions, Evaluation, InputError, check_least, concatenate, known, map_tree
@@ -179,7 +179,7 @@ def _reward(config: Config, data: Detections) -> Reward:
 
 def train(config: Config, run: Run) -> None:
     """Learn by the detector's own losses, then by the reward; then more of the losses from the same start, as long."""
-    data, val = _data(config, "train"), _data(config, "val")
+    data, val = _data(config, "train"), first_shown(_data(config, "val"), HELD_OUT)
     parts: dict[str, Any] = {}
     for name in ("likelihood", PART, "control"):
         torch.manual_seed(config.seed)
@@ -193,7 +193,6 @@ def train(config: Config, run: Run) -> None:
                 weight.requires_grad_(False)
         parts[name] = tracked(run, name, policy)
     (average,) = run.track(average=MovingAverage())
-    val = first_shown(val, HELD_OUT)
     reward, share = _reward(config, data), (1 - config.likelihood_share) / 2
     look, batches = partial(_look, config, reward, val, run), partial(_batch, config, data, run)
     start = parts["likelihood"][0]
@@ -272,18 +271,19 @@ def evaluate(config: Config, policy: Candidates, run: Run, elsewhere: bool = Fal
 
     All in [0, 1]. Baselines: `mle`, the start; `control`, the start with more of the detector's own losses; and these
     with the threshold of the score that gives the best F1 on the val split, `mle threshold` and `control threshold`.
-    `left_out` counts the pictures that `skip_bad` left out.
+    `left_out` counts the pictures that `skip_bad` left out; `reward` is that of the greedy sets, if it is your own.
     """
     data, val = _data(config, "test"), _data(config, "val")
     if elsewhere and data.classes != config.classes:
         raise InputError(f"data: its classes are {', '.join(data.classes)}; the agent knows {config.classes}")
-    metrics, baselines = _score(policy, data, run)[0], dict[str, dict[str, float]]()
+    metrics, baselines = _score(config, policy, data, run)[0], dict[str, dict[str, float]]()
     if config.skip_bad:
         metrics["left_out"] = float(sum(_data(config, split).skipped for split in ("train", "val", "test")))
     for name, other in restored(run, ROWS, partial(build, config)).items():
-        scores, ranked = _score(other, data, run)
+        scores, ranked = _score(config, other, data, run)
         kept = above(ranked, best_level(_over(val, run, other.ranked), val.boxes))
-        baselines |= {name: scores, f"{name} threshold": scores | set_scores(kept, data.boxes)}
+        told = set_scores(kept, data.boxes) | own_score(config.reward, REWARDS, kept, data.boxes, config.skip_bad)
+        baselines |= {name: scores, f"{name} threshold": scores | told}
     return Evaluation(metrics, baselines)
 
 
@@ -294,9 +294,10 @@ def compared(config: Config, policy: Candidates, run: Run, images: int) -> tuple
     return _reward(config, _data(config, "train")), *chosen(test, rows)
 
 
-def _score(policy: Candidates, data: Detections, run: Run) -> tuple[dict[str, float], Boxes]:
+def _score(config: Config, policy: Candidates, data: Detections, run: Run) -> tuple[dict[str, float], Boxes]:
     ranked, greedy = _over(data, run, policy.ranked), _over(data, run, partial(_greedy, policy))
     scores = corpus_average_precision(ranked, data.boxes, len(data.classes))
+    scores |= own_score(config.reward, REWARDS, greedy, data.boxes, config.skip_bad)
     return scores | set_scores(greedy, data.boxes), ranked
 
 
@@ -326,7 +327,6 @@ def picture(
     config: Config, policy: Candidates, run: Run, images: Float[Tensor, "batch channels height width"] | None = None
 ) -> dict[str, Any]:
     """Boxes on test pictures beside the true ones and those of the start; or on pictures of the user."""
-    assert config.classes is not None
     shown: dict[str, Boxes] = {}
     if images is None:
         data = _data(config, "test")
@@ -335,7 +335,7 @@ def picture(
             shown[name] = _greedy(start, images)
     found = predict(config, policy, images)
     shown["tuned"] = Boxes(found["boxes"], found["labels"], found["mask"], found["scores"])
-    return {"boxes": pictures.box_grid(images, shown, config.classes)}
+    return {"boxes": pictures.box_grid(images, shown, known(config.classes))}
 
 
 def read(config: Config, path: Path) -> Float[Tensor, "batch channels height width"]:
