@@ -237,5 +237,7 @@ def test_a_system_is_tuned_on_a_reward_of_the_users_own(system: str, tmp_path: P
     tuned = [row for row in rows if row["phase"] in ("reward", "policy")]
     assert all(row["reward"] < -90 for row in tuned)
     assert any(0 < row["part skipped"] < 1 for row in tuned)
+    scored = json.loads((tmp_path / "b" / "evaluation.json").read_text())
+    assert scored["metrics"]["reward"] < -90, "what it was tuned on is told of test images too"
     with pytest.raises(InputError, match=r"^reward: found 'mapp', expected (map|pq), .*package.module:function"):
         foveate.train(system, out=tmp_path / "c", **how | {"reward": "mapp"})
