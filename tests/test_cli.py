@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import foveate
-from foveate import cli
 from foveate.cli import main
 from foveate.run import Run
+from foveate.terminal import print_table
 from foveate.types import InputError
 
 QUICK = ["--batch", "32", "--glimpses", "3", "--hidden", "32", "--variant", "plain", "--device", "cpu"]
@@ -117,7 +117,7 @@ def test_a_table_is_turned_on_its_side_and_never_cut_off(
 ) -> None:
     monkeypatch.setenv("COLUMNS", terminal)
     rows = {name: {f"metric {place}": 0.1234 + place for place in range(12)} for name in ("the tuned model", "start")}
-    cli._table({"the tuned model": {"found": "words"} | rows["the tuned model"], "start": rows["start"]})
+    print_table({"the tuned model": {"found": "words"} | rows["the tuned model"], "start": rows["start"]})
     lines = capsys.readouterr().out.splitlines()
     assert "…" not in "".join(lines)
     assert len(set(map(len, lines))) == 1  # no line is broken

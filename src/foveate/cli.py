@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from foveate.launch import launch
 from foveate.systems import SYSTEMS
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from foveate.terminal import print_table
 
 C = TypeVar("C")
 
@@ -168,7 +166,7 @@ def evaluate(words: list[str]) -> int:
     if asked.json:
         print(json.dumps({"metrics": found.metrics, "baselines": found.baselines}))
     else:
-        _table({"trained": found.metrics, **found.baselines})
+        print_table({"trained": found.metrics, **found.baselines})
     return 0
 
 
@@ -206,7 +204,7 @@ def analyse(words: list[str]) -> int:
     from foveate import commands
 
     numbers, files = commands.analyse(asked.run, asked.samples, asked.images, asked.device)
-    _table(numbers)
+    print_table(numbers)
     for path in files:
         print(path)
     return 0
@@ -253,7 +251,9 @@ def prefer(words: list[str]) -> int:
         return 0
     from foveate import commands
 
-    _table({"answers": commands.prefer(asked.run, judge=asked.judge, noise=asked.noise, device=asked.device, **shared)})
+    print_table(
+        {"answers": commands.prefer(asked.run, judge=asked.judge, noise=asked.noise, device=asked.device, **shared)}
+    )
     return 0
 
 
@@ -315,7 +315,7 @@ def bench(words: list[str]) -> int:
     if asked.json:
         print(json.dumps({"rows": rows}))
     else:
-        _table({row.pop("name"): row for row in rows})
+        print_table({row.pop("name"): row for row in rows})
     return 0
 
 
@@ -346,31 +346,6 @@ def _parse_known(kind: type[C], words: list[str]) -> C:
     """Read some options before all of them are known; a plea for help is left for later."""
     words = [word for word in words if word not in ("-h", "--help")]
     return tyro.cli(kind, args=words, return_unknown_args=True)[0]
-
-
-def _table(rows: dict[str, dict[str, Any]]) -> None:
-    """Print rows, name → column → value; turned on its side where it is wider than the terminal, and never cut off."""
-    from rich.console import Console
-
-    console = Console()
-    columns = dict.fromkeys(name for row in rows.values() for name in row)
-    turned = {column: {name: row[column] for name, row in rows.items() if column in row} for column in columns}
-    tables = [_laid_out(each) for each in (rows, turned)]
-    widths = [console.measure(table, options=console.options.update(max_width=10_000)).maximum for table in tables]
-    chosen = 0 if widths[0] <= max(console.width, widths[1]) else 1
-    console.width = max(console.width, widths[chosen])  # numbers on a second line are better than half of each
-    console.print(tables[chosen])
-
-
-def _laid_out(rows: dict[str, dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    table = Table("", *columns)
-    for name, row in rows.items():
-        cells = [row.get(column, "") for column in columns]
-        table.add_row(name, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    return table
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -24,8 +24,7 @@ from foveate.preferring import Asked, Choose, collect_by_script, opened
 from foveate.rewards.named_images import picture_score
 from foveate.run import Run
 from foveate.run.checkpoints import write_atomically
-from foveate.run.folder import check_free
-from foveate.run.loop import check_budget
+from foveate.run.folder import check_budget, check_free
 from foveate.systems import SYSTEMS
 from foveate.types import Evaluation, InputError, map_tree
 

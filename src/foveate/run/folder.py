@@ -75,6 +75,24 @@ def resumed(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
+def check_budget(steps: int | None, minutes: int | float | None) -> None:
+    """Check what a run may last.
+
+    Raises:
+        InputError: neither is given, or one is not above 0.
+    """
+    check_positive(steps=steps, minutes=minutes)
+    if steps is None and minutes is None:
+        raise InputError("steps, minutes: found neither, expected a budget; give one, e.g. --minutes 3")
+
+
+def check_positive(**budgets: int | float | None) -> None:
+    """Check numbers of steps or minutes, by their names; None is none."""
+    for field, value in budgets.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{field}: found a budget of {value:g}, expected more than 0")
+
+
 def check_free(folder: Path, overwrite: bool) -> None:
     """Check that a run may begin in a folder.
 

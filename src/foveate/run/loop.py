@@ -96,7 +96,7 @@ class Run:
         source_parts: Mapping[str, str] | None = None,
         quiet: bool = False,
     ) -> None:
-        _check_positive(steps=steps, minutes=minutes, checkpoint_steps=checkpoint_steps)
+        run_folder.check_positive(steps=steps, minutes=minutes, checkpoint_steps=checkpoint_steps)
         if not 0 <= seed < 2**63:
             raise InputError(f"seed: found {seed}, expected 0 to 2**63 - 1")
         self._set_up(folder, system, config, seed, device, quiet)
@@ -122,7 +122,7 @@ class Run:
             run_folder.check_free(self.folder, overwrite)
         if self._record.get("source") and not self._resumed:  # a checkpoint has no more need of where it came from
             self._source = Run.open(Path(self._record["source"]))
-        check_budget(self._record["steps"], self._record["minutes"])
+        run_folder.check_budget(self._record["steps"], self._record["minutes"])
 
     @classmethod
     def open(cls, folder: Path, device: str = "auto") -> Run:
@@ -397,20 +397,3 @@ class Run:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         at = f"step {self._phases[-1]['steps'] - 1} of phase {self._phases[-1]['name']}" if self._phases else "step 0"
         raise RunError(f"{what} at {at}; {self._last_good()}; train anew with a smaller learning rate or clipping")
-
-
-def check_budget(steps: int | None, minutes: Number | None) -> None:
-    """Check what a run may last.
-
-    Raises:
-        InputError: neither is given, or one is not above 0.
-    """
-    _check_positive(steps=steps, minutes=minutes)
-    if steps is None and minutes is None:
-        raise InputError("steps, minutes: found neither, expected a budget; give one, e.g. --minutes 3")
-
-
-def _check_positive(**budgets: Number | None) -> None:
-    for field, value in budgets.items():
-        if value is not None and not value > 0:
-            raise InputError(f"{field}: found a budget of {value:g}, expected more than 0")
