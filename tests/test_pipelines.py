@@ -285,7 +285,9 @@ def test_of_a_repository_only_what_is_read_is_fetched(
         raise OSError("\nthere is no network\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    with pytest.raises(InputError, match=r"^model: owner/name cannot be fetched: there is no network$"):
+    with pytest.raises(
+        InputError, match=r"^model: owner/name is no folder, and cannot be fetched: there is no network$"
+    ):
         read_pipeline("owner/name", ["a"], 4)
 
 

@@ -346,6 +346,18 @@ def test_a_model_that_is_none(name: str, said: str) -> None:
     assert isinstance(named_captioner("test_tune_captioner:of_the_user"), TextCaptioner)
 
 
+def test_a_folder_that_is_not_there_is_not_looked_for_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(*_: Any, **__: Any) -> None:
+        raise OSError("there is no network")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", nowhere)
+    with pytest.raises(InputError, match=r"^model: models/blip is no folder, and cannot be had .*there is no network$"):
+        named_captioner("hf:models/blip")
+    assert "models/blip is no folder: asking Hugging Face" in capsys.readouterr().err
+
+
 def test_transformers_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"^model: .*need transformers .*pip install 'foveate\[captioners\]'"):

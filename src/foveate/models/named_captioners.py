@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def _read(name: str, length: int | None, prompt: str) -> TextCaptioner:
         _check_folder(folder)
     elif name.count("/") != 1 or name[0] in "./~":
         raise InputError(f"model: {name} is no folder, and no repository OWNER/NAME; correct hf:{name}")
+    else:
+        print(f"{name} is no folder: asking Hugging Face for a repository of that name", file=sys.stderr)
     place = str(folder) if here else name
     how = {"local_files_only": here, "trust_remote_code": False}
     kinds = {
@@ -135,7 +138,8 @@ def _read(name: str, length: int | None, prompt: str) -> TextCaptioner:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"model: {name} cannot be read: {_line(error)}") from error
+        what = "cannot be read" if here else "is no folder, and cannot be had from Hugging Face"
+        raise InputError(f"model: {name} {what}: {_line(error)}") from error
     finally:
         if shown:
             bars.enable_progress_bar()

@@ -185,7 +185,7 @@ def _fetched(name: str, files: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(COPIES)))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(f"model: {name} cannot be fetched: {_line(error)}") from error
+        raise InputError(f"model: {name} is no folder, and cannot be fetched: {_line(error)}") from error
 
 
 def _parts(index: dict[str, Any], name: str) -> dict[str, str]:
