@@ -18,7 +18,9 @@ from torch import Tensor
 from foveate.geometry import Segments
 from foveate.rewards.combine import load_reward
 from foveate.rewards.telling import check_tells_apart
-from foveate.types import InputError, RewardOutput
+from foveate.types import InputError, RewardOutput, split
+
+CACHED = 2**18  # pixels whose segments are counted together: what is read of them again is still near the processor
 
 
 @dataclass(frozen=True)
@@ -143,16 +145,22 @@ def _match(predictions: Segments, targets: Segments) -> _Matches:
 
 def _intersections(predictions: Segments, targets: Segments) -> Float[Tensor, "batch predicted true"]:
     """How many pixels each predicted segment shares with each true one; place 0 is void."""
-    counts = [segments.labels.shape[1] + 1 for segments in (predictions, targets)]
-    for name, segments, count in ("predictions", predictions, counts[0]), ("targets", targets, counts[1]):
-        low, high = (int(end) for end in segments.ids.aminmax())
-        if not 0 <= low <= high < count:
+    counts = predictions.labels.shape[1] + 1, targets.labels.shape[1] + 1
+    few = max(1, CACHED // max(1, predictions.ids[:1].numel()))
+    return torch.cat([_shared(*some, *counts) for some in split((predictions.ids, targets.ids), few)])
+
+
+def _shared(ids: Tensor, true_ids: Tensor, count: int, true_count: int) -> Float[Tensor, "batch predicted true"]:
+    size = len(ids) * count * true_count
+    kind = torch.int32 if size < 2**31 else torch.int64  # half the bytes are a quarter of the time
+    ids, true_ids = ids.to(kind), true_ids.to(kind)
+    for name, found, most in ("predictions", ids, count), ("targets", true_ids, true_count):
+        low, high = (int(end) for end in found.aminmax())
+        if not 0 <= low <= high < most:
             raise InputError(
-                f"{name}: found ids from {low} to {high}, but {count - 1} labels: give every segment a label, number "
+                f"{name}: found ids from {low} to {high}, but {most - 1} labels: give every segment a label, number "
                 "them from 1, and void pixels 0"
             )
-    size = len(predictions.ids) * counts[0] * counts[1]
-    kind = torch.int32 if size < 2**31 else torch.int64  # half the bytes are a quarter of the time
-    image = torch.arange(0, size, counts[0] * counts[1], dtype=kind, device=predictions.ids.device)[:, None, None]
-    place = torch.add(targets.ids.to(kind), predictions.ids.to(kind), alpha=counts[1]).add_(image)
-    return torch.bincount(place.flatten(), minlength=size).view(-1, *counts).float()
+    image = torch.arange(0, size, count * true_count, dtype=kind, device=ids.device)[:, None, None]
+    place = torch.add(true_ids, ids, alpha=true_count).add_(image)
+    return torch.bincount(place.flatten(), minlength=size).view(-1, count, true_count).float()
