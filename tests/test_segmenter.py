@@ -409,6 +409,9 @@ def test_rewards_of_the_users_own(tmp_path: Path) -> None:
         foveate.train("tune-segmenter", steps=4, out=tmp_path / "b", credit="flip", **settings)
     assert not (tmp_path / "b").exists(), "told before the first phase"
     assert foveate.train("tune-segmenter", steps=4, out=tmp_path / "c", **settings).config.credit == "answer"
+    scored = json.loads((tmp_path / "c" / "evaluation.json").read_text())
+    rows = [scored["metrics"], scored["baselines"]["mle"], scored["baselines"]["control"]]
+    assert all(0 < row["reward"] <= 1 for row in rows), "what was tuned on is told of test images too"
     for config, credit in ((Config(reward="iou"), "flip"), (Config(credit="answer"), "answer")):
         assert tune_segmenter.resolve(replace(config, image_size=24)).credit == credit
 

@@ -254,7 +254,7 @@ def test_the_command_of_a_run_makes_its_config_again() -> None:
     """What the report prints can be typed."""
     module = agents.system_module("tune-segmenter")
     config = module.Config(skip_bad=True, flip=False, classes=("teddy bear", "cup"), root=Path("a b"), minutes=2.5)
-    words = shlex.split(commands.command("tune-segmenter", config, "/runs/my start", "control"))
+    words = shlex.split(report.command("tune-segmenter", config, "/runs/my start", "control"))
     assert {"--skip-bad", "--no-flip", "--classes", "teddy bear", "cup"} <= set(words)
     assert words[-4:] == ["--from", "/runs/my start", "--from-part", "control"]
     assert tyro.cli(module.Config, args=words[3:-4]) == config

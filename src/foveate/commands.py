@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -335,22 +334,9 @@ def _write_report(config: Any, run: Run, evaluation: Evaluation, drawn: dict[str
     if curves is not None:
         shown["training"] = curves
     path = run.folder / "report.html"
-    words = command(run.system, config, run.source, run.source_part)
+    words = report.command(run.system, config, run.source, run.source_part)
     report.write_report(path, run.system, "\n\n".join(summary), evaluation, shown, asdict(config), words)
     return path
-
-
-def command(system: str, config: Any, source: str | None = None, part: str | None = None) -> str:
-    """The command line that makes a run of this config, begun from a `part` of the run `source`."""
-    words = ["foveate", "train", system]
-    for entry in fields(config):
-        value, name = getattr(config, entry.name), entry.name.replace("_", "-")
-        if isinstance(value, bool) and value != entry.default:
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif value != entry.default:
-            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    words += ["--from", source] if source else []
-    return shlex.join(words + (["--from-part", part] if part else []))
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,16 @@ def _plain(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except TypeError:
         return str(value)
+
+
+def command(system: str, config: Any, source: str | None = None, part: str | None = None) -> str:
+    """The command line that makes a run of this config, begun from a `part` of the run `source`."""
+    words = ["foveate", "train", system]
+    for entry in dataclasses.fields(config):
+        value, name = getattr(config, entry.name), entry.name.replace("_", "-")
+        if isinstance(value, bool) and value != entry.default:
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value != entry.default:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    words += ["--from", source] if source else []
+    return shlex.join(words + (["--from-part", part] if part else []))

@@ -153,7 +153,7 @@ def _intersections(predictions: Segments, targets: Segments) -> Float[Tensor, "b
 def _shared(ids: Tensor, true_ids: Tensor, count: int, true_count: int) -> Float[Tensor, "batch predicted true"]:
     size = len(ids) * count * true_count
     kind = torch.int32 if size < 2**31 else torch.int64  # half the bytes are a quarter of the time
-    ids, true_ids = ids.to(kind), true_ids.to(kind)
+    ids, true_ids = ids.to(kind), true_ids.to(kind)  # beyond 32 bits they wrap; segments' numbers are far below
     for name, found, most in ("predictions", ids, count), ("targets", true_ids, true_count):
         low, high = (int(end) for end in found.aminmax())
         if not 0 <= low <= high < most:
